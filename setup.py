@@ -1,0 +1,46 @@
+"""Video Stable Diffusion: latent video diffusion built on Stable Diffusion v1."""
+
+from setuptools import find_packages, setup
+
+INSTALL_REQUIRES = [
+    "torch>=2.11",
+    "pytorch-lightning>=2.6,<3",
+    "diffusers>=0.42,<0.43",  # tests use its single-file converters as an oracle; they are not a stable interface
+    "transformers>=5.17,<6",
+    "omegaconf>=2.3,<3",
+    "einops>=0.8",
+    "numpy>=2",
+    "pillow>=11",
+    "safetensors>=0.6",
+    "av>=14",
+    "ffmpeg-python>=0.2",
+    "imageio-ffmpeg>=0.6",
+    "opencv-python-headless>=4.10",
+    "webdataset>=1.0",
+    "tensorboard>=2.18",
+    "rich>=13",
+    # What scenedetect needs besides OpenCV. scenedetect itself asks for the desktop build of OpenCV, which
+    # does not live beside the headless one: `make setup` installs it with --no-deps.
+    "click>=8,!=8.3.0",
+    "platformdirs",
+]
+
+EXTRAS_REQUIRE = {
+    "gpu": ["torchao>=0.18", "flash-attn>=2.7; platform_system == 'Linux'", "xformers>=0.0.35; platform_system == 'Linux'"],
+    # Asks for torchvision; where that is unwanted: pip install --no-deps taming-transformers
+    "vq": ["taming-transformers>=0.0.1"],
+    "wandb": ["wandb>=0.19"],
+    "ray": ["ray>=2.40"],
+    "dev": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.15", "torchao>=0.18"],
+}
+
+setup(
+    name="video-stable-diffusion",
+    version="0.1.0",
+    description="Stable Diffusion v1 with a sense of time",
+    packages=find_packages(include=["ldm", "ldm.*"]),
+    python_requires=">=3.11",
+    install_requires=INSTALL_REQUIRES,
+    extras_require=EXTRAS_REQUIRE,
+    license="MIT",
+)

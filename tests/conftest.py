@@ -1,0 +1,61 @@
+"""Shared stand-ins: the golden numbers, the rule that fills weights, and tiny networks."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+GOLDENS = Path(__file__).parent / "goldens"
+HIGHWAY = Path(__file__).parents[2] / "shared" / "data" / "highway.mp4"
+
+torch.set_num_threads(2)
+
+
+def golden_tensor(key: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """The value the reference run gave the parameter `key`: unit fan-in gain, from a frozen random stream."""
+    values = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(tuple(shape))
+    if len(shape) > 1:
+        values = values / np.sqrt(np.prod(shape[1:]))
+    else:
+        values = 0.1 * values + (1.0 if key.endswith(".weight") else 0.0)
+    return torch.from_numpy(np.asarray(values, dtype=np.float32))
+
+
+def fill_by_rule(names_and_shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """A state dict with every tensor given by `golden_tensor`."""
+    return {name: golden_tensor(name, tuple(shape)) for name, shape in names_and_shapes.items()}
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """|actual - expected| / |expected|, L2 norms in float64."""
+    actual, expected = actual.double(), expected.double()
+    return ((actual - expected).norm() / expected.norm().clamp_min(1e-30)).item()
+
+
+@pytest.fixture(scope="session")
+def goldens():
+    """`goldens("unet")` -> dict of tensors recorded from the public reference implementations."""
+
+    def load(name: str) -> dict[str, torch.Tensor]:
+        return load_file(GOLDENS / f"{name}.safetensors")
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def golden_configs() -> dict:
+    return json.loads((GOLDENS / "goldens.json").read_text())["configs"]
+
+
+@pytest.fixture(scope="session")
+def highway() -> Path:
+    """Real footage, where it lies beside the checkout; tests that want it are skipped elsewhere."""
+    if not HIGHWAY.is_file():
+        pytest.skip("the real footage is not beside this checkout")
+    return HIGHWAY
