@@ -1,0 +1,170 @@
+"""Pixels: the one place where they are scaled, and where videos are written, read back and laid out as sheets.
+
+`video` is a float tensor `t c h w` in [-1, 1]; `frames` are uint8 RGB arrays `t h w 3`. Files depend on their input
+alone: the same frames and metadata give the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import torch
+from av.video.reformatter import ColorRange, Colorspace
+from einops import rearrange
+from PIL import Image, ImageDraw, ImageFont
+
+from ldm.atomic import replacing
+from ldm.errors import UserError
+
+CRF = "10"  # of libx264: not to be told from the original by eye
+BT709 = 1  # the number of this colour matrix, transfer and primaries in a video's header
+
+
+def to_uint8(video: torch.Tensor) -> np.ndarray:
+    """Pixels in [-1, 1] (what lies outside is clipped), `t c h w` -> uint8 `t h w c`, rounded."""
+    pixels = (video.detach().float().clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
+    return rearrange(pixels, "t c h w -> t h w c").cpu().numpy()
+
+
+def from_uint8(frames: np.ndarray | Sequence[np.ndarray]) -> torch.Tensor:
+    """uint8 `t h w c` -> float32 `t c h w` in [-1, 1]; `to_uint8` gives the same frames back."""
+    pixels = torch.from_numpy(np.array(frames))
+    return rearrange(pixels, "t h w c -> t c h w").float() / 127.5 - 1
+
+
+def write_mp4(path: Path | str, frames: np.ndarray, fps: float, metadata: Mapping[str, Any] | None = None) -> None:
+    """Write uint8 RGB `t h w 3` as H.264 that plays everywhere (yuv420p, BT.709) and looks like the original.
+
+    `metadata` is kept as JSON in the file's `comment` tag; `read_metadata` gives it back. Height and width must be
+    even. The file appears whole or not at all.
+    """
+    _check_frames(frames, fps)
+    if frames.shape[1] % 2 or frames.shape[2] % 2:
+        raise ValueError(f"MP4 needs even sides, found {frames.shape[2]}x{frames.shape[1]} pixels")
+    options = {"movflags": "+faststart+use_metadata_tags", "fflags": "+bitexact"}
+    with replacing(path) as partial, av.open(str(partial), "w", format="mp4", options=options) as container:
+        if metadata is not None:
+            container.metadata["comment"] = json.dumps(metadata, sort_keys=True)
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.options = {"crf": CRF, "preset": "medium", "flags": "+bitexact"}
+        codec = stream.codec_context
+        codec.thread_count = 1  # the bytes depend on the number of threads
+        codec.colorspace = codec.color_trc = codec.color_primaries = BT709
+        codec.color_range = ColorRange.MPEG
+        for frame in frames:
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            picture = picture.reformat(
+                format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
+            )
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode(None))
+
+
+def read_video(path: Path | str) -> tuple[np.ndarray, float]:
+    """All frames of a video file, uint8 RGB `t h w 3`, and its frames a second; for films of our own size, not footage.
+
+    Raises UserError when the file is missing or is no video.
+    """
+    with _open(path) as container:
+        if not container.streams.video:
+            raise UserError(f"{path}: expected a video, found no video stream in it")
+        stream = container.streams.video[0]
+        frames = [_rgb(frame) for frame in container.decode(stream)]
+        return np.stack(frames), float(stream.average_rate or stream.guessed_rate)
+
+
+def _rgb(frame: av.VideoFrame) -> np.ndarray:
+    if frame.colorspace == BT709:
+        frame = frame.reformat(format="rgb24", src_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.JPEG)
+    return frame.to_ndarray(format="rgb24")
+
+
+def read_metadata(path: Path | str) -> dict[str, Any]:
+    """The metadata that `write_mp4` put into a file. Raises UserError when the file has none of ours."""
+    with _open(path) as container:
+        comment = container.metadata.get("comment", "")
+    try:
+        metadata = json.loads(comment)
+    except json.JSONDecodeError:
+        metadata = None
+    if not isinstance(metadata, dict):
+        raise UserError(f"{path}: expected the settings it was made with in its `comment` tag, found {comment[:60]!r}")
+    return metadata
+
+
+def _open(path: Path | str) -> av.container.InputContainer:
+    try:
+        return av.open(str(path))
+    except av.error.FileNotFoundError as error:
+        raise UserError(f"{path}: there is no such file") from error
+    except av.error.FFmpegError as error:
+        raise UserError(f"{path}: expected a video, found something ffmpeg cannot read ({error.strerror})") from error
+
+
+def write_gif(path: Path | str, frames: np.ndarray, fps: float) -> None:
+    """Write uint8 RGB `t h w 3` as an endless GIF with one palette for all frames, so that still things stand still."""
+    _check_frames(frames, fps)
+    num_samples = min(len(frames), 16)
+    samples = frames[np.linspace(0, len(frames) - 1, num_samples).round().astype(int)]
+    mosaic = Image.fromarray(rearrange(samples, "t h w c -> (t h) w c"))
+    palette = mosaic.quantize(256, method=Image.Quantize.MEDIANCUT, kmeans=1)
+    pictures = [
+        Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG) for frame in frames
+    ]
+    with replacing(path) as partial:
+        pictures[0].save(
+            partial,
+            format="GIF",
+            save_all=True,
+            append_images=pictures[1:],
+            duration=max(20, round(100 / fps) * 10),  # GIF counts hundredths; players ignore anything below 2 of them
+            loop=0,
+            optimize=False,
+            disposal=1,
+        )
+
+
+def contact_sheet(rows: Sequence[np.ndarray], labels: Sequence[str] | None = None, gap: int = 4) -> Image.Image:
+    """Lay out clips on a sheet: one row for each uint8 RGB `t h w 3`, its label above it, frames from left to right."""
+    if not rows:
+        raise ValueError("a contact sheet needs at least one row")
+    if labels is not None and len(labels) != len(rows):
+        raise ValueError(f"expected {len(rows)} labels, one for each row, found {len(labels)}")
+    font = ImageFont.load_default(size=14)
+    band = 20 if labels is not None else 0
+    width = max(len(row) * (row.shape[2] + gap) + gap for row in rows)
+    height = sum(band + row.shape[1] + gap for row in rows) + gap
+    sheet = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    y = gap
+    for number, row in enumerate(rows):
+        if labels is not None:
+            draw.text((gap, y), _shorten(labels[number], font, width - 2 * gap), fill="black", font=font)
+        for column, frame in enumerate(row):
+            sheet.paste(Image.fromarray(frame), (gap + column * (row.shape[2] + gap), y + band))
+        y += band + row.shape[1] + gap
+    return sheet
+
+
+def _shorten(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    text = " ".join(text.split())
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "...") > width:
+        text = text[:-1]
+    return text + "..."
+
+
+def _check_frames(frames: np.ndarray, fps: float) -> None:
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or len(frames) == 0:
+        raise ValueError(f"expected uint8 frames `t h w 3`, found {frames.dtype} {list(frames.shape)}")
+    if fps <= 0:
+        raise ValueError(f"expected frames a second above 0, found {fps:g}")
