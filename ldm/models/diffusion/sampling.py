@@ -1,0 +1,202 @@
+"""From noise to video: guidance round the network, one loop over a diffusers scheduler, decoding in pieces.
+
+The schedulers are diffusers'; here they get our betas and parameterization and the settings with which Stable
+Diffusion v1 is sampled. Classifier-free guidance is that of Ho & Salimans 2022. Loading and saving are not here.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    SchedulerMixin,
+    UniPCMultistepScheduler,
+)
+from einops import rearrange
+from torch import Tensor, nn
+
+from ldm.errors import UserError
+from ldm.models.diffusion.schedule import NoiseSchedule
+
+Denoiser = Callable[[Tensor, Tensor], Tensor]  # noisy latents b t c h w, timesteps b -> network output b t c h w
+Generators = torch.Generator | Sequence[torch.Generator]
+Progress = Callable[[int, int], None]  # called with (done, total)
+
+
+class PLMSScheduler(PNDMScheduler):
+    """Pseudo linear multistep sampling (Liu et al. 2022) for every parameterization.
+
+    The method extrapolates predicted noise, so what the network returns is turned into noise first. diffusers' own
+    class extrapolates it as it is, which is right for "eps" alone.
+    """
+
+    parameterization = "eps"
+
+    def step_plms(self, model_output: Tensor, timestep: Tensor, sample: Tensor, return_dict: bool = True) -> Any:
+        """One step from the network's output at `timestep`, `b ...`; returns what diffusers' class returns."""
+        alpha = self.alphas_cumprod[timestep]
+        if self.parameterization == "x0":
+            model_output = (sample - alpha.sqrt() * model_output) / (1 - alpha).sqrt()
+        elif self.parameterization == "v":
+            model_output = alpha.sqrt() * model_output + (1 - alpha).sqrt() * sample
+        return super().step_plms(model_output, timestep, sample, return_dict)
+
+
+# The last DDIM and PLMS step ends at alphas_cumprod[0], not at 1, and their grid starts at 1: as Stable Diffusion v1.
+_COMPVIS_GRID = {"set_alpha_to_one": False, "steps_offset": 1, "timestep_spacing": "leading"}
+_SCHEDULERS: dict[str, tuple[type[SchedulerMixin], dict]] = {
+    "ddim": (DDIMScheduler, {"clip_sample": False, **_COMPVIS_GRID}),
+    "plms": (PLMSScheduler, {"skip_prk_steps": True, **_COMPVIS_GRID}),
+    "dpm++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "timestep_spacing": "linspace"}),
+    "unipc": (UniPCMultistepScheduler, {"timestep_spacing": "linspace"}),
+    "euler": (EulerDiscreteScheduler, {"timestep_spacing": "linspace"}),
+}
+SAMPLERS = tuple(_SCHEDULERS)
+_PREDICTION_TYPES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+
+
+class GuidedDenoiser:
+    """A network with its captions and guidance: noisy latents `b t c h w`, timesteps `b` -> output `b t c h w`.
+
+    unet: called as unet(latents, timesteps, context).
+    context: the captions, `b n d`. Latents are given to the network in its dtype and device; what comes back is
+        float32.
+    uncond: what guidance moves away from, `b n d` or `1 n d`; None for no guidance.
+    scale: 1 asks for no guidance either, and costs half as much.
+    """
+
+    def __init__(
+        self, unet: Callable[..., Tensor], context: Tensor, uncond: Tensor | None = None, scale: float = 1.0
+    ) -> None:
+        self.unet = unet
+        self.scale = scale
+        self.is_guided = uncond is not None and scale != 1
+        if self.is_guided:
+            context = torch.cat([uncond.to(context).expand_as(context), context])
+        self.context = context
+
+    def __call__(self, latents: Tensor, timesteps: Tensor) -> Tensor:
+        """One evaluation; with guidance the batch is [without caption, with caption]."""
+        inputs = latents.to(self.context.dtype)
+        if not self.is_guided:
+            return self.unet(inputs, timesteps, self.context).float()
+        output = self.unet(torch.cat([inputs, inputs]), torch.cat([timesteps, timesteps]), self.context)
+        without, with_caption = output.float().chunk(2)
+        return without + self.scale * (with_caption - without)
+
+
+def build_scheduler(name: str, schedule: NoiseSchedule) -> SchedulerMixin:
+    """The diffusers scheduler called `name` (one of `SAMPLERS`) for the betas and parameterization of `schedule`."""
+    if name not in _SCHEDULERS:
+        near = difflib.get_close_matches(name, SAMPLERS, n=1, cutoff=0.3)
+        hint = f" (did you mean '{near[0]}'?)" if near else ""
+        raise UserError(f"sampler: expected one of {', '.join(SAMPLERS)}, found '{name}'{hint}")
+    cls, settings = _SCHEDULERS[name]
+    if cls is not PLMSScheduler:
+        settings = {**settings, "prediction_type": _PREDICTION_TYPES[schedule.parameterization]}
+    betas = schedule.betas64().tolist()
+    scheduler = cls(num_train_timesteps=schedule.num_timesteps, trained_betas=betas, **settings)
+    if isinstance(scheduler, PLMSScheduler):
+        scheduler.parameterization = schedule.parameterization
+    return scheduler
+
+
+def set_steps(scheduler: SchedulerMixin, steps: int, device: torch.device | str = "cpu") -> Tensor:
+    """Lay out the grid of `steps` diffusion steps and return it, noisiest first.
+
+    As many steps as asked for, on the grid of diffusers; where `steps` divides 1000 that is CompVis's grid too, which
+    elsewhere has extra steps. Raises UserError for fewer than one step and for as many as training had or more: with
+    those the grid leaves the schedule (DDIM, PLMS) or visits a step twice (DPM-Solver, UniPC).
+    """
+    limit = scheduler.config.num_train_timesteps - 1
+    if not 1 <= steps <= limit:
+        raise UserError(
+            f"steps: expected 1 to {limit}, found {steps}; the grid does not fit into the {limit + 1} diffusion steps "
+            "of training"
+        )
+    scheduler.set_timesteps(steps, device=device)
+    return scheduler.timesteps
+
+
+def initial_noise(num: int, frames: int, channels: int, h: int, w: int, generator: Generators) -> Tensor:
+    """Unit normal noise `num frames channels h w`, h and w in latent pixels; drawn on the CPU, the same everywhere.
+
+    generator: one for all samples, or one per sample, so that a sample does not depend on the batch it is made in.
+        A longer clip from the same seed starts with the noise of the shorter one.
+    """
+    if frames < 1:
+        raise UserError(f"frames: expected at least 1, found {frames}")
+    generators = [generator] * num if isinstance(generator, torch.Generator) else list(generator)
+    if len(generators) != num:
+        raise UserError(f"generator: expected one, or one for each of the {num} samples, found {len(generators)}")
+    return torch.stack([torch.randn(frames, channels, h, w, generator=one) for one in generators])
+
+
+def check_size(height: int, width: int, multiple: int) -> None:
+    """Raise UserError unless height and width, in pixels, are multiples of `multiple` (64 for Stable Diffusion)."""
+    for name, size in (("height", height), ("width", width)):
+        if size < multiple or size % multiple:
+            nearest = max(multiple, round(size / multiple) * multiple)
+            raise UserError(f"{name}: expected a multiple of {multiple} pixels, found {size}; the nearest is {nearest}")
+
+
+@torch.no_grad()
+def sample(
+    denoiser: Denoiser,
+    scheduler: SchedulerMixin,
+    noise: Tensor,
+    steps: int,
+    generator: Generators | None = None,
+    progress: Progress | None = None,
+    eta: float = 0.0,
+) -> Tensor:
+    """Turn unit noise `b t c h w` into scaled latents of the same shape and device, float32.
+
+    generator: for the noise that DDIM adds between steps when eta > 0; one, or one per sample.
+    eta: 0 is deterministic, 1 adds as much noise as DDPM; DDIM only.
+    """
+    if not 0 <= eta <= 1:
+        raise UserError(f"eta: expected 0 to 1, found {eta:g}")
+    is_ddim = isinstance(scheduler, DDIMScheduler)
+    if eta and not is_ddim:
+        raise UserError(f"eta: only the sampler ddim adds noise between steps, found eta {eta:g} with another sampler")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        generator = list(generator)  # diffusers tests for this very type
+    extra = {"eta": eta, "generator": generator} if is_ddim else {}
+    timesteps = set_steps(scheduler, steps, noise.device)
+    latents = noise.float() * scheduler.init_noise_sigma
+    for index, timestep in enumerate(timesteps):
+        noisy = scheduler.scale_model_input(latents, timestep)
+        output = denoiser(noisy, timestep.expand(len(noise)))
+        latents = scheduler.step(output, timestep, latents, **extra).prev_sample
+        if progress:
+            progress(index + 1, len(timesteps))
+    return latents
+
+
+@torch.no_grad()
+def decode_video(
+    first_stage: nn.Module, latents: Tensor, scale_factor: float, chunk: int = 4, progress: Progress | None = None
+) -> Tensor:
+    """Scaled latents `b t c h w` -> video `b t 3 H W` in [-1, 1], float32, on the CPU.
+
+    chunk: frames decoded at a time; fewer need less memory.
+    progress: called after every chunk.
+    """
+    if chunk < 1:
+        raise UserError(f"decode chunk: expected at least 1 frame, found {chunk}")
+    frames = rearrange(latents / scale_factor, "b t c h w -> (b t) c h w")
+    decoded = []
+    for start in range(0, len(frames), chunk):
+        pixels = first_stage.decode(frames[start : start + chunk])
+        decoded.append(pixels.float().clamp(-1, 1).cpu())
+        if progress:
+            progress(min(start + chunk, len(frames)), len(frames))
+    return rearrange(torch.cat(decoded), "(b t) c h w -> b t c h w", b=len(latents))
