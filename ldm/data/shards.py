@@ -1,0 +1,376 @@
+"""Prepared clips on disk: tar shards with a byte index beside them, read at random, checked as they are read.
+
+`data/README.md` is the contract. Reading is `os.pread` of exactly the bytes that are wanted; no array header and no
+pickle is ever interpreted, shapes come from the index. Writing whole data sets is `preparation.py`.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import numpy as np
+from webdataset.writer import TarWriter
+
+from ldm.errors import UserError
+
+SCHEMA_VERSION = 1
+DATASET_FILE, INDEX_FILE, VIDEOS_FILE, EMPTY_FILE = "dataset.json", "index.jsonl", "videos.jsonl", "empty.npy"
+MAX_OPEN_SHARDS = 64
+_FLOAT16 = np.dtype("<f2")
+_TAR_BLOCK = 512
+
+
+class DatasetError(UserError):
+    """A prepared folder that is incomplete, damaged, or made for something else."""
+
+
+class Span(NamedTuple):
+    """A `.npy` file inside a shard: where it starts, its bytes with the array header, crc32 of all of them."""
+
+    offset: int
+    length: int
+    crc32: int
+
+
+@dataclass(slots=True)
+class SceneEntry:
+    """One line of the index: an unbroken stretch of one video."""
+
+    key: str
+    shard: str
+    source: str
+    start: int  # of its first frame in the source, counted at `fps`
+    num_frames: int
+    fps: float
+    captions: list[str]
+    latents: Span
+    frames_crc32: str  # 8 hex digits for each frame
+    contexts: list[Span]  # one for each caption
+
+    @classmethod
+    def from_line(cls, line: str | bytes) -> SceneEntry:
+        """Parse a line of the index; raises KeyError, TypeError or ValueError when it is none."""
+        entry = cls(**json.loads(line))
+        entry.latents = Span(**entry.latents)
+        entry.contexts = [Span(**span) for span in entry.contexts]
+        return entry
+
+    def to_line(self) -> str:
+        """The entry as a line of the index, with its newline."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values["latents"] = self.latents._asdict()
+        values["contexts"] = [span._asdict() for span in self.contexts]
+        return json.dumps(values, ensure_ascii=False) + "\n"
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """`dataset.json`: what is the same for all scenes, and how many there are."""
+
+    schema_version: int
+    first_stage: str  # identity of the autoencoder that made the moments
+    text_encoder: str  # identity of the text encoder that made the embeddings
+    scale_factor: float  # latents = scale_factor * sample; what is stored is not scaled
+    fps: float
+    size: list[int]  # height, width of the pictures
+    moments_shape: list[int]  # 2c, h, w of one frame: mean and log-variance
+    context_shape: list[int]  # n, d of one caption
+    empty_context_crc32: int
+    num_videos: int
+    num_scenes: int
+    num_frames: int
+    index_crc32: int
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of a sampled latent, half of what is stored."""
+        return self.moments_shape[0] // 2
+
+    def to_json(self) -> str:
+        """The text of `dataset.json`."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+
+class ShardWriter:
+    """Write scenes into one uncompressed tar by WebDataset's convention; the same scenes give the same bytes."""
+
+    def __init__(self, path: Path | str, name: str) -> None:
+        """Start the file at `path`, which the index shall know as `name`."""
+        self.name = name
+        self._file = open(path, "wb")
+        self._tar = TarWriter(self._file, encoder=False, compress=False, mtime=0, user="prepare", group="prepare")
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                self._tar.close()  # writes the end of the archive
+        finally:
+            self._file.close()
+
+    def add(
+        self, key: str, about: Mapping[str, Any], moments: np.ndarray, contexts: Sequence[np.ndarray]
+    ) -> SceneEntry:
+        """Write one scene and return its index entry.
+
+        `about` holds source, start, fps and captions; moments float16 `t 2c h w`; one float16 `n d` for each caption.
+        """
+        if moments.dtype != _FLOAT16 or any(context.dtype != _FLOAT16 for context in contexts):
+            raise TypeError("prepared arrays are float16")
+        frames = np.ascontiguousarray(moments)
+        crcs = "".join(f"{zlib.crc32(frame):08x}" for frame in frames)
+        return self._write(key, {**about, "num_frames": len(frames)}, crcs, [frames, *contexts])
+
+    def copy(self, entry: SceneEntry, latents: bytes, contexts: Sequence[bytes]) -> SceneEntry:
+        """Write a scene that lies elsewhere, from the bytes of its `.npy` files; returns its entry in this shard."""
+        about = {name: getattr(entry, name) for name in ("source", "start", "fps", "captions", "num_frames")}
+        return self._write(entry.key, about, entry.frames_crc32, [latents, *contexts])
+
+    def _write(self, key: str, about: dict[str, Any], crcs: str, arrays: Sequence[np.ndarray | bytes]) -> SceneEntry:
+        names = ["latents.npy", "context.npy", *(f"context.{n}.npy" for n in range(1, len(arrays) - 1))]
+        members = {
+            name: array if isinstance(array, bytes) else npy_bytes(array)
+            for name, array in zip(names, arrays, strict=True)
+        }
+        described = json.dumps({"key": key, **about}, ensure_ascii=False, sort_keys=True).encode()
+        position = self._tar.tarstream.offset
+        self._tar.write({"__key__": key, "json": described, **members})
+        spans = {}
+        for name, content in sorted({"json": described, **members}.items()):  # the order in which TarWriter writes
+            spans[name] = Span(position + _TAR_BLOCK, len(content), zlib.crc32(content))
+            position += _TAR_BLOCK + -(-len(content) // _TAR_BLOCK) * _TAR_BLOCK
+        if position != self._tar.tarstream.offset:
+            raise RuntimeError("the tar writer does not lay members out as the index assumes")
+        contexts = [spans[name] for name in names[1:]]
+        return SceneEntry(
+            key=key, shard=self.name, latents=spans["latents.npy"], contexts=contexts, frames_crc32=crcs, **about
+        )
+
+
+def npy_bytes(array: np.ndarray) -> bytes:
+    """The array as a `.npy` file."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _float16(content: bytes, shape: Sequence[int]) -> np.ndarray:
+    """Raw values as an array; what stands before them (the header) is skipped unread."""
+    size = int(np.prod(shape)) * _FLOAT16.itemsize
+    return np.frombuffer(content, _FLOAT16, offset=len(content) - size).reshape(shape)
+
+
+class ShardReader:
+    """Bytes out of the shards of one folder; files are opened when first needed, so it may be forked and pickled."""
+
+    def __init__(self, root: Path | str) -> None:
+        self.root = Path(root)
+        self._files: dict[str, int] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"root": self.root, "_files": {}}
+
+    def __del__(self) -> None:
+        for descriptor in self._files.values():
+            os.close(descriptor)
+
+    def read(self, entry: SceneEntry, offset: int, length: int) -> bytes:
+        """`length` bytes from `offset` of the scene's shard. Raises DatasetError when they are not there."""
+        content = os.pread(self._descriptor(entry), length, offset)
+        if len(content) != length:
+            raise DatasetError(
+                f"{self.root / entry.shard}: cut short: scene {entry.key} needs {length} bytes at {offset}, "
+                f"found {len(content)}; copy the shard again or prepare into a fresh folder"
+            )
+        return content
+
+    def read_span(self, entry: SceneEntry, span: Span) -> bytes:
+        """A whole `.npy` file, checked against its crc32."""
+        content = self.read(entry, span.offset, span.length)
+        if zlib.crc32(content) != span.crc32:
+            raise self.damaged(entry, f"bytes {span.offset} to {span.offset + span.length}")
+        return content
+
+    def damaged(self, entry: SceneEntry, where: str) -> DatasetError:
+        """The error for bytes that are not those that were written."""
+        return DatasetError(
+            f"{self.root / entry.shard}: scene {entry.key} ({entry.source}) is damaged: {where} do not match the crc32 "
+            "in the index; copy the shard again or prepare into a fresh folder"
+        )
+
+    def _descriptor(self, entry: SceneEntry) -> int:
+        if entry.shard not in self._files:
+            if len(self._files) >= MAX_OPEN_SHARDS:
+                os.close(self._files.pop(next(iter(self._files))))
+            try:
+                self._files[entry.shard] = os.open(self.root / entry.shard, os.O_RDONLY)
+            except FileNotFoundError as error:
+                raise DatasetError(
+                    f"{self.root / entry.shard}: the shard is missing, scene {entry.key} is in it; copy it again"
+                ) from error
+        return self._files[entry.shard]
+
+
+class PreparedSet:
+    """A prepared folder, open for reading: `info`, `scenes`, `empty_context` (float16 `n d`).
+
+    Opening reads the index and compares it with the sizes of the shards; `verify=True` also reads every byte. Raises
+    DatasetError, naming shard and scene, for anything that is missing, cut short, damaged or of another version.
+    """
+
+    def __init__(self, root: Path | str, verify: bool = False) -> None:
+        self.root = Path(root)
+        self.info = read_info(self.root)
+        self.scenes = _read_index(self.root, self.info)
+        self.empty_context = _read_empty_context(self.root, self.info)
+        self._reader = ShardReader(self.root)
+        self._check_sizes()
+        if verify:
+            for scene in self.scenes:
+                self.verify(scene)
+
+    def read_moments(
+        self, scene: SceneEntry, start: int = 0, count: int | None = None, stride: int = 1
+    ) -> np.ndarray:
+        """`count` frames of a scene from `start`, every `stride`-th (None: to its end), float16 `t 2c h w`.
+
+        Only the bytes of these frames are read, and each frame is checked. Raises IndexError outside the scene.
+        """
+        wanted = range(start, scene.num_frames, stride)
+        wanted = wanted if count is None else range(start, start + count * stride, stride)
+        if start < 0 or stride < 1 or not wanted or wanted[-1] >= scene.num_frames:
+            raise IndexError(f"frames {wanted} are not in scene {scene.key}, which has {scene.num_frames}")
+        shape = self.info.moments_shape
+        size = int(np.prod(shape)) * _FLOAT16.itemsize
+        first = scene.latents.offset + scene.latents.length - scene.num_frames * size
+        if stride == 1:
+            content = self._reader.read(scene, first + start * size, len(wanted) * size)
+        else:
+            content = b"".join(self._reader.read(scene, first + frame * size, size) for frame in wanted)
+        for position, frame in enumerate(wanted):
+            found = zlib.crc32(memoryview(content)[position * size : (position + 1) * size])
+            if f"{found:08x}" != scene.frames_crc32[8 * frame : 8 * frame + 8]:
+                raise self._reader.damaged(scene, f"the bytes of frame {frame}")
+        return _float16(content, [len(wanted), *shape])
+
+    def read_context(self, scene: SceneEntry) -> np.ndarray:
+        """The embeddings of all captions of a scene, in their order: float16 `captions n d`."""
+        shape = self.info.context_shape
+        return np.stack([_float16(self._reader.read_span(scene, span), shape) for span in scene.contexts])
+
+    def verify(self, scene: SceneEntry) -> None:
+        """Read everything a scene has and compare it with its crc32. Raises DatasetError."""
+        for span in [scene.latents, *scene.contexts]:
+            self._reader.read_span(scene, span)
+
+    def check_encoders(self, first_stage: str, text_encoder: str, scale_factor: float) -> None:
+        """Raise DatasetError unless the set was made by these encoders (their identities) for this scale factor."""
+        for name, found, wanted in [
+            ("autoencoder", self.info.first_stage, first_stage),
+            ("text encoder", self.info.text_encoder, text_encoder),
+            ("scale factor", self.info.scale_factor, scale_factor),
+        ]:
+            if found != wanted:
+                raise DatasetError(
+                    f"{self.root}: prepared with another {name}: expected {str(wanted)[:16]}, found "
+                    f"{str(found)[:16]}; prepare the footage again, into a fresh folder, with this config"
+                )
+
+    def _check_sizes(self) -> None:
+        """Compare the index with itself, with the shapes of the data set and with the sizes of the files."""
+        frame_bytes = int(np.prod(self.info.moments_shape)) * _FLOAT16.itemsize
+        context_bytes = int(np.prod(self.info.context_shape)) * _FLOAT16.itemsize
+        sizes: dict[str, int] = {}
+        for scene in self.scenes:
+            if scene.shard not in sizes:
+                path = self.root / scene.shard
+                sizes[scene.shard] = path.stat().st_size if path.is_file() else -1
+            size = sizes[scene.shard]
+            end = max(span.offset + span.length for span in [scene.latents, *scene.contexts])
+            if end > size:
+                found = "is missing" if size < 0 else f"is cut short: expected at least {end} bytes, found {size}"
+                raise DatasetError(
+                    f"{self.root / scene.shard}: the shard {found} (scene {scene.key} is there); copy it again or "
+                    "prepare into a fresh folder"
+                )
+            if (
+                scene.latents.length < scene.num_frames * frame_bytes
+                or len(scene.frames_crc32) != 8 * scene.num_frames
+                or len(scene.contexts) != len(scene.captions)
+                or any(span.length < context_bytes for span in scene.contexts)
+            ):
+                raise DatasetError(f"{self.root / INDEX_FILE}: the line of scene {scene.key} contradicts itself")
+
+
+def read_info(root: Path) -> DatasetInfo:
+    """Read `dataset.json`. Raises DatasetError when it is missing, no JSON, incomplete or of another version."""
+    path = root / DATASET_FILE
+    advice = "give a folder that scripts/prepare.py finished (running the same command again finishes it)"
+    if not root.is_dir():
+        raise DatasetError(f"{root}: there is no such folder; {advice}")
+    if not path.is_file():
+        raise DatasetError(f"{root}: expected {DATASET_FILE} in it, found none; {advice}")
+    try:
+        values = json.loads(path.read_bytes())
+        version = values["schema_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DatasetError(f"{path}: expected JSON with a schema_version ({error}); {advice}") from error
+    if version != SCHEMA_VERSION:
+        raise DatasetError(
+            f"{path}: expected schema version {SCHEMA_VERSION}, found {version}: it was made by another version of "
+            "this project; prepare the footage again into a fresh folder"
+        )
+    names = {field.name for field in fields(DatasetInfo)}
+    if set(values) != names:
+        raise DatasetError(f"{path}: these fields are missing or unknown: {', '.join(sorted(names ^ set(values)))}")
+    return DatasetInfo(**values)
+
+
+def _read_index(root: Path, info: DatasetInfo) -> list[SceneEntry]:
+    path = root / INDEX_FILE
+    if not path.is_file():
+        raise DatasetError(
+            f"{root}: expected {INDEX_FILE} beside {DATASET_FILE}, found none: without it the shards cannot be read; "
+            "copy it again or prepare into a fresh folder"
+        )
+    content = path.read_bytes()
+    if zlib.crc32(content) != info.index_crc32:
+        raise DatasetError(
+            f"{path}: not the index that {DATASET_FILE} was written with: damaged, or preparing was interrupted at its "
+            "very end; run the same scripts/prepare.py command again, or copy the folder again"
+        )
+    return parse_index(content.splitlines(), path)
+
+
+def parse_index(lines: Iterable[bytes], path: Path) -> list[SceneEntry]:
+    """Entries from the lines of an index; raises DatasetError naming the first bad line."""
+    entries = []
+    for number, line in enumerate(lines, 1):
+        try:
+            entries.append(SceneEntry.from_line(line))
+        except (ValueError, TypeError) as error:
+            raise DatasetError(f"{path}: line {number} is no scene ({error}); prepare into a fresh folder") from error
+    return entries
+
+
+def _read_empty_context(root: Path, info: DatasetInfo) -> np.ndarray:
+    path = root / EMPTY_FILE
+    content = path.read_bytes() if path.is_file() else b""
+    if zlib.crc32(content) != info.empty_context_crc32:
+        raise DatasetError(
+            f"{path}: the embedding of the empty prompt is missing or damaged; copy the folder again or prepare into a "
+            "fresh one"
+        )
+    return _float16(content, info.context_shape)
