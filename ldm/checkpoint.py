@@ -1,0 +1,341 @@
+"""Stable Diffusion v1's weights into our networks, and back under the names the world knows.
+
+`load_unet` is the one door for every kind of file and folder; the encoders come from the same single file. Nothing is
+loaded loosely: each tensor of the file must have its place and each place its tensor, temporal layers excepted.
+How files are read is in `checkpoint_reading`, what tensors are called in `checkpoint_names`.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+from ldm.checkpoint_names import (
+    AVERAGE_COUNTERS,
+    AVERAGE_PREFIX,
+    FIRST_STAGE_PREFIX,
+    POSITION_IDS,
+    TEXT_PREFIX,
+    UNET_PREFIX,
+    UNetLayout,
+    average_names,
+)
+from ldm.checkpoint_reading import (
+    Checkpoint,
+    CheckpointError,
+    account,
+    first_stage_tensors,
+    part_tensors,
+    read_checkpoint,
+    text_tensors,
+)
+from ldm.config import build, check_own_targets, load_config
+from ldm.models.diffusion.schedule import NoiseSchedule
+from ldm.modules.encoders import CLIPTextEmbedder, KLFirstStage, position_ids
+from ldm.modules.unet import UNetModel
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "encoder_tensors",
+    "first_stage_tensors",
+    "full_state_dict",
+    "identity",
+    "load_encoders",
+    "load_first_stage",
+    "load_text_encoder",
+    "load_unet",
+    "load_weights",
+    "read_checkpoint",
+    "text_tensors",
+    "unet_tensors",
+]
+
+UNET_PATH = "model.params.unet_config"
+FIRST_STAGE_PATH = "model.params.first_stage_config"
+TEXT_PATH = "model.params.cond_stage_config"
+# What a file without a config holds: Stable Diffusion v1's own encoders.
+SD_V1_FIRST_STAGE = {
+    "target": "ldm.modules.encoders.KLFirstStage",
+    "params": {
+        "embed_dim": 4,
+        "ddconfig": {
+            "z_channels": 4,
+            "in_channels": 3,
+            "out_ch": 3,
+            "ch": 128,
+            "ch_mult": [1, 2, 4, 4],
+            "num_res_blocks": 2,
+        },
+    },
+}
+SD_V1_TEXT = {"target": "ldm.modules.encoders.CLIPTextEmbedder", "params": {}}
+
+Config = str | Path | DictConfig | Mapping[str, Any]
+
+
+def is_temporal(name: str) -> bool:
+    """True for the tensors that make a video network of an image network, which an image checkpoint lacks."""
+    return ".temporal." in name
+
+
+def load_weights(
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    *,
+    where: str,
+    may_miss: Callable[[str], bool] = is_temporal,
+) -> None:
+    """Copy tensors into a module, in the module's dtype, after accounting for every name and shape.
+
+    where: what is filled and from where, for the message of the `CheckpointError` that lists what does not fit.
+    may_miss: says of a name whether the module may keep its own value; temporal layers may.
+    """
+    account(module.state_dict(), tensors, where=where, may_miss=may_miss)
+    module.load_state_dict(tensors, strict=False)
+
+
+def load_unet(path: str | Path, config: Config | None = None, use_average: bool = True) -> UNetModel:
+    """The video UNet with the weights of any checkpoint file or diffusers folder, float32 on the CPU.
+
+    config: the path of a YAML file, or a whole config, or its `unet_config` node, or the bare words of `UNetModel`.
+        None: the config inside the checkpoint; where there is none, words read from the shapes of its tensors.
+    use_average: take the running average of each weight where the file holds one.
+
+    Temporal layers that the file lacks start as they always do, changing nothing. Raises `CheckpointError`.
+    """
+    checkpoint = read_checkpoint(path)
+    tensors = unet_tensors(checkpoint, use_average)
+    _refuse_linear_projections(tensors, checkpoint.path)
+    unet = build(_unet_node(checkpoint, tensors, config), UNET_PATH)
+    has_time = any(is_temporal(name) for name in tensors)
+    may_miss = (lambda name: False) if has_time else is_temporal
+    load_weights(unet, tensors, where=f"UNet from {path}", may_miss=may_miss)
+    return unet
+
+
+def unet_tensors(checkpoint: Checkpoint, use_average: bool = True) -> dict[str, Tensor]:
+    """The UNet's tensors, names relative to `model.diffusion_model.`; averages in place of weights that have one."""
+    tensors = part_tensors(checkpoint, UNET_PREFIX, "UNet (model.diffusion_model.*)")
+    averages = average_names(tensors)
+    strangers = {name for name in checkpoint.tensors if name.startswith(AVERAGE_PREFIX)}
+    strangers -= set(averages.values()) | set(AVERAGE_COUNTERS)
+    if strangers:
+        raise CheckpointError(
+            f"{checkpoint.path}: {len(strangers)} averaged tensors belong to no weight of its UNet, such as "
+            f"{min(strangers)}. Take the original file, or one without averages."
+        )
+    if not use_average:
+        return tensors
+    return {name: checkpoint.tensors.get(averages[name], tensor) for name, tensor in tensors.items()}
+
+
+def unet_words(tensors: Mapping[str, Tensor], num_heads: int = 8) -> dict[str, Any]:
+    """The arguments of `UNetModel` that the shapes of its tensors, CompVis names, tell; heads they do not tell."""
+
+    def shape(name: str) -> torch.Size:
+        if name not in tensors:
+            raise CheckpointError(f"expected a UNet of Stable Diffusion v1, found one without {name}. Give its config.")
+        return tensors[name].shape
+
+    layout = UNetLayout.of_compvis(tensors)
+    model_channels, in_channels = shape("input_blocks.0.0.weight")[:2]
+    levels = range(layout.num_levels)
+    widths = [shape(f"{layout.first_block(level)}.out_layers.3.weight")[0] for level in levels]
+    depth = sum(name.startswith("middle_block.1.") and name.endswith(".attn2.to_k.weight") for name in tensors)
+    words = {
+        "in_channels": in_channels,
+        "out_channels": shape("out.2.weight")[0],
+        "model_channels": model_channels,
+        "num_res_blocks": layout.num_res_blocks,
+        "attention_resolutions": [2**level for level in sorted(layout.attention_levels, reverse=True)],
+        "channel_mult": [width // model_channels for width in widths],
+        "num_heads": num_heads,
+        "transformer_depth": depth,
+        "context_dim": shape("middle_block.1.transformer_blocks.0.attn2.to_k.weight")[1],
+    }
+    if "input_blocks.0.0.temporal.weight" in tensors:
+        words["temporal_kernel_size"] = shape("input_blocks.0.0.temporal.weight")[-1]
+    return words
+
+
+def load_first_stage(source: Checkpoint | str | Path, config_node: Mapping[str, Any] | None = None) -> KLFirstStage:
+    """The image autoencoder from a checkpoint, frozen, in evaluation mode.
+
+    config_node: its `first_stage_config`; None: that of the checkpoint, or Stable Diffusion v1's where it has none.
+    """
+    checkpoint = _opened(source)
+    node = _plain(config_node) or _own_node(checkpoint, "first_stage_config") or copy.deepcopy(SD_V1_FIRST_STAGE)
+    first_stage = build(_without_weights(node), FIRST_STAGE_PATH)
+    first_stage.load_compvis_state_dict(first_stage_tensors(checkpoint), where=f"first stage from {checkpoint.path}")
+    return first_stage.requires_grad_(False).eval()
+
+
+def load_text_encoder(
+    source: Checkpoint | str | Path, config_node: Mapping[str, Any] | None = None
+) -> CLIPTextEmbedder:
+    """The text encoder from a checkpoint, frozen, with its tokenizer found.
+
+    config_node: its `cond_stage_config`; None: that of the checkpoint, or Stable Diffusion v1's where it has none. A
+        diffusers folder's own tokenizer is used unless the config names another.
+    """
+    checkpoint = _opened(source)
+    node = _plain(config_node) or _own_node(checkpoint, "cond_stage_config") or copy.deepcopy(SD_V1_TEXT)
+    node = _without_weights(node)
+    if checkpoint.kind == "diffusers" and (checkpoint.path / "tokenizer").is_dir():
+        node["params"].setdefault("tokenizer", str(checkpoint.path))
+    encoder = build(node, TEXT_PATH)
+    encoder.load_compvis_state_dict(text_tensors(checkpoint), where=f"text encoder from {checkpoint.path}")
+    _ = encoder.tokenizer  # missing, it should say so now and not after an hour of encoding video
+    return encoder
+
+
+def load_encoders(config: DictConfig | Mapping[str, Any]) -> tuple[KLFirstStage, CLIPTextEmbedder]:
+    """Both encoders of a video config, each from its own `ckpt_path` or else from `model.params.ckpt_path`.
+
+    A text encoder with a `random_seed` and no path of its own is made from that seed.
+    """
+    params = _model_params(config)
+    first_stage = load_first_stage(_source(params, "first_stage_config"), params["first_stage_config"])
+    node = params["cond_stage_config"]
+    if not _is_random(node):
+        return first_stage, load_text_encoder(_source(params, "cond_stage_config"), node)
+    text_encoder = build(node, TEXT_PATH)
+    _ = text_encoder.tokenizer
+    return first_stage, text_encoder
+
+
+def encoder_tensors(config: DictConfig | Mapping[str, Any]) -> dict[str, Tensor]:
+    """The encoders' tensors under their full CompVis names, to be put into a training checkpoint.
+
+    They are taken from where `load_encoders` takes them and checked as strictly, but no autoencoder is built and the
+    tensors stay mapped to their file.
+    """
+    params = _model_params(config)
+    tensors = first_stage_tensors(_opened(_source(params, "first_stage_config")))
+    with torch.device("meta"):
+        expected = build(_without_weights(params["first_stage_config"]), FIRST_STAGE_PATH).compvis_state_dict()
+    account(expected, tensors, where=f"first stage from {_source(params, 'first_stage_config')}")
+    node = params["cond_stage_config"]
+    if _is_random(node):
+        text = build(node, TEXT_PATH).compvis_state_dict()
+    else:
+        text = text_tensors(_opened(_source(params, "cond_stage_config")))
+        num_positions = text["text_model.embeddings.position_embedding.weight"].shape[0]
+        text[POSITION_IDS] = position_ids(num_positions)
+    return _prefixed(FIRST_STAGE_PREFIX, tensors) | _prefixed(TEXT_PREFIX, text)
+
+
+def full_state_dict(
+    unet: UNetModel, first_stage: KLFirstStage, text_encoder: CLIPTextEmbedder, schedule: NoiseSchedule
+) -> dict[str, Tensor]:
+    """Every tensor of a Stable Diffusion checkpoint under CompVis's names: v1's 1143, and the temporal ones besides."""
+    return (
+        schedule.compvis_buffers()
+        | _prefixed(UNET_PREFIX, unet.state_dict())
+        | _prefixed(FIRST_STAGE_PREFIX, first_stage.compvis_state_dict())
+        | _prefixed(TEXT_PREFIX, text_encoder.compvis_state_dict())
+    )
+
+
+def identity(tensors: Mapping[str, Tensor]) -> str:
+    """A sha256 that tells whether two sets of weights are the same: names in order and values as float32, in hex.
+
+    The same from a file and from the module it filled (`compvis_state_dict`), in fp16 or fp32; token positions, which
+    only some files hold, do not count.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        if not name.endswith("position_ids"):
+            digest.update(name.encode())
+            digest.update(tensor.detach().float().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _unet_node(checkpoint: Checkpoint, tensors: Mapping[str, Tensor], config: Config | None) -> dict[str, Any]:
+    """{target, params} of the UNet, from what was given, or from the checkpoint, or from its tensors."""
+    if config is None:
+        node = _own_node(checkpoint, "unet_config")
+        return node or _node_of_words(unet_words(tensors, checkpoint.num_heads or 8))
+    if isinstance(config, str | Path):
+        config = load_config([config])
+    config = _plain(config)
+    if "model" in config:
+        return _model_params(config, "unet_config")["unet_config"]
+    return config if "target" in config else _node_of_words(config)
+
+
+def _node_of_words(words: Mapping[str, Any]) -> dict[str, Any]:
+    return {"target": "ldm.modules.unet.UNetModel", "params": dict(words)}
+
+
+def _refuse_linear_projections(tensors: Mapping[str, Tensor], path: Path) -> None:
+    for name, tensor in tensors.items():
+        if name.endswith(".proj_in.weight") and tensor.ndim == 2:
+            raise CheckpointError(
+                f"{path}: expected a UNet of Stable Diffusion v1, whose projections are 1x1 convolutions, found linear "
+                f"ones ({name} {list(tensor.shape)}), as in Stable Diffusion 2 and SDXL. These are not read."
+            )
+
+
+def _opened(source: Checkpoint | str | Path) -> Checkpoint:
+    return source if isinstance(source, Checkpoint) else read_checkpoint(source)
+
+
+def _plain(config: DictConfig | Mapping[str, Any] | None) -> Any:
+    """Resolved plain containers, ours to change."""
+    if isinstance(config, DictConfig):
+        return OmegaConf.to_container(config, resolve=True)
+    return copy.deepcopy(config)
+
+
+def _own_node(checkpoint: Checkpoint, name: str) -> dict[str, Any] | None:
+    """The node of the config inside the checkpoint, where there is one; it may build classes of ours alone."""
+    params = (_plain(checkpoint.config) or {}).get("model", {}).get("params") or {}
+    if params.get(name) is None:
+        return None
+    check_own_targets({name: params[name]})
+    return params[name]
+
+
+def _model_params(config: DictConfig | Mapping[str, Any], *needed: str) -> dict[str, Any]:
+    params = _plain(config).get("model", {}).get("params", {})
+    for name in needed or ("first_stage_config", "cond_stage_config"):
+        if not isinstance(params.get(name), Mapping):
+            raise CheckpointError(
+                f"model.params.{name}: expected a node with target and params, found none. Add it to the config."
+            )
+    return params
+
+
+def _without_weights(node: Mapping[str, Any]) -> dict[str, Any]:
+    """The node without the words that say where weights come from: they come from elsewhere."""
+    words = (node.get("params") or {}).items()
+    return {**node, "params": {word: value for word, value in words if word not in ("ckpt_path", "random_seed")}}
+
+
+def _is_random(node: Mapping[str, Any]) -> bool:
+    params = node.get("params") or {}
+    return params.get("random_seed") is not None and params.get("ckpt_path") is None
+
+
+def _source(params: Mapping[str, Any], part: str) -> str:
+    """Where a config says that the weights of a part are."""
+    path = (params[part].get("params") or {}).get("ckpt_path") or params.get("ckpt_path")
+    if path is None:
+        raise CheckpointError(
+            f"model.params.{part}: expected the path of its weights in params.ckpt_path or in model.params.ckpt_path, "
+            "found neither. Set one of them."
+        )
+    return path
+
+
+def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + name: tensor for name, tensor in tensors.items()}

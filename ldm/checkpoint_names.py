@@ -1,0 +1,211 @@
+"""The names of Stable Diffusion v1's tensors: CompVis's, which we use everywhere, and diffusers', both directions.
+
+Pure tables made of strings: no tensor is touched here. A table maps the name of a module in CompVis's naming to its
+name in diffusers'; what follows the module's name (`.weight`, `.temporal.bias`, ...) is the same in both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+UNET_PREFIX = "model.diffusion_model."
+FIRST_STAGE_PREFIX = "first_stage_model."
+TEXT_PREFIX = "cond_stage_model.transformer."
+AVERAGE_PREFIX = "model_ema."
+AVERAGE_COUNTERS = ("model_ema.decay", "model_ema.num_updates")
+POSITION_IDS = "text_model.embeddings.position_ids"
+
+SCHEDULE_NAMES = (
+    "betas",
+    "alphas_cumprod",
+    "alphas_cumprod_prev",
+    "sqrt_alphas_cumprod",
+    "sqrt_one_minus_alphas_cumprod",
+    "log_one_minus_alphas_cumprod",
+    "sqrt_recip_alphas_cumprod",
+    "sqrt_recipm1_alphas_cumprod",
+    "posterior_variance",
+    "posterior_log_variance_clipped",
+    "posterior_mean_coef1",
+    "posterior_mean_coef2",
+)
+# Written by CompVis's code only under some of its options; nothing here needs them.
+OPTIONAL_NAMES = ("scale_factor", "logvar", "lvlb_weights", "cond_ids")
+
+_RES_BLOCK = {
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
+_VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+# How folders written before diffusers 0.17, the public Stable Diffusion ones among them, call the same four.
+_OLD_VAE_ATTENTION = {"q": "query", "k": "key", "v": "value", "proj_out": "proj_attn"}
+
+
+@dataclass(frozen=True)
+class UNetLayout:
+    """How many blocks a UNet has and which levels have transformers: all that its names depend on."""
+
+    num_levels: int
+    num_res_blocks: int
+    attention_levels: frozenset[int]
+
+    @classmethod
+    def of_compvis(cls, names: Collection[str]) -> UNetLayout:
+        """The layout that CompVis names, relative to `model.diffusion_model.`, belong to."""
+        last = max(_numbers_after("input_blocks.", names), default=0)
+        downs = [index for index in range(last + 1) if f"input_blocks.{index}.0.op.weight" in names]
+        num_res_blocks = downs[0] - 1 if downs else last
+        with_attention = {index for index in range(1, last + 1) if f"input_blocks.{index}.1.norm.weight" in names}
+        levels = frozenset((index - 1) // (num_res_blocks + 1) for index in with_attention)
+        return cls(len(downs) + 1, num_res_blocks, levels)
+
+    @classmethod
+    def of_diffusers(cls, names: Collection[str]) -> UNetLayout:
+        """The layout that the names of diffusers' UNet2DConditionModel belong to."""
+        levels = _numbers_after("down_blocks.", names)
+        num_res_blocks = len(_numbers_after("down_blocks.0.resnets.", names))
+        with_attention = {level for level in levels if f"down_blocks.{level}.attentions.0.norm.weight" in names}
+        return cls(len(levels), num_res_blocks, frozenset(with_attention))
+
+    def first_block(self, level: int) -> str:
+        """CompVis's name of the first residual block of `level` on the way down."""
+        return f"input_blocks.{1 + level * (self.num_res_blocks + 1)}.0"
+
+
+def unet_table(layout: UNetLayout) -> dict[str, str]:
+    """Modules of the UNet, relative to `model.diffusion_model.` -> modules of UNet2DConditionModel."""
+    table = {
+        "time_embed.0": "time_embedding.linear_1",
+        "time_embed.2": "time_embedding.linear_2",
+        "input_blocks.0.0": "conv_in",
+        "middle_block.1": "mid_block.attentions.0",
+        "out.0": "conv_norm_out",
+        "out.2": "conv_out",
+    }
+    table |= _nested("middle_block.0", "mid_block.resnets.0", _RES_BLOCK)
+    table |= _nested("middle_block.2", "mid_block.resnets.1", _RES_BLOCK)
+    index = 1
+    for level in range(layout.num_levels):
+        for block in range(layout.num_res_blocks):
+            table |= _nested(f"input_blocks.{index}.0", f"down_blocks.{level}.resnets.{block}", _RES_BLOCK)
+            if level in layout.attention_levels:
+                table[f"input_blocks.{index}.1"] = f"down_blocks.{level}.attentions.{block}"
+            index += 1
+        if level + 1 < layout.num_levels:
+            table[f"input_blocks.{index}.0.op"] = f"down_blocks.{level}.downsamplers.0.conv"
+            index += 1
+    index = 0
+    for up, level in enumerate(reversed(range(layout.num_levels))):
+        has_attention = level in layout.attention_levels
+        for block in range(layout.num_res_blocks + 1):
+            table |= _nested(f"output_blocks.{index}.0", f"up_blocks.{up}.resnets.{block}", _RES_BLOCK)
+            if has_attention:
+                table[f"output_blocks.{index}.1"] = f"up_blocks.{up}.attentions.{block}"
+            if level > 0 and block == layout.num_res_blocks:
+                table[f"output_blocks.{index}.{1 + has_attention}.conv"] = f"up_blocks.{up}.upsamplers.0.conv"
+            index += 1
+    return table
+
+
+def first_stage_table(num_levels: int, num_res_blocks: int) -> dict[str, str]:
+    """Modules of CompVis's AutoencoderKL, relative to `first_stage_model.` -> modules of diffusers' AutoencoderKL."""
+    table = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
+    res_block = {part: part for part in ("norm1", "conv1", "norm2", "conv2")} | {"nin_shortcut": "conv_shortcut"}
+    for side in ("encoder", "decoder"):
+        table |= _nested(side, side, {"conv_in": "conv_in", "norm_out": "conv_norm_out", "conv_out": "conv_out"})
+        table |= _nested(f"{side}.mid.block_1", f"{side}.mid_block.resnets.0", res_block)
+        table |= _nested(f"{side}.mid.attn_1", f"{side}.mid_block.attentions.0", _VAE_ATTENTION)
+        table |= _nested(f"{side}.mid.block_2", f"{side}.mid_block.resnets.1", res_block)
+    for level in range(num_levels):
+        up = num_levels - 1 - level
+        for block in range(num_res_blocks):
+            table |= _nested(
+                f"encoder.down.{level}.block.{block}", f"encoder.down_blocks.{level}.resnets.{block}", res_block
+            )
+        for block in range(num_res_blocks + 1):
+            table |= _nested(f"decoder.up.{level}.block.{block}", f"decoder.up_blocks.{up}.resnets.{block}", res_block)
+        table[f"encoder.down.{level}.downsample.conv"] = f"encoder.down_blocks.{level}.downsamplers.0.conv"
+        table[f"decoder.up.{level}.upsample.conv"] = f"decoder.up_blocks.{up}.upsamplers.0.conv"
+    return table
+
+
+def unet_from_diffusers(names: Collection[str]) -> dict[str, str]:
+    """Each name of a UNet2DConditionModel -> CompVis's name, relative to `model.diffusion_model.`.
+
+    A name that such a UNet does not have stays as it is, for the accounting that follows to find.
+    """
+    return renamed(names, _inverse(unet_table(UNetLayout.of_diffusers(names))))
+
+
+def unet_to_diffusers(names: Collection[str]) -> dict[str, str]:
+    """Each CompVis name, relative to `model.diffusion_model.`, -> the name in a UNet2DConditionModel."""
+    return renamed(names, unet_table(UNetLayout.of_compvis(names)))
+
+
+def first_stage_from_diffusers(names: Collection[str]) -> dict[str, str]:
+    """Each name of diffusers' AutoencoderKL, in its old or new spelling, -> CompVis's, relative to the first stage."""
+    num_levels = len(_numbers_after("encoder.down_blocks.", names))
+    table = first_stage_table(num_levels, len(_numbers_after("encoder.down_blocks.0.resnets.", names)))
+    old = {}
+    for side in ("encoder", "decoder"):
+        old |= _nested(f"{side}.mid.attn_1", f"{side}.mid_block.attentions.0", _OLD_VAE_ATTENTION)
+    return renamed(names, _inverse(table) | _inverse(old))
+
+
+def first_stage_to_diffusers(names: Collection[str]) -> dict[str, str]:
+    """Each CompVis name, relative to `first_stage_model.`, -> the name in diffusers' AutoencoderKL."""
+    num_levels = len(_numbers_after("encoder.down.", names))
+    return renamed(names, first_stage_table(num_levels, len(_numbers_after("encoder.down.0.block.", names))))
+
+
+def is_first_stage_attention_weight(name: str) -> bool:
+    """True for the four weights, by CompVis name, that are 1x1 convolutions there and linear layers in diffusers."""
+    module, _, last = name.rpartition(".")
+    return last == "weight" and module.endswith(tuple(f"mid.attn_1.{part}" for part in ("q", "k", "v", "proj_out")))
+
+
+def text_name(name: str) -> str:
+    """A name of a CLIP text model, with or without the `text_model.` that transformers 5 leaves out -> with it."""
+    return name if name.startswith("text_model.") else f"text_model.{name}"
+
+
+def average_names(names: Iterable[str]) -> dict[str, str]:
+    """Each UNet name, relative to `model.diffusion_model.`, -> the name of its average, whose dots are deleted.
+
+    The names of averages cannot be read backwards: this table, made from the network's names, is the way to do it.
+    """
+    table = {name: AVERAGE_PREFIX + f"diffusion_model.{name}".replace(".", "") for name in names}
+    assert len(set(table.values())) == len(table), "two parameters of the UNet share the name of their average"
+    return table
+
+
+def renamed(names: Iterable[str], table: dict[str, str]) -> dict[str, str]:
+    """Each name -> the name whose leading module is replaced as `table` says; unknown ones stay as they are."""
+    return {name: _replace_module(name, table) for name in names}
+
+
+def _replace_module(name: str, table: dict[str, str]) -> str:
+    module = name
+    while "." in module:
+        module = module.rpartition(".")[0]
+        if module in table:
+            return table[module] + name[len(module) :]
+    return name
+
+
+def _nested(outer: str, other_outer: str, parts: dict[str, str]) -> dict[str, str]:
+    return {f"{outer}.{part}": f"{other_outer}.{other}" for part, other in parts.items()}
+
+
+def _inverse(table: dict[str, str]) -> dict[str, str]:
+    return {other: name for name, other in table.items()}
+
+
+def _numbers_after(prefix: str, names: Iterable[str]) -> set[int]:
+    found = {name[len(prefix) :].split(".")[0] for name in names if name.startswith(prefix)}
+    return {int(number) for number in found if number.isdigit()}

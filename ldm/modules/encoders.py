@@ -1,0 +1,237 @@
+"""The two frozen encoders of Stable Diffusion v1: the image autoencoder (first stage) and the CLIP text encoder.
+
+The networks are diffusers' AutoencoderKL and transformers' CLIPTextModel; here they get CompVis's words, names and
+units. Training never builds either: it reads what they wrote once. Where weights come from is told in `checkpoint`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from ldm.checkpoint_names import (
+    POSITION_IDS,
+    first_stage_from_diffusers,
+    text_name,
+)
+from ldm.checkpoint_reading import account, as_convolution, first_stage_tensors, read_checkpoint, text_tensors
+from ldm.errors import UserError
+from ldm.modules.tokenizer import find_tokenizer
+
+# CLIP ViT-L/14's text half.
+CLIP_VIT_L14 = {
+    "vocab_size": 49408,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 77,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+    "projection_dim": 768,
+    "bos_token_id": 49406,
+    "eos_token_id": 49407,
+    "pad_token_id": 49407,
+}
+DDCONFIG_WORDS = {"z_channels", "ch", "ch_mult", "num_res_blocks", "in_channels", "out_ch"}
+# Words of CompVis's config that say nothing here: sizes follow from the input.
+DDCONFIG_FIXED = {"double_z": True, "attn_resolutions": [], "dropout": 0.0}
+
+
+class KLFirstStage(nn.Module):
+    """The image autoencoder with a Gaussian latent, built from CompVis's words.
+
+    ddconfig: `ch`, `ch_mult`, `num_res_blocks`, `z_channels`, `in_channels`, `out_ch` as in CompVis's config.
+    embed_dim: channels of the latents, equal to `z_channels`.
+    ckpt_path: file or folder to take the weights from; None leaves them random.
+    """
+
+    def __init__(self, ddconfig: Mapping[str, Any], embed_dim: int, ckpt_path: str | None = None) -> None:
+        super().__init__()
+        _check_ddconfig(ddconfig, embed_dim)
+        widths = [ddconfig["ch"] * mult for mult in ddconfig["ch_mult"]]
+        self.downsampling = 2 ** (len(widths) - 1)
+        self.num_channels = embed_dim
+        self.network = AutoencoderKL(
+            in_channels=ddconfig["in_channels"],
+            out_channels=ddconfig["out_ch"],
+            down_block_types=("DownEncoderBlock2D",) * len(widths),
+            up_block_types=("UpDecoderBlock2D",) * len(widths),
+            block_out_channels=widths,
+            layers_per_block=ddconfig["num_res_blocks"],
+            latent_channels=embed_dim,
+        )
+        if ckpt_path is not None:
+            checkpoint = read_checkpoint(ckpt_path)
+            self.load_compvis_state_dict(first_stage_tensors(checkpoint), where=f"first stage from {ckpt_path}")
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Images in [-1, 1] -> mean and log-variance of their latents, unclamped and unscaled.
+
+        `b c h w`, h and w multiples of `downsampling`, -> `b 2z h/f w/f`. For a sample see `posterior`.
+        """
+        if pixels.ndim != 4 or any(size % self.downsampling for size in pixels.shape[-2:]):
+            raise UserError(
+                f"first stage: expected images b c h w with h and w multiples of {self.downsampling}, found shape "
+                f"{tuple(pixels.shape)}"
+            )
+        return self.network.quant_conv(self.network.encoder(pixels))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents, unscaled, -> images, about [-1, 1]: `b z h w` -> `b c fh fw`."""
+        return self.network.decoder(self.network.post_quant_conv(latents))
+
+    def compvis_state_dict(self) -> dict[str, Tensor]:
+        """The tensors under CompVis's names (`encoder.*`, `decoder.*`, `quant_conv.*`, `post_quant_conv.*`)."""
+        state = self.network.state_dict()
+        return {name: as_convolution(name, state[other]) for other, name in first_stage_from_diffusers(state).items()}
+
+    def load_compvis_state_dict(self, tensors: Mapping[str, Tensor], where: str = "first stage") -> None:
+        """Fill the network; every tensor must be there, in its shape, and none besides: `CheckpointError` otherwise."""
+        expected = self.compvis_state_dict()
+        account(expected, tensors, where=where)
+        with torch.no_grad():
+            for name, tensor in expected.items():  # these share memory with the parameters
+                tensor.copy_(tensors[name])
+
+
+class CLIPTextEmbedder(nn.Module):
+    """The CLIP text encoder, frozen: captions -> one vector per token.
+
+    text_config: words of transformers' CLIPTextConfig that differ from CLIP ViT-L/14 (768 wide, 12 layers); None: none.
+    tokenizer: a folder or vocabulary file to take the tokenizer from; None: see `tokenizer.find_tokenizer`.
+    max_length: tokens per caption, the first and the last being marks of start and end; longer captions are cut.
+    ckpt_path: file or folder to take the weights from.
+    random_seed: take random weights that depend on this number alone, for people without Stable Diffusion's: captions
+        then have distinct vectors, but no meaning. With neither this nor ckpt_path the caller fills the network.
+    """
+
+    def __init__(
+        self,
+        text_config: Mapping[str, Any] | None = None,
+        tokenizer: str | None = None,
+        max_length: int = 77,
+        ckpt_path: str | None = None,
+        random_seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        if ckpt_path is not None and random_seed is not None:
+            raise UserError("text encoder: expected either ckpt_path or random_seed, found both. Leave one out.")
+        config = _clip_config(text_config or {})
+        if not 3 <= max_length <= config.max_position_embeddings:
+            raise UserError(
+                f"max_length: expected 3 to {config.max_position_embeddings} tokens (max_position_embeddings), found "
+                f"{max_length}"
+            )
+        self.max_length = max_length
+        self.tokenizer_path = tokenizer
+        with torch.random.fork_rng(devices=[]):  # values are replaced below or by the caller
+            self.network = CLIPTextModel(config)
+        self.network.requires_grad_(False).eval()
+        if random_seed is not None:
+            self._fill_at_random(torch.Generator().manual_seed(random_seed))
+        if ckpt_path is not None:
+            checkpoint = read_checkpoint(ckpt_path)
+            self.load_compvis_state_dict(text_tensors(checkpoint), where=f"text encoder from {ckpt_path}")
+
+    @cached_property
+    def tokenizer(self) -> CLIPTokenizer:
+        """CLIP's tokenizer, searched for when first needed; raises `UserError` where there is none."""
+        tokenizer = find_tokenizer(self.tokenizer_path)
+        num_words, num_vectors = len(tokenizer), self.network.config.vocab_size
+        if num_words > num_vectors:
+            raise UserError(
+                f"text encoder: expected at least {num_words} vectors, one per word of the tokenizer, found vocab_size "
+                f"{num_vectors}. Set text_config.vocab_size to {num_words}."
+            )
+        return tokenizer
+
+    def train(self, mode: bool = True) -> CLIPTextEmbedder:
+        """Stay in evaluation mode, whatever the module around it does."""
+        return super().train(False)
+
+    def tokenize(self, prompts: Sequence[str]) -> Tensor:
+        """Captions -> int64 token numbers `b max_length`, cut to fit and padded with the end mark."""
+        fit = {"truncation": True, "padding": "max_length", "max_length": self.max_length}
+        return self.tokenizer(list(prompts), return_tensors="pt", **fit)["input_ids"]
+
+    def truncated(self, prompt: str) -> str | None:
+        """The end of `prompt` that does not fit into `max_length` tokens and is not seen; None where all of it fits."""
+        tokens = self.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        room = self.max_length - 2
+        if len(tokens["input_ids"]) <= room:
+            return None
+        return prompt[tokens["offset_mapping"][room][0] :]
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """Captions -> context, float32 `b n d` with n = max_length."""
+        return self.encode_tokens(self.tokenize(prompts))
+
+    @torch.no_grad()
+    def encode_tokens(self, tokens: Tensor) -> Tensor:
+        """Token numbers `b n` -> the last layer's output after its norm, float32 `b n d`. Padding is not masked."""
+        return self.network(input_ids=tokens.to(self.network.device)).last_hidden_state.float()
+
+    def compvis_state_dict(self) -> dict[str, Tensor]:
+        """The tensors under CompVis's names (`text_model.*`), the token positions that old files hold among them."""
+        tensors = {text_name(name): tensor for name, tensor in self.network.state_dict().items()}
+        return {POSITION_IDS: position_ids(self.network.config.max_position_embeddings)} | tensors
+
+    def load_compvis_state_dict(self, tensors: Mapping[str, Tensor], where: str = "text encoder") -> None:
+        """Fill the network from names with or without `text_model.`; `CheckpointError` unless every tensor fits."""
+        expected = self.compvis_state_dict()
+        found = {text_name(name): tensor for name, tensor in tensors.items()}
+        account(expected, found, where=where, may_miss=lambda name: name == POSITION_IDS)
+        with torch.no_grad():
+            for name, tensor in expected.items():  # these share memory with the parameters
+                if name != POSITION_IDS:
+                    tensor.copy_(found[name])
+
+    @torch.no_grad()
+    def _fill_at_random(self, generator: torch.Generator) -> None:
+        """Unit gain through every layer; drawn here, so that no version of a library changes what a seed means."""
+        for name, weight in sorted(self.network.named_parameters()):
+            if weight.ndim == 1:
+                weight.fill_(1.0 if name.endswith("weight") else 0.0)
+            else:
+                gain = 1.0 if "embedding" in name else weight.shape[1] ** -0.5
+                weight.copy_(gain * torch.randn(weight.shape, generator=generator))
+
+
+def position_ids(num_positions: int = 77) -> Tensor:
+    """The buffer 0, 1, 2, ... that Stable Diffusion's files hold beside CLIP's weights: int64 `1 n`."""
+    return torch.arange(num_positions)[None]
+
+
+def _clip_config(words: Mapping[str, Any]) -> CLIPTextConfig:
+    unknown = sorted(set(words) - set(CLIP_VIT_L14))
+    if unknown:
+        raise UserError(f"text_config: expected words among {', '.join(CLIP_VIT_L14)}; found {', '.join(unknown)}")
+    return CLIPTextConfig(**CLIP_VIT_L14 | dict(words))
+
+
+def _check_ddconfig(ddconfig: Mapping[str, Any], embed_dim: int) -> None:
+    known = DDCONFIG_WORDS | set(DDCONFIG_FIXED) | {"resolution"}
+    missing, unknown = sorted(DDCONFIG_WORDS - set(ddconfig)), sorted(set(ddconfig) - known)
+    if missing or unknown:
+        raise UserError(
+            f"ddconfig: expected the words {', '.join(sorted(DDCONFIG_WORDS))}; missing: "
+            f"{', '.join(missing) or 'none'}; unknown: {', '.join(unknown) or 'none'}"
+        )
+    for word, value in DDCONFIG_FIXED.items():
+        found = ddconfig.get(word, value)
+        if (list(found) if isinstance(value, list) else found) != value:
+            raise UserError(f"ddconfig.{word}: expected {value}, as in Stable Diffusion, found {found}")
+    if embed_dim != ddconfig["z_channels"]:
+        raise UserError(
+            f"embed_dim: expected {ddconfig['z_channels']}, the same as ddconfig.z_channels, found {embed_dim}"
+        )
+    if ddconfig["ch"] % 32:
+        raise UserError(f"ddconfig.ch: expected a multiple of 32 (groups of the norms), found {ddconfig['ch']}")
