@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import zlib
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 GOLDENS = Path(__file__).parent / "goldens"
 HIGHWAY = Path(__file__).parents[2] / "shared" / "data" / "highway.mp4"
 
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 
 def golden_tensor(key: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -59,3 +60,14 @@ def highway() -> Path:
     if not HIGHWAY.is_file():
         pytest.skip("the real footage is not beside this checkout")
     return HIGHWAY
+
+
+@pytest.fixture(scope="session")
+def golden_numbers() -> dict:
+    return json.loads((GOLDENS / "goldens.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def golden_keys() -> dict:
+    """Names, shapes and dtypes of the public Stable Diffusion v1 checkpoint: `keys` (1143) and `ema_keys` (688)."""
+    return json.loads((GOLDENS / "sd_v1_keys.json").read_text())

@@ -1,0 +1,117 @@
+"""The noise schedule: how much noise each diffusion step adds, and what the network is asked to predict.
+
+Formulas and equation numbers are those of Ho et al. 2020, "Denoising Diffusion Probabilistic Models" (DDPM), and for
+the velocity target those of Salimans & Ho 2022, "Progressive Distillation" (section 3, appendix D). Sampling is not here.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ldm.errors import UserError
+
+PARAMETERIZATIONS = ("eps", "x0", "v")
+
+
+class NoiseSchedule(nn.Module):
+    """Variance-preserving schedule with CompVis's "linear" betas, which are linear in sqrt(beta).
+
+    timesteps: number of diffusion steps, at least 1.
+    linear_start, linear_end: first and last beta, 0 < start <= end < 1.
+    parameterization: what the network predicts: "eps" the noise, "x0" the clean latents, "v" the velocity.
+
+    Everything is computed in float64 and stored as float32. The buffers are not persistent: they follow from three
+    numbers, and `compvis_buffers` gives them under their public names for a checkpoint.
+    """
+
+    alphas_cumprod: Tensor
+
+    def __init__(
+        self,
+        timesteps: int = 1000,
+        linear_start: float = 0.00085,
+        linear_end: float = 0.012,
+        parameterization: str = "eps",
+    ) -> None:
+        super().__init__()
+        if timesteps < 1:
+            raise UserError(f"timesteps: expected at least 1, found {timesteps}")
+        if not 0 < linear_start <= linear_end < 1:
+            raise UserError(
+                f"linear_start, linear_end: expected 0 < start <= end < 1, found {linear_start} and {linear_end}"
+            )
+        if parameterization not in PARAMETERIZATIONS:
+            raise UserError(
+                f"parameterization: expected one of {', '.join(PARAMETERIZATIONS)}, found '{parameterization}'"
+            )
+        self.num_timesteps = timesteps
+        self.linear_start = linear_start
+        self.linear_end = linear_end
+        self.parameterization = parameterization
+        self.register_buffer("alphas_cumprod", (1 - self.betas64()).cumprod(0).float(), persistent=False)
+        self.register_buffer("signal_scale", (1 - self.betas64()).cumprod(0).sqrt().float(), persistent=False)
+        self.register_buffer("noise_scale", (1 - (1 - self.betas64()).cumprod(0)).sqrt().float(), persistent=False)
+
+    def betas64(self) -> Tensor:
+        """The variances beta_t of the forward process -> float64 `num_timesteps`."""
+        roots = torch.linspace(self.linear_start**0.5, self.linear_end**0.5, self.num_timesteps, dtype=torch.float64)
+        return roots**2
+
+    def add_noise(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """A sample of q(x_t | x_0) (DDPM eq. 4): `b ...`, `b ...`, `b` -> `b ...`."""
+        return _over(self.signal_scale, timesteps, clean) * clean + _over(self.noise_scale, timesteps, clean) * noise
+
+    def target(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the network is trained to return at `timesteps`: `b ...` -> `b ...`."""
+        if self.parameterization == "eps":
+            return noise
+        if self.parameterization == "x0":
+            return clean
+        return _over(self.signal_scale, timesteps, clean) * noise - _over(self.noise_scale, timesteps, clean) * clean
+
+    def to_clean(self, output: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
+        """The clean latents that a network output stands for (DDPM eq. 15 for "eps"): `b ...` -> `b ...`."""
+        signal, noise = _over(self.signal_scale, timesteps, noisy), _over(self.noise_scale, timesteps, noisy)
+        if self.parameterization == "eps":
+            return (noisy - noise * output) / signal
+        if self.parameterization == "x0":
+            return output
+        return signal * noisy - noise * output
+
+    def to_noise(self, output: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
+        """The noise that a network output stands for: `b ...` -> `b ...`."""
+        signal, noise = _over(self.signal_scale, timesteps, noisy), _over(self.noise_scale, timesteps, noisy)
+        if self.parameterization == "eps":
+            return output
+        if self.parameterization == "x0":
+            return (noisy - signal * output) / noise
+        return noise * noisy + signal * output
+
+    def compvis_buffers(self) -> dict[str, Tensor]:
+        """The twelve schedule tensors of a CompVis checkpoint, float32 `num_timesteps` each, by public name."""
+        betas = self.betas64()
+        alphas = 1 - betas
+        cumprod = alphas.cumprod(0)
+        previous = torch.cat([torch.ones(1, dtype=torch.float64), cumprod[:-1]])
+        posterior_variance = betas * (1 - previous) / (1 - cumprod)  # DDPM eq. 7
+        buffers = {
+            "betas": betas,
+            "alphas_cumprod": cumprod,
+            "alphas_cumprod_prev": previous,
+            "sqrt_alphas_cumprod": cumprod.sqrt(),
+            "sqrt_one_minus_alphas_cumprod": (1 - cumprod).sqrt(),
+            "log_one_minus_alphas_cumprod": (1 - cumprod).log(),
+            "sqrt_recip_alphas_cumprod": (1 / cumprod).sqrt(),
+            "sqrt_recipm1_alphas_cumprod": (1 / cumprod - 1).sqrt(),
+            "posterior_variance": posterior_variance,
+            "posterior_log_variance_clipped": posterior_variance.clamp_min(1e-20).log(),
+            "posterior_mean_coef1": betas * previous.sqrt() / (1 - cumprod),
+            "posterior_mean_coef2": (1 - previous) * alphas.sqrt() / (1 - cumprod),
+        }
+        return {name: value.float() for name, value in buffers.items()}
+
+
+def _over(values: Tensor, timesteps: Tensor, like: Tensor) -> Tensor:
+    """Look up `values` at `timesteps` and shape the result `b 1 1 ...` to broadcast over `like`."""
+    return values[timesteps].view(-1, *[1] * (like.ndim - 1))

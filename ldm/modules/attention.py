@@ -1,0 +1,145 @@
+"""The transformer blocks of Stable Diffusion v1's UNet, under their public parameter names, with time between them.
+
+Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models", appendix E.2.1. Shapes as in
+`temporal.py`.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from ldm.modules.attention_backends import attend
+from ldm.modules.nn import GroupNorm32, run_block, zeroed
+from ldm.modules.temporal import TemporalAttention
+
+
+class GEGLU(nn.Module):
+    """Gated linear unit with an exact GELU gate, value first (Shazeer 2020): `... d` -> `... d'`."""
+
+    def __init__(self, in_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(in_dim, 2 * out_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with a GEGLU four times as wide between them: `... d` -> `... d`."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        # The public code has dropout at place 1, at rate zero in every Stable Diffusion v1 model.
+        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class CrossAttention(nn.Module):
+    """Attention of a frame's tokens to each other or, with a context, to the caption of the clip.
+
+    query_dim, context_dim: widths of the tokens and of the context; None: the tokens attend to each other.
+    """
+
+    def __init__(
+        self,
+        query_dim: int,
+        context_dim: int | None = None,
+        num_heads: int = 8,
+        dim_head: int = 64,
+        backend: str = "sdpa",
+    ) -> None:
+        super().__init__()
+        inner_dim = num_heads * dim_head
+        context_dim = query_dim if context_dim is None else context_dim
+        self.num_heads = num_heads
+        self.backend = backend
+        self.to_q = nn.Linear(query_dim, inner_dim, bias=False)
+        self.to_k = nn.Linear(context_dim, inner_dim, bias=False)
+        self.to_v = nn.Linear(context_dim, inner_dim, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(inner_dim, query_dim))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """`(b t) n c`, `b m d` -> `(b t) n c`; keys and values are computed once per clip, whatever t is."""
+        context = x if context is None else context
+        batch, num_tokens = context.shape[0], x.shape[1]
+        q = rearrange(self.to_q(x), "(b t) n (heads d) -> b heads (t n) d", b=batch, heads=self.num_heads)
+        k, v = (
+            rearrange(project(context), "b m (heads d) -> b heads m d", heads=self.num_heads)
+            for project in (self.to_k, self.to_v)
+        )
+        x = attend(q, k, v, self.backend)
+        return self.to_out(rearrange(x, "b heads (t n) d -> (b t) n (heads d)", n=num_tokens))
+
+
+class BasicTransformerBlock(nn.Module):
+    """Self-attention within the frame, cross-attention to the text, attention over time, feed-forward; all residual.
+
+    temporal: whether the block owns `temporal`, the attention over frames.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        dim_head: int,
+        context_dim: int | None = None,
+        temporal: bool = True,
+        use_checkpoint: bool = False,
+        backend: str = "sdpa",
+    ) -> None:
+        super().__init__()
+        self.attn1 = CrossAttention(dim, None, num_heads, dim_head, backend)
+        self.ff = FeedForward(dim)
+        self.attn2 = CrossAttention(dim, context_dim, num_heads, dim_head, backend)
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.norm3 = nn.LayerNorm(dim)
+        self.temporal = TemporalAttention(dim, backend=backend) if temporal else None
+        self.use_checkpoint = use_checkpoint
+
+    def forward(self, x: Tensor, context: Tensor | None = None, num_frames: int | None = None) -> Tensor:
+        """`(b t) n c`, `b m d` -> `(b t) n c`."""
+        return run_block(self._forward, x, context, num_frames, recompute=self.use_checkpoint)
+
+    def _forward(self, x: Tensor, context: Tensor | None, num_frames: int | None) -> Tensor:
+        x = self.attn1(self.norm1(x)) + x
+        x = self.attn2(self.norm2(x), context) + x
+        if num_frames is not None and self.temporal is not None:
+            x = self.temporal(x, num_frames) + x
+        return self.ff(self.norm3(x)) + x
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer blocks over the pixels of each frame, added to their input; the sum starts as the input alone."""
+
+    def __init__(
+        self,
+        channels: int,
+        num_heads: int,
+        dim_head: int,
+        depth: int = 1,
+        context_dim: int | None = None,
+        temporal: bool = True,
+        use_checkpoint: bool = False,
+        backend: str = "sdpa",
+    ) -> None:
+        super().__init__()
+        inner_dim = num_heads * dim_head
+        block = (inner_dim, num_heads, dim_head, context_dim, temporal, use_checkpoint, backend)
+        self.norm = GroupNorm32(channels, eps=1e-6)
+        self.proj_in = nn.Conv2d(channels, inner_dim, 1)
+        self.transformer_blocks = nn.ModuleList([BasicTransformerBlock(*block) for _ in range(depth)])
+        self.proj_out = zeroed(nn.Conv2d(inner_dim, channels, 1))
+
+    def forward(self, x: Tensor, context: Tensor | None = None, num_frames: int | None = None) -> Tensor:
+        """`(b t) c h w`, `b m d` -> `(b t) c h w`."""
+        height, residual = x.shape[-2], x
+        x = rearrange(self.proj_in(self.norm(x)), "bt c h w -> bt (h w) c")
+        for block in self.transformer_blocks:
+            x = block(x, context, num_frames)
+        return self.proj_out(rearrange(x, "bt (h w) c -> bt c h w", h=height)) + residual

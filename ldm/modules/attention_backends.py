@@ -1,0 +1,74 @@
+"""Softmax attention, and the choice of who computes it.
+
+    sdpa        torch's own, which picks a kernel for the device (the default)
+    math        two matrix products and a softmax; the fastest on a CPU and for the short rows of temporal attention
+    flash_attn  the flash-attn package: NVIDIA GPU, float16 or bfloat16
+    xformers    the xformers package: NVIDIA GPU
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ldm.errors import UserError
+
+BACKENDS = ("sdpa", "math", "flash_attn", "xformers")
+_MODULES = {"flash_attn": "flash_attn", "xformers": "xformers.ops"}
+_MOST_CUDA_ROWS = 65_535  # the fused CUDA kernels launch one block row per (batch, head)
+
+
+def check_backend(name: str) -> None:
+    """Raise `UserError` if `name` is no back end, or one whose package cannot be imported here, and say why."""
+    if name not in BACKENDS:
+        raise UserError(f"attention_backend: expected one of {', '.join(BACKENDS)}, found '{name}'")
+    if name in _MODULES:
+        _import(name)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, backend: str = "sdpa") -> Tensor:
+    """softmax(q k' / sqrt(d)) v: `b heads n d`, `b heads m d`, `b heads m d` -> `b heads n d`.
+
+    Raises `UserError` when the back end cannot run on these tensors.
+    """
+    if backend == "math":
+        logits = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2))
+        return torch.matmul(logits.softmax(dim=-1, dtype=torch.float32).to(v.dtype), v)
+    if backend == "sdpa":
+        if q.is_cuda and q.shape[0] * q.shape[1] > _MOST_CUDA_ROWS:
+            rows = _MOST_CUDA_ROWS // q.shape[1]
+            parts = zip(q.split(rows), k.split(rows), v.split(rows), strict=True)
+            return torch.cat([F.scaled_dot_product_attention(*part) for part in parts])
+        return F.scaled_dot_product_attention(q, k, v)
+    return _attend_on_gpu(q, k, v, backend)
+
+
+def _attend_on_gpu(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
+    package = _import(backend)
+    if not q.is_cuda:
+        raise UserError(
+            f"attention_backend: '{backend}' needs an NVIDIA GPU, the tensors are on '{q.device.type}'; use 'sdpa' or "
+            "'math' there"
+        )
+    if backend == "flash_attn" and q.dtype not in (torch.float16, torch.bfloat16):
+        raise UserError(
+            f"attention_backend: 'flash_attn' needs float16 or bfloat16, the tensors are {q.dtype}; train with "
+            "precision bf16-mixed, or use 'sdpa'"
+        )
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    function = package.flash_attn_func if backend == "flash_attn" else package.memory_efficient_attention
+    return function(q, k, v).transpose(1, 2)
+
+
+def _import(backend: str) -> ModuleType:
+    try:
+        return importlib.import_module(_MODULES[backend])
+    except (ImportError, OSError) as error:
+        raise UserError(
+            f"attention_backend: '{backend}' cannot be used, its package does not import here ({error}); "
+            f"pip install '.[gpu]' on a machine with an NVIDIA GPU, or use 'sdpa'"
+        ) from error

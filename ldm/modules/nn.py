@@ -1,0 +1,66 @@
+"""The small parts every block of the UNet is made of: timestep embedding, group norm, zero start, checkpointing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from einops import reduce, repeat
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000) -> Tensor:
+    """Sinusoids of the diffusion step, cosines first (DDPM, after Vaswani et al. 2017): `b` -> float32 `b dim`.
+
+    Timesteps may be fractional. An odd `dim` ends in a zero.
+    """
+    half = dim // 2
+    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32) / half)
+    angles = timesteps[:, None].float() * frequencies.to(timesteps.device)
+    return F.pad(torch.cat([angles.cos(), angles.sin()], dim=-1), (0, dim % 2))
+
+
+class GroupNorm32(nn.GroupNorm):
+    """Group norm over 32 groups whose statistics are taken in float32 for half-precision inputs: `b c h w` -> same."""
+
+    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+        super().__init__(32, channels, eps=eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        half = x.dtype in (torch.float16, torch.bfloat16)
+        out = x.float() if half else x
+        if x.device.type == "cpu":
+            out = out - self._group_means(out)
+        weight, bias = (self.weight.float(), self.bias.float()) if half else (self.weight, self.bias)
+        return F.group_norm(out, self.num_groups, weight, bias, self.eps).to(x.dtype)
+
+    @torch.no_grad()
+    def _group_means(self, x: Tensor) -> Tensor:
+        """Means per clip and group, `b c 1 1`, to take off first: group norm does not depend on them.
+
+        torch's channels-last kernel for CPUs computes the variance as E[x^2] - E[x]^2, which loses four digits on a
+        group whose values are nearly alike.
+        """
+        means = reduce(x, "b c h w -> b c", "mean")  # over pixels first, the fast direction in channels-last memory
+        means = reduce(means, "b (g c) -> b g", "mean", g=self.num_groups)
+        return repeat(means, "b g -> b (g c) 1 1", c=self.num_channels // self.num_groups)
+
+
+def zeroed(module: nn.Module) -> nn.Module:
+    """Set every parameter of `module` to zero and return it."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+def run_block(block: Callable[..., Tensor], *inputs: Tensor | int | None, recompute: bool) -> Tensor:
+    """Call `block`, or with `recompute` keep only its inputs and run it again in the backward pass.
+
+    Non-reentrant, so that it works with frozen parameters and under autocast, and restores the random state.
+    """
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(block, *inputs, use_reentrant=False)
+    return block(*inputs)

@@ -1,0 +1,122 @@
+"""How time enters the network: a convolution over frames after each image convolution, and attention over frames.
+
+Both follow Singer et al. 2022, "Make-A-Video" (section 3.2), and both start as nothing: the convolution as the
+identity, the attention as zero, so that an image network that is given them still makes the same images. Shapes, here
+and in the rest of the network:
+
+    b clips   t frames   c channels   h w height and width   n tokens   d width of a token or of an attention head
+
+Frames are folded into the batch, `(b t) c h w`; how many there are is an argument of every call. Without it (None) the
+input is a batch of images and time does not take part. Position in time is told to the attention by rotating queries
+and keys (Su et al. 2021, "RoFormer"), which has no parameters and is defined for any number of frames.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from ldm.errors import UserError
+from ldm.modules.attention_backends import attend
+from ldm.modules.nn import zeroed
+
+
+class TemporalConv(nn.Conv1d):
+    """Convolution over frames, one per pixel, that starts as the identity: `(b t) c h w` -> `(b t) c h w`.
+
+    kernel_size: odd; zeros beyond the first and the last frame, so any number of frames is kept.
+    """
+
+    def __init__(self, channels: int, kernel_size: int = 3) -> None:
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise UserError(
+                f"temporal_kernel_size: expected an odd number of frames (an even kernel would change how many there "
+                f"are), found {kernel_size}"
+            )
+        super().__init__(channels, channels, kernel_size, padding=kernel_size // 2)
+        nn.init.dirac_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor, num_frames: int) -> Tensor:
+        # In channels-last memory both rearrangements are views, and the kernel a 2-D one that spans frames only.
+        height = x.shape[-2]
+        x = rearrange(x, "(b t) c h w -> b c t (h w)", t=num_frames)
+        x = F.conv2d(x, self.weight.unsqueeze(-1), self.bias, padding=(self.padding[0], 0))
+        return rearrange(x, "b c t (h w) -> (b t) c h w", h=height)
+
+
+class PseudoConv3d(nn.Conv2d):
+    """A 2-D convolution on each frame, then a 1-D one over the frames: `(b t) c h w` -> `(b t) c' h' w'`.
+
+    It is the image convolution it replaces, under the same parameter names, plus the child `temporal`.
+
+    kernel_size, temporal_kernel_size: odd numbers of pixels and of frames; a temporal size of None leaves time out.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        stride: int = 1,
+        temporal_kernel_size: int | None = 3,
+    ) -> None:
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise UserError(f"kernel_size: expected an odd number of pixels, found {kernel_size}")
+        super().__init__(in_channels, out_channels, kernel_size, stride=stride, padding=kernel_size // 2)
+        self.temporal = None if temporal_kernel_size is None else TemporalConv(out_channels, temporal_kernel_size)
+
+    def forward(self, x: Tensor, num_frames: int | None = None) -> Tensor:
+        x = super().forward(x)
+        if num_frames is None or self.temporal is None:
+            return x
+        return self.temporal(x, num_frames)
+
+
+def rotate_by_position(x: Tensor, max_period: float = 10000) -> Tensor:
+    """Rotate pairs of channels by angles that grow with the frame's number: `... t d` -> `... t d`, d even.
+
+    The product of a rotated query and a rotated key depends on how many frames lie between them, not on where they are.
+    """
+    num_frames, dim = x.shape[-2:]
+    frequencies = max_period ** (-torch.arange(0, dim, 2, dtype=torch.float32, device=x.device) / dim)
+    angles = torch.arange(num_frames, dtype=torch.float32, device=x.device)[:, None] * frequencies
+    cosine, sine = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cosine - second * sine, first * sine + second * cosine], dim=-1)
+
+
+class TemporalAttention(nn.Module):
+    """Self-attention of each pixel over the frames of its clip, zero at the start: `(b t) n c` -> the same.
+
+    What it returns is to be added to its input. It never sees the text.
+
+    dim: channels, a multiple of 2 * num_heads.  backend: see `attention_backends`.
+    """
+
+    def __init__(self, dim: int, num_heads: int = 8, backend: str = "sdpa") -> None:
+        super().__init__()
+        if dim % (2 * num_heads):
+            raise UserError(
+                f"TemporalAttention: expected a width that is a multiple of {2 * num_heads} (2 x {num_heads} heads: "
+                f"positions rotate pairs of channels), found {dim}"
+            )
+        self.num_heads = num_heads
+        self.backend = backend
+        self.norm = nn.LayerNorm(dim)
+        self.to_q = nn.Linear(dim, dim, bias=False)
+        self.to_k = nn.Linear(dim, dim, bias=False)
+        self.to_v = nn.Linear(dim, dim, bias=False)
+        self.to_out = zeroed(nn.Linear(dim, dim))
+
+    def forward(self, x: Tensor, num_frames: int) -> Tensor:
+        num_tokens = x.shape[1]
+        x = self.norm(x)
+        q, k, v = (
+            rearrange(project(x), "(b t) n (heads d) -> (b n) heads t d", t=num_frames, heads=self.num_heads)
+            for project in (self.to_q, self.to_k, self.to_v)
+        )
+        x = attend(rotate_by_position(q), rotate_by_position(k), v, self.backend)
+        return self.to_out(rearrange(x, "(b n) heads t d -> (b t) n (heads d)", n=num_tokens))

@@ -1,0 +1,249 @@
+"""Stable Diffusion v1's UNet with a sense of time: image parameters under their public names, `temporal` ones beside.
+
+The arrangement of blocks is that of Dhariwal & Nichol 2021, "Diffusion Models Beat GANs", with the transformers of
+Rombach et al. 2022; where time enters is told in `temporal.py`, which also has the legend of shapes. Options of the
+public class that no Stable Diffusion v1 model uses (class labels, scale-shift norm, attention without text) are left
+out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+from ldm.errors import UserError
+from ldm.modules.attention import SpatialTransformer
+from ldm.modules.attention_backends import check_backend
+from ldm.modules.nn import GroupNorm32, run_block, timestep_embedding
+from ldm.modules.temporal import PseudoConv3d
+
+
+class Downsample(nn.Module):
+    """Halve height and width by a strided convolution: `(b t) c h w` -> `(b t) c h/2 w/2`."""
+
+    def __init__(self, channels: int, temporal_kernel_size: int | None = 3) -> None:
+        super().__init__()
+        self.op = PseudoConv3d(channels, channels, 3, stride=2, temporal_kernel_size=temporal_kernel_size)
+
+    def forward(self, x: Tensor, num_frames: int | None = None) -> Tensor:
+        return self.op(x, num_frames)
+
+
+class Upsample(nn.Module):
+    """Double height and width by repetition and a convolution: `(b t) c h w` -> `(b t) c 2h 2w`."""
+
+    def __init__(self, channels: int, temporal_kernel_size: int | None = 3) -> None:
+        super().__init__()
+        self.conv = PseudoConv3d(channels, channels, 3, temporal_kernel_size=temporal_kernel_size)
+
+    def forward(self, x: Tensor, num_frames: int | None = None) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"), num_frames)
+
+
+class ResBlock(nn.Module):
+    """Two convolutions with the diffusion step added between them, beside a shortcut; starts as the shortcut alone."""
+
+    def __init__(
+        self,
+        channels: int,
+        emb_channels: int,
+        out_channels: int,
+        dropout: float = 0.0,
+        temporal_kernel_size: int | None = 3,
+        use_checkpoint: bool = False,
+    ) -> None:
+        super().__init__()
+        time = {"temporal_kernel_size": temporal_kernel_size}
+        self.in_layers = nn.Sequential(
+            GroupNorm32(channels), nn.SiLU(), PseudoConv3d(channels, out_channels, 3, **time)
+        )
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, out_channels))
+        self.out_layers = nn.Sequential(
+            GroupNorm32(out_channels),
+            nn.SiLU(),
+            nn.Dropout(dropout),
+            zeroed_image_part(PseudoConv3d(out_channels, out_channels, 3, **time)),
+        )
+        self.skip_connection = (
+            nn.Identity() if channels == out_channels else PseudoConv3d(channels, out_channels, 1, **time)
+        )
+        self.use_checkpoint = use_checkpoint
+
+    def forward(self, x: Tensor, emb: Tensor, num_frames: int | None = None) -> Tensor:
+        """`(b t) c h w`, `b e` -> `(b t) c' h w`."""
+        return run_block(self._forward, x, emb, num_frames, recompute=self.use_checkpoint)
+
+    def _forward(self, x: Tensor, emb: Tensor, num_frames: int | None) -> Tensor:
+        step = repeat(self.emb_layers(emb), "b c -> (b t) c 1 1", t=x.shape[0] // emb.shape[0])
+        out = _convolve_last(self.in_layers, x, num_frames) + step
+        out = _convolve_last(self.out_layers, out, num_frames)
+        if isinstance(self.skip_connection, PseudoConv3d):
+            x = self.skip_connection(x, num_frames)
+        return x + out
+
+
+def _convolve_last(layers: nn.Sequential, x: Tensor, num_frames: int | None) -> Tensor:
+    """Run `layers`, of which the last is the convolution that needs to know the number of frames."""
+    for layer in layers[:-1]:
+        x = layer(x)
+    return layers[-1](x, num_frames)
+
+
+def zeroed_image_part(conv: PseudoConv3d) -> PseudoConv3d:
+    """Set the image convolution to zero, leave its temporal one the identity, and return the pair."""
+    nn.init.zeros_(conv.weight)
+    nn.init.zeros_(conv.bias)
+    return conv
+
+
+class UNetBlock(nn.Sequential):
+    """Layers one after the other, each given the inputs it takes: the diffusion step, the text, or neither."""
+
+    def forward(self, x: Tensor, emb: Tensor, context: Tensor | None, num_frames: int | None) -> Tensor:
+        for layer in self:
+            if isinstance(layer, ResBlock):
+                x = layer(x, emb, num_frames)
+            elif isinstance(layer, SpatialTransformer):
+                x = layer(x, context, num_frames)
+            else:
+                x = layer(x, num_frames)
+        return x
+
+
+class UNetModel(nn.Module):
+    """The denoiser: noisy latents of a clip or of images, the diffusion step and a caption -> what to remove.
+
+    in_channels, out_channels: 4 and 4 in Stable Diffusion v1; its inpainting variant has 9 in.
+    model_channels, channel_mult: width of the first level, and of each level in multiples of it; multiples of 32.
+    num_res_blocks: residual blocks per level.
+    attention_resolutions: downsampling factors (1, 2, 4, ...) of the levels that have transformers.
+    num_heads, transformer_depth, context_dim: heads and blocks of each transformer, width of a caption token.
+    dropout: in residual and transformer blocks.
+    use_checkpoint: keep only the inputs of each block for the backward pass and compute the rest again.
+    temporal: False leaves out every temporal layer: the image network of Stable Diffusion v1.
+    temporal_kernel_size: frames that a temporal convolution sees, odd.
+    attention_backend: see `attention_backends`.
+    """
+
+    def __init__(  # noqa: PLR0913, PLR0917 - the words of the public config
+        self,
+        in_channels: int,
+        out_channels: int,
+        model_channels: int,
+        num_res_blocks: int,
+        attention_resolutions: Sequence[int],
+        channel_mult: Sequence[int] = (1, 2, 4, 4),
+        num_heads: int = 8,
+        transformer_depth: int = 1,
+        context_dim: int = 768,
+        dropout: float = 0.0,
+        use_checkpoint: bool = False,
+        temporal: bool = True,
+        temporal_kernel_size: int = 3,
+        attention_backend: str = "sdpa",
+    ) -> None:
+        super().__init__()
+        check_backend(attention_backend)
+        _check_widths(model_channels, channel_mult, num_heads)
+        self.in_channels = in_channels
+        self.model_channels = model_channels
+        self.context_dim = context_dim
+        self.downsampling = 2 ** (len(channel_mult) - 1)
+        emb_channels = 4 * model_channels
+        time = {"temporal_kernel_size": temporal_kernel_size if temporal else None}
+
+        def res_block(channels: int, out_channels: int) -> ResBlock:
+            return ResBlock(channels, emb_channels, out_channels, dropout, use_checkpoint=use_checkpoint, **time)
+
+        def transformer(channels: int) -> SpatialTransformer:
+            heads = (num_heads, channels // num_heads, transformer_depth, context_dim)
+            return SpatialTransformer(channels, *heads, temporal, use_checkpoint, attention_backend)
+
+        def at_level(level: int, channels: int) -> list[nn.Module]:
+            """A residual block that ends in the level's width, and the level's transformer if it has one."""
+            width = channel_mult[level] * model_channels
+            layers = [res_block(channels, width)]
+            return [*layers, transformer(width)] if 2**level in attention_resolutions else layers
+
+        levels = range(len(channel_mult))
+        self.time_embed = nn.Sequential(
+            nn.Linear(model_channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
+        )
+        self.input_blocks = nn.ModuleList([UNetBlock(PseudoConv3d(in_channels, model_channels, 3, **time))])
+        widths = [model_channels]  # of the activations that the way up takes over
+        for level in levels:
+            for _ in range(num_res_blocks):
+                self.input_blocks.append(UNetBlock(*at_level(level, widths[-1])))
+                widths.append(channel_mult[level] * model_channels)
+            if level != levels[-1]:
+                self.input_blocks.append(UNetBlock(Downsample(widths[-1], **time)))
+                widths.append(widths[-1])
+        channels = widths[-1]
+        self.middle_block = UNetBlock(
+            res_block(channels, channels), transformer(channels), res_block(channels, channels)
+        )
+        self.output_blocks = nn.ModuleList()
+        for level in reversed(levels):
+            for index in range(num_res_blocks + 1):
+                layers = at_level(level, channels + widths.pop())
+                channels = channel_mult[level] * model_channels
+                if level > 0 and index == num_res_blocks:
+                    layers.append(Upsample(channels, **time))
+                self.output_blocks.append(UNetBlock(*layers))
+        self.out = nn.Sequential(
+            GroupNorm32(channels), nn.SiLU(), zeroed_image_part(PseudoConv3d(channels, out_channels, 3, **time))
+        )
+
+    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor, enable_time: bool = True) -> Tensor:
+        """Images `b c h w` or clips `b t c h w`, diffusion steps `b`, captions `b n d` -> the shape of x.
+
+        A clip of one frame, or any clip with `enable_time=False`, is treated as images: time does not take part. h and
+        w are multiples of `downsampling` (8 for Stable Diffusion v1). Timesteps may be fractional.
+        """
+        self._check_input(x, context)
+        frames = x.shape[1] if x.ndim == 5 else 1
+        num_frames = frames if enable_time and frames > 1 else None
+        h = rearrange(x, "b t c h w -> (b t) c h w") if x.ndim == 5 else x
+        h = h.contiguous(memory_format=torch.channels_last)
+        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(x.dtype))
+        skips = []
+        for block in self.input_blocks:
+            h = block(h, emb, context, num_frames)
+            skips.append(h)
+        h = self.middle_block(h, emb, context, num_frames)
+        for block in self.output_blocks:
+            h = block(torch.cat([h, skips.pop()], dim=1), emb, context, num_frames)
+        h = _convolve_last(self.out, h, num_frames)
+        return rearrange(h, "(b t) c h w -> b t c h w", t=frames) if x.ndim == 5 else h
+
+    def _check_input(self, x: Tensor, context: Tensor) -> None:
+        if x.ndim not in (4, 5) or x.shape[-3] != self.in_channels:
+            raise UserError(
+                f"UNetModel: expected images b c h w or clips b t c h w with c = {self.in_channels}, found shape "
+                f"{tuple(x.shape)}"
+            )
+        if x.shape[-1] % self.downsampling or x.shape[-2] % self.downsampling:
+            raise UserError(
+                f"UNetModel: expected latents whose height and width are multiples of {self.downsampling}, found "
+                f"{x.shape[-2]}x{x.shape[-1]}"
+            )
+        if context.ndim != 3 or context.shape[0] != x.shape[0] or context.shape[-1] != self.context_dim:
+            raise UserError(
+                f"UNetModel: expected one caption a clip, context {x.shape[0]} n {self.context_dim}, found shape "
+                f"{tuple(context.shape)}"
+            )
+
+
+def _check_widths(model_channels: int, channel_mult: Sequence[int], num_heads: int) -> None:
+    if model_channels % 32:
+        raise UserError(f"model_channels: expected a multiple of 32 (groups of the norms), found {model_channels}")
+    for mult in channel_mult:
+        if mult < 1 or (mult * model_channels) % (2 * num_heads):
+            raise UserError(
+                f"channel_mult: expected each level's width to be a multiple of 2 x num_heads = {2 * num_heads}, found "
+                f"{mult} x {model_channels}"
+            )

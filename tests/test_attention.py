@@ -1,0 +1,30 @@
+"""The blocks of the image network against the numbers of the public ones, small inputs included (they show the eps)."""
+
+import pytest
+
+from ldm.modules.attention import BasicTransformerBlock, CrossAttention, FeedForward, SpatialTransformer
+from ldm.modules.unet import Downsample, ResBlock, Upsample
+from tests.conftest import fill_by_rule, relative_error
+
+BLOCKS = {
+    "st": lambda: SpatialTransformer(64, 8, 8, depth=2, context_dim=24, temporal=False),
+    "btb": lambda: BasicTransformerBlock(32, 4, 8, context_dim=24, temporal=False),
+    "btb_self": lambda: BasicTransformerBlock(32, 4, 8, temporal=False),
+    "ca": lambda: CrossAttention(32, 24, 4, 8),
+    "res": lambda: ResBlock(32, 64, 96, temporal_kernel_size=None),
+    "res_same": lambda: ResBlock(32, 64, 32, temporal_kernel_size=None),
+    "down": lambda: Downsample(32, temporal_kernel_size=None),
+    "up": lambda: Upsample(32, temporal_kernel_size=None),
+    "ff": lambda: FeedForward(32),
+}
+SECOND_INPUT = {"st": "context", "btb": "context", "ca": "context", "res": "emb", "res_same": "emb"}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_block_is_the_public_one(goldens, name):
+    recorded, block = goldens("blocks"), BLOCKS[name]()
+    block.load_state_dict(fill_by_rule({key: value.shape for key, value in block.state_dict().items()}))
+    rest = [recorded[SECOND_INPUT[name]]] if name in SECOND_INPUT else []
+    assert relative_error(block.eval()(recorded[f"{name}.x"], *rest), recorded[f"{name}.out"]) <= 2e-5
+    if f"{name}.small.x" in recorded:
+        assert relative_error(block(recorded[f"{name}.small.x"], *rest), recorded[f"{name}.small.out"]) <= 2e-5
