@@ -1,0 +1,222 @@
+"""Single frames of footage, for training the image autoencoder: decoded once, held in memory, cropped at random.
+
+As with the clips, what lies at a position of the training stream depends on the seed and the position alone, so that a
+run stopped and resumed sees what a straight one sees. Captions, cuts and latents play no part here.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ldm.data.clips import ClipSampler
+from ldm.data.footage import FootageError, list_videos, probe, read_frames
+from ldm.errors import UserError
+from ldm.video import from_uint8
+
+log = logging.getLogger(__name__)
+
+MAX_HELD_OUT = 64  # frames that one validation looks at
+
+
+@dataclass
+class FrameBatch:
+    """`pixels` `b c h w` in [-1, 1] and their `positions` in the training stream."""
+
+    pixels: Tensor
+    positions: list[int]
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> FrameBatch:
+        return FrameBatch(self.pixels.to(device, non_blocking=non_blocking), self.positions)
+
+    @staticmethod
+    def cat(batches: Sequence[FrameBatch]) -> FrameBatch:
+        pixels = torch.cat([batch.pixels for batch in batches])
+        return FrameBatch(pixels, [position for batch in batches for position in batch.positions])
+
+
+class RandomCrops(Dataset):
+    """The endless stream of training crops `1 c size size`; `len` is one pass, every frame once.
+
+    frames: one uint8 array `t h w c` per video; sizes may differ between videos.
+    """
+
+    def __init__(self, frames: Sequence[np.ndarray], size: int, seed: int) -> None:
+        self.frames, self.size, self.seed = frames, size, seed
+        self.slots = [(video, t) for video, array in enumerate(frames) for t in range(len(array))]
+        self._order = lru_cache(maxsize=2)(self._order)
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+    def __getitem__(self, position: int) -> FrameBatch:
+        turn, index = divmod(position, len(self))
+        video, t = self.slots[self._order(turn)[index]]
+        frame = self.frames[video][t]
+        random = np.random.default_rng((self.seed, position))
+        y, x = (int(random.integers(side - self.size + 1)) for side in frame.shape[:2])
+        crop = frame[y : y + self.size, x : x + self.size]
+        if random.random() < 0.5:
+            crop = crop[:, ::-1]
+        return FrameBatch(from_uint8(crop[None]), [position])
+
+    def _order(self, turn: int) -> np.ndarray:
+        return np.random.default_rng((self.seed, turn, 1)).permutation(len(self))
+
+
+class CentreCrops(Dataset):
+    """Held-out frames, at most `MAX_HELD_OUT` evenly spaced ones, cropped in the middle: `1 c size size` each."""
+
+    def __init__(self, frames: Sequence[np.ndarray], size: int) -> None:
+        every = [frame for array in frames for frame in array]
+        chosen = np.linspace(0, len(every) - 1, min(MAX_HELD_OUT, len(every))).round().astype(int)
+        self.frames, self.size = [every[index] for index in chosen], size
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def __getitem__(self, position: int) -> FrameBatch:
+        frame = self.frames[position]
+        y, x = ((side - self.size) // 2 for side in frame.shape[:2])
+        return FrameBatch(from_uint8(frame[None, y : y + self.size, x : x + self.size]), [position])
+
+
+class FrameDataModule(pl.LightningDataModule):
+    """Frames of videos for training and validation.
+
+    Args:
+        videos: files or folders, one or several; damaged ones are reported and left out.
+        size: side of a crop in pixels.
+        fps: frames taken per second of footage.
+        batch_size: crops per process and step.
+        num_workers: reading processes; frames lie in memory, so 0 is fast enough for most machines.
+        val_share: share of each video, its end, that is held out; 0 for none.
+        seed: of the order and of every draw.
+        max_frames: bound on the frames held in memory (88 kB each for 16:9 footage at size 128); when the footage has
+            more, fewer are taken per second.
+
+    Frames are held at the size at which their shorter side is `size`, so a crop shows their full height (or width).
+    """
+
+    def __init__(
+        self,
+        videos: str | Sequence[str],
+        size: int = 128,
+        fps: float = 10,
+        batch_size: int = 4,
+        num_workers: int = 0,
+        val_share: float = 0.1,
+        seed: int = 23,
+        max_frames: int = 20_000,
+    ) -> None:
+        super().__init__()
+        whole = {"size": (size, 8), "batch_size": (batch_size, 1), "num_workers": (num_workers, 0)}
+        for name, (value, least) in {**whole, "seed": (seed, 0), "max_frames": (max_frames, 2)}.items():
+            if not isinstance(value, int) or value < least:
+                raise UserError(f"data.params.{name}: expected a whole number of at least {least}, found {value!r}")
+        if not 0 <= val_share <= 0.5:
+            raise UserError(f"data.params.val_share: expected 0 to 0.5, found {val_share!r}")
+        self.videos = [videos] if isinstance(videos, str | Path) else list(videos)
+        self.size, self.fps, self.batch_size, self.num_workers = size, fps, batch_size, num_workers
+        self.val_share, self.seed, self.max_frames = val_share, seed, max_frames
+        self.train_frames: RandomCrops | None = None
+        self._consumed = self._fetched = 0
+        self._step_seen: int | None = None
+
+    def setup(self, stage: str | None = None) -> None:
+        """Decode the footage; a second call does nothing. Raises FootageError when none of it can be used."""
+        if self.train_frames is not None:
+            return
+        training, held_out = [], []
+        for frames in self._read_all():
+            num_held_out = round(self.val_share * len(frames))
+            training.append(frames[: len(frames) - num_held_out])
+            held_out.append(frames[len(frames) - num_held_out :])
+        self.train_frames = RandomCrops(training, self.size, self.seed)
+        self.val_frames = CentreCrops(held_out, self.size)
+        log.info(
+            "%d videos: %d frames to train on, %d held out",
+            len(training), len(self.train_frames), sum(map(len, held_out)),
+        )  # fmt: skip
+
+    def _read_all(self) -> list[np.ndarray]:
+        infos, problems = [], []
+        for path in list_videos(self.videos):
+            try:
+                infos.append(probe(path))
+            except FootageError as error:
+                problems.append(error)
+        expected = sum(info.duration for info in infos) * self.fps
+        thinning = max(1.0, expected / self.max_frames)
+        if thinning > 1:
+            log.warning(
+                "about %d frames at %g a second are more than max_frames = %d: taking %.3g a second instead",
+                expected, self.fps, self.max_frames, self.fps / thinning,
+            )  # fmt: skip
+        arrays = []
+        for info in infos:
+            enlarge = self.size / min(info.width, info.height)
+            size = tuple(max(self.size, round(side * enlarge)) for side in (info.height, info.width))
+            try:
+                arrays.append(np.stack(list(read_frames(info.path, self.fps / thinning, size))))
+            except FootageError as error:
+                problems.append(error)
+        if not arrays:
+            raise problems[0]
+        for problem in problems:
+            log.warning("left out: %s", problem)
+        return arrays
+
+    @property
+    def consumed(self) -> int:
+        """Samples, over all processes, whose gradients have reached the weights: the position to go on from."""
+        step = self.trainer.global_step if self.trainer is not None else None
+        if step != self._step_seen:
+            self._step_seen, self._consumed = step, self._fetched
+        return self._consumed
+
+    def on_after_batch_transfer(self, batch: FrameBatch, dataloader_idx: int) -> FrameBatch:
+        """Count training samples as they go into a step; they are consumed once the step counter has moved on."""
+        if self.trainer is not None and self.trainer.training:
+            _ = self.consumed
+            self._fetched += len(batch) * self.trainer.world_size
+        return batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"consumed": self.consumed}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self._consumed = self._fetched = state_dict["consumed"]
+        self._step_seen = None
+
+    def train_dataloader(self) -> DataLoader:
+        world, rank = (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
+        steps = max(1, len(self.train_frames) // (self.batch_size * world))
+        sampler = ClipSampler(self.train_frames, lambda: self.consumed, steps, self.batch_size, world, rank)
+        return self._loader(self.train_frames, sampler)
+
+    def val_dataloader(self) -> DataLoader | list:
+        return self._loader(self.val_frames, None) if len(self.val_frames) else []
+
+    def _loader(self, frames: Dataset, sampler: ClipSampler | None) -> DataLoader:
+        return DataLoader(
+            frames,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            collate_fn=FrameBatch.cat,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=False,
+        )

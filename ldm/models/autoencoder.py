@@ -1,0 +1,252 @@
+"""Training of the image autoencoder, for people without Stable Diffusion's: KL, trained from scratch in minutes when
+small (Rombach et al. 2022, section 3.1).
+
+The network is `ldm.modules.encoders.KLFirstStage`, the terms of the loss are in `autoencoder_loss`. A checkpoint holds
+the network under CompVis's names, the config, and the scale factor that gives its latents unit variance.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from ldm.data.frames import FrameBatch
+from ldm.errors import UserError
+from ldm.models.autoencoder_loss import AutoencoderLoss
+from ldm.modules.encoders import KLFirstStage
+from ldm.modules.posterior import posterior_mean, sample_posterior
+from ldm.video import contact_sheet, to_uint8
+
+log = logging.getLogger(__name__)
+
+START_LOGVAR = -5.0  # of the posterior; from 0 the decoder first learns to ignore the noise
+STD_MEMORY = 0.98  # share of the running latent statistics that a step keeps
+
+
+class AutoencoderKL(pl.LightningModule):
+    """A KL autoencoder in training: `FrameBatch` in, weights and a scale factor out.
+
+    ddconfig, embed_dim: the network, see `KLFirstStage`.
+    lossconfig: see `AutoencoderLoss`.
+    learning_rate: highest rate; it rises over `warmup_steps` steps and falls along a cosine to a fiftieth at the end.
+    ckpt_path: weights to start from; None starts from random ones.
+    gradient_clip: bound on the norm of the gradient.
+    seed: of the noise on the latents.
+    config: the config of the run, kept in checkpoints.
+
+    Optimisation is manual because the adversarial term needs two optimisers, so Lightning's accumulation and clipping
+    are not available.
+    """
+
+    def __init__(  # noqa: PLR0913, PLR0917 - the words of the config
+        self,
+        ddconfig: Mapping[str, Any],
+        embed_dim: int,
+        lossconfig: Mapping[str, Any],
+        learning_rate: float = 1e-3,
+        ckpt_path: str | None = None,
+        warmup_steps: int = 50,
+        gradient_clip: float = 1.0,
+        seed: int = 23,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.first_stage = KLFirstStage(ddconfig, embed_dim, ckpt_path)
+        self.loss = AutoencoderLoss(lossconfig)
+        self.learning_rate, self.warmup_steps, self.gradient_clip = learning_rate, warmup_steps, gradient_clip
+        self.seed, self.config = seed, config
+        self.latent_moments: Tensor | None = None  # running mean and mean square of the latents
+        self.shown: tuple[Tensor, Tensor] | None = None  # originals and reconstructions of the last validation
+        if ckpt_path is None:
+            _start_precise(self.first_stage)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Images `b c h w` in [-1, 1] -> their reconstruction from the most likely latents."""
+        return self.first_stage.decode(posterior_mean(self.first_stage.encode(pixels)))
+
+    def parameter_summary(self) -> str:
+        """One line: what is trained and how many parameters it has."""
+        parts = {"encoder": ("encoder", "quant_conv"), "decoder": ("decoder", "post_quant_conv")}
+        network = self.first_stage.network
+        counts = {part: sum(_count(getattr(network, name)) for name in names) for part, names in parts.items()}
+        if self.loss.discriminator is not None:
+            counts["discriminator"] = _count(self.loss.discriminator)
+        listed = ", ".join(f"{part} {count:,}" for part, count in counts.items())
+        return f"trained: {sum(counts.values()):,} parameters ({listed}); frozen: 0"
+
+    @property
+    def scale_factor(self) -> float | None:
+        """What latents are multiplied by to have unit variance; None before the first step."""
+        if self.latent_moments is None:
+            return None
+        mean, square = self.latent_moments.tolist()
+        return (square - mean**2) ** -0.5
+
+    def training_step(self, batch: FrameBatch, batch_idx: int) -> None:
+        """One step of the autoencoder and, once it takes part, one of the discriminator."""
+        moments = self.first_stage.encode(batch.pixels)
+        latents = sample_posterior(moments.float(), self._noise(batch, moments.shape))
+        output = self.first_stage.decode(latents).float()
+        terms = self.loss.reconstruction(output, batch.pixels, moments.float())
+        optimizer, *opponents = self._optimizers()
+        is_adversarial = self.loss.is_adversarial(self.global_step)
+        total = terms["loss"]
+        if is_adversarial:
+            terms["deception"] = self.loss.deception(output, total, self.first_stage.last_layer())
+            total = total + terms["deception"]
+        self._step(optimizer, total, self.first_stage)
+        if is_adversarial:
+            terms["discrimination"] = self.loss.discrimination(output, batch.pixels)
+            # The bare optimiser: Lightning would count its step as one of the run's.
+            self._step(opponents[0].optimizer, terms["discrimination"], self.loss.discriminator)
+        for scheduler in self._schedulers():
+            scheduler.step()
+        self._remember(latents.detach())
+        self.log_dict({f"train/{name}": value.detach() for name, value in terms.items()}, prog_bar=False)
+
+    def validation_step(self, batch: FrameBatch, batch_idx: int) -> None:
+        """Reconstruction of held-out frames: distance per pixel value and PSNR of 8-bit range, mean over frames."""
+        output = self(batch.pixels).float()
+        sizes = {"batch_size": len(batch), "on_epoch": True}
+        self.log("val/l1", (output - batch.pixels).abs().mean(), **sizes)
+        self.log("val/psnr", psnr(output, batch.pixels).mean(), prog_bar=True, **sizes)
+        if batch_idx == 0:
+            self.shown = batch.pixels, output
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the scale factor."""
+        if self.scale_factor is not None:
+            self.log("val/scale_factor", self.scale_factor)
+
+    def on_train_end(self) -> None:
+        """Say the number that the video model's config needs."""
+        if self.scale_factor is not None:
+            log.info("scale factor of these latents (1 / standard deviation): %.5f", self.scale_factor)
+
+    def configure_optimizers(self) -> tuple[list, list]:
+        """Adam for the network and, where there is one, for its opponent; both follow the same curve."""
+        if "16" in str(self.trainer.precision) and "bf16" not in str(self.trainer.precision):
+            raise UserError(
+                f"lightning.trainer.precision: the autoencoder trains in 32-true or bf16-mixed, found "
+                f"{self.trainer.precision}"
+            )
+        networks = [self.first_stage]
+        if self.loss.discriminator is not None:
+            networks.append(self.loss.discriminator)
+        optimizers = [
+            torch.optim.AdamW(network.parameters(), lr=self.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+            for network in networks
+        ]
+        total = self.trainer.max_steps if self.trainer.max_steps > 0 else self.trainer.estimated_stepping_batches
+        return optimizers, [LambdaLR(optimizer, _rise_and_fall(self.warmup_steps, total)) for optimizer in optimizers]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """CompVis's names for the network; the rest beside it."""
+        checkpoint["state_dict"] = self.first_stage.compvis_state_dict()
+        if self.loss.discriminator is not None:
+            checkpoint["discriminator"] = self.loss.discriminator.state_dict()
+        if self.latent_moments is not None:
+            checkpoint["latent_moments"] = self.latent_moments
+            checkpoint["scale_factor"] = self.scale_factor
+        if self.config is not None:
+            checkpoint["config"] = dict(self.config)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take everything from `checkpoint` and leave Lightning the names it looks for."""
+        self.first_stage.load_compvis_state_dict(checkpoint["state_dict"], where="autoencoder checkpoint")
+        if self.loss.discriminator is not None and "discriminator" in checkpoint:
+            self.loss.discriminator.load_state_dict(checkpoint["discriminator"])
+        self.latent_moments = checkpoint.get("latent_moments")
+        checkpoint["state_dict"] = self.state_dict()
+
+    def _noise(self, batch: FrameBatch, moments_shape: torch.Size) -> Tensor:
+        """Noise that depends on the seed and each frame's position alone, so that a resumed run repeats it."""
+        _, channels, h, w = moments_shape
+        noise = []
+        for position in batch.positions:
+            state = int(np.random.SeedSequence((self.seed, position)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+            noise.append(torch.randn(channels // 2, h, w, generator=torch.Generator().manual_seed(state)))
+        return torch.stack(noise).to(batch.pixels.device)
+
+    def _step(self, optimizer: Any, loss: Tensor, network: torch.nn.Module) -> None:
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        torch.nn.utils.clip_grad_norm_(network.parameters(), self.gradient_clip)
+        optimizer.step()
+
+    def _optimizers(self) -> list[Any]:
+        found = self.optimizers()
+        return found if isinstance(found, list) else [found]
+
+    def _schedulers(self) -> list[Any]:
+        found = self.lr_schedulers()
+        return found if isinstance(found, list) else [found]
+
+    def _remember(self, latents: Tensor) -> None:
+        now = torch.stack([latents.mean(), latents.square().mean()]).float().cpu()
+        if self.latent_moments is None:
+            self.latent_moments = now
+        else:
+            self.latent_moments = STD_MEMORY * self.latent_moments + (1 - STD_MEMORY) * now
+
+
+class ReconstructionLogger(pl.Callback):
+    """After every validation, a sheet of held-out frames above their reconstructions: a PNG file and TensorBoard.
+
+    folder: the run folder; pictures go to its `images/val`. num_images: columns.
+    """
+
+    def __init__(self, folder: str | Path, num_images: int = 6) -> None:
+        super().__init__()
+        self.folder, self.num_images = Path(folder) / "images" / "val", num_images
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: AutoencoderKL) -> None:
+        """Draw, write and log the sheet."""
+        if pl_module.shown is None or not trainer.is_global_zero or trainer.sanity_checking:
+            return
+        originals, outputs = (images[: self.num_images] for images in pl_module.shown)
+        pl_module.shown = None
+        labels = ["held-out frames", f"reconstructed, {psnr(outputs, originals).mean():.1f} dB"]
+        sheet = contact_sheet([to_uint8(originals), to_uint8(outputs)], labels)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        sheet.save(self.folder / f"reconstructions_gs-{trainer.global_step:06}.png")
+        for logger in trainer.loggers:
+            if isinstance(logger, pl.loggers.TensorBoardLogger):
+                picture = np.asarray(sheet)
+                logger.experiment.add_image("val/reconstructions", picture, trainer.global_step, dataformats="HWC")
+
+
+def psnr(output: Tensor, pixels: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of images in [-1, 1], outputs clipped to it: `b c h w`, `b c h w` -> `b`."""
+    error = (output.float().clamp(-1, 1) - pixels.float()) / 2
+    return -10 * error.square().mean((1, 2, 3)).clamp_min(1e-10).log10()
+
+
+def _start_precise(first_stage: KLFirstStage) -> None:
+    """Let a fresh encoder be sure of its latents, so that the decoder has something to read from the first step."""
+    last = first_stage.network.quant_conv
+    logvar = slice(last.out_channels // 2, None)
+    with torch.no_grad():
+        last.weight[logvar] *= 0.1
+        last.bias[logvar] = START_LOGVAR
+
+
+def _rise_and_fall(warmup_steps: int, total: float) -> Any:
+    def share(step: int) -> float:
+        cosine = 0.5 + 0.5 * np.cos(np.pi * min(1.0, step / max(1.0, total)))
+        return float(min(1.0, (step + 1) / max(1, warmup_steps)) * (0.02 + 0.98 * cosine))
+
+    return share
+
+
+def _count(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

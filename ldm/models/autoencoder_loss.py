@@ -1,0 +1,117 @@
+"""What a reconstruction is judged by: distance per pixel and divergence always, a perceptual and an adversarial term
+on request (Rombach et al. 2022, section 3.1 and appendix G; the discriminator is that of Isola et al. 2017, the hinge
+loss that of Lim & Ye 2017, the adaptive weight that of Esser et al. 2021, eq. 7).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.config import nearest
+from ldm.errors import UserError
+from ldm.modules.posterior import kl
+
+WORDS = {
+    "": {"l1": 1.0, "kl_weight": 1e-6, "perceptual": None, "adversarial": None},
+    "perceptual": {"path": None, "weight": 1.0},
+    "adversarial": {"weight": 0.5, "start_step": 0, "width": 64, "layers": 3},
+}
+
+
+class PatchDiscriminator(nn.Sequential):
+    """Says of every patch whether it is real: images `b c h w` in [-1, 1] -> `b 1 h' w'`, high for real.
+
+    width: channels of the first layer, a multiple of 8. layers: each halves the resolution.
+    """
+
+    def __init__(self, in_channels: int = 3, width: int = 64, layers: int = 3) -> None:
+        widths = [width * min(2**layer, 8) for layer in range(layers + 1)]
+        blocks: list[nn.Module] = [nn.Conv2d(in_channels, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        for index, (before, after) in enumerate(itertools.pairwise(widths), start=1):
+            stride = 2 if index < layers else 1
+            blocks += [nn.Conv2d(before, after, 4, stride, padding=1, bias=False), nn.GroupNorm(8, after)]
+            blocks.append(nn.LeakyReLU(0.2))
+        super().__init__(*blocks, nn.Conv2d(widths[-1], 1, 4, padding=1))
+
+
+class AutoencoderLoss(nn.Module):
+    """The terms and their weights.
+
+    config: `l1` weight of the mean distance per pixel value; `kl_weight` weight of the divergence in nats per pixel
+        value (the same number as in CompVis's configs); `perceptual: {path, weight}` a TorchScript file that is called
+        with reconstruction and original, `b 3 h w` in [-1, 1], and returns distances; `adversarial: {weight,
+        start_step, width, layers}`.
+
+    Raises UserError for an unknown word and for a perceptual file that is not there or not TorchScript.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        words = _checked(config, "")
+        self.l1, self.kl_weight = float(words["l1"]), float(words["kl_weight"])
+        self.perceptual = self.discriminator = None
+        if words["perceptual"]:
+            perceptual = _checked(words["perceptual"], "perceptual")
+            self.perceptual, self.perceptual_weight = _load_scripted(perceptual["path"]), perceptual["weight"]
+        if words["adversarial"]:
+            adversarial = _checked(words["adversarial"], "adversarial")
+            self.adversarial_weight, self.start_step = adversarial["weight"], adversarial["start_step"]
+            self.discriminator = PatchDiscriminator(width=adversarial["width"], layers=adversarial["layers"])
+
+    def reconstruction(self, output: Tensor, pixels: Tensor, moments: Tensor) -> dict[str, Tensor]:
+        """The terms without an opponent, and their weighted sum as `loss`: `b c h w`, `b c h w`, `b 2z h w` -> dict."""
+        terms = {"l1": (output - pixels).abs().mean(), "kl": kl(moments).sum() / pixels.numel()}
+        terms["loss"] = self.l1 * terms["l1"] + self.kl_weight * terms["kl"]
+        if self.perceptual is not None:
+            terms["perceptual"] = self.perceptual(output, pixels).mean()
+            terms["loss"] = terms["loss"] + self.perceptual_weight * terms["perceptual"]
+        return terms
+
+    def is_adversarial(self, step: int) -> bool:
+        """Whether the discriminator takes part at this step."""
+        return self.discriminator is not None and step >= self.start_step
+
+    def deception(self, output: Tensor, reconstruction_loss: Tensor, last_layer: Tensor) -> Tensor:
+        """What the autoencoder pays for being found out, as large a pull on `last_layer` as the other terms' times
+        the weight."""
+        found_out = -self.discriminator(output).mean()
+        (pull,) = torch.autograd.grad(reconstruction_loss, last_layer, retain_graph=True)
+        (counter_pull,) = torch.autograd.grad(found_out, last_layer, retain_graph=True)
+        balance = (pull.norm() / (counter_pull.norm() + 1e-4)).clamp(0, 1e4).detach()
+        return self.adversarial_weight * balance * found_out
+
+    def discrimination(self, output: Tensor, pixels: Tensor) -> Tensor:
+        """The hinge loss of the discriminator."""
+        real, fake = self.discriminator(pixels), self.discriminator(output.detach())
+        return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+
+
+def _checked(config: Mapping[str, Any], part: str) -> dict[str, Any]:
+    where = f"model.params.lossconfig.{part}".rstrip(".")
+    if not isinstance(config, Mapping):
+        raise UserError(f"{where}: expected a mapping with {', '.join(WORDS[part])}, found {config!r}")
+    for word in config:
+        if word not in WORDS[part]:
+            raise UserError(f"{where}.{word}: nothing reads this key; {nearest(str(word), WORDS[part])}")
+    return WORDS[part] | dict(config)
+
+
+def _load_scripted(path: str | None) -> nn.Module:
+    if path is None or not Path(path).is_file():
+        raise UserError(
+            f"model.params.lossconfig.perceptual.path: expected a TorchScript file that compares two batches of "
+            f"images, found {path!r}; no weights are downloaded, leave `perceptual` out to train without"
+        )
+    try:
+        module = torch.jit.load(path, map_location="cpu")
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{path}: expected a TorchScript file for the perceptual term ({reason})") from error
+    return module.requires_grad_(False).eval()
