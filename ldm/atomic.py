@@ -22,7 +22,7 @@ def replacing(path: Path | str) -> Iterator[Path]:
         with partial.open("rb") as written:
             os.fsync(written.fileno())
         os.replace(partial, path)
-    except Exception:
+    except BaseException:
         partial.unlink(missing_ok=True)
         raise
 
