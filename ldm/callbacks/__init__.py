@@ -1,0 +1,16 @@
+"""What happens beside the training steps: the average of the weights, sample videos, saving, and reports."""
+
+from ldm.callbacks.average import WeightAverage
+from ldm.callbacks.reports import MemoryReport, ProgressLines
+from ldm.callbacks.saving import AtomicCheckpointIO, LastCheckpoint, StopRequested
+from ldm.callbacks.videos import VideoLogger
+
+__all__ = [
+    "AtomicCheckpointIO",
+    "LastCheckpoint",
+    "MemoryReport",
+    "ProgressLines",
+    "StopRequested",
+    "VideoLogger",
+    "WeightAverage",
+]

@@ -1,0 +1,127 @@
+"""Lines about a run: where its memory goes, and how far it has got where there is no terminal for a progress bar."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import sys
+import time
+from datetime import timedelta
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from ldm.callbacks.average import WeightAverage
+from ldm.errors import UserError
+
+log = logging.getLogger(__name__)
+MIB = 2**20
+
+
+class MemoryReport(pl.Callback):
+    """Logs the bytes of weights, gradients, optimiser states and averages, and the peak, at the start and after the
+    first optimiser step: one line each, and scalars `memory/*` in MiB."""
+
+    def __init__(self) -> None:
+        self._gradients = 0
+        self._first_step: int | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._first_step = trainer.global_step + 1
+        self._report(trainer, pl_module, "before the first step")
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        if trainer.global_step + 1 == self._first_step:
+            gradients = [weight.grad for weight in pl_module.parameters() if weight.grad is not None]
+            self._gradients = sum(gradient.nbytes for gradient in gradients)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self._first_step:
+            self._first_step = None
+            self._report(trainer, pl_module, "after the first step")
+
+    def _report(self, trainer: pl.Trainer, pl_module: pl.LightningModule, when: str) -> None:
+        trained = [weight for weight in pl_module.parameters() if weight.requires_grad]
+        sizes = {
+            "weights_trained": sum(weight.nbytes for weight in trained),
+            "weights_frozen": sum(weight.nbytes for weight in pl_module.parameters() if not weight.requires_grad),
+            "gradients": self._gradients,
+            "optimiser_states": sum(map(_state_bytes, trainer.optimizers)),
+            "average": sum(callback.num_bytes for callback in trainer.callbacks if isinstance(callback, WeightAverage)),
+            "peak": peak_memory(pl_module.device),
+        }
+        kind = "on the card" if pl_module.device.type == "cuda" else "of the process"
+        words = ", ".join(f"{name.replace('_', ' ')} {size / MIB:,.0f}" for name, size in sizes.items())
+        log.info("memory %s, MiB: %s %s", when, words, kind)
+        for logger in trainer.loggers:
+            logger.log_metrics(
+                {f"memory/{name}": size / MIB for name, size in sizes.items()}, step=trainer.global_step
+            )
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes ever in use: by PyTorch on a card, by this process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    return sum(map(_tensor_bytes, states))
+
+
+def _tensor_bytes(tensor: Tensor) -> int:
+    """Bytes really stored; quantised tensors claim the size of what they stand for."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        names, _ = tensor.__tensor_flatten__()
+        return sum(_tensor_bytes(getattr(tensor, name)) for name in names)
+    return tensor.nbytes
+
+
+class ProgressLines(pl.Callback):
+    """Step, epoch, loss, rate and time left as a log line, at most every `every_seconds`: for logs, not terminals."""
+
+    def __init__(self, every_seconds: float = 30.0) -> None:
+        if every_seconds < 0:
+            raise UserError(f"ProgressLines: expected every_seconds of at least 0, found {every_seconds}")
+        self.every_seconds = every_seconds
+        self._start_step = self._step_seen = 0
+        self._start_time = self._last_line = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._start_step = self._step_seen = trainer.global_step
+        self._start_time = time.monotonic()
+        self._last_line = float("-inf")
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        now, step = time.monotonic(), trainer.global_step
+        last = _last_step(trainer)
+        if step == self._step_seen or (now - self._last_line < self.every_seconds and step != last):
+            return
+        self._step_seen, self._last_line = step, now
+        seconds = (now - self._start_time) / (step - self._start_step)
+        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+        words = [f"step {step}/{last}" if last else f"step {step}", f"epoch {trainer.current_epoch}"]
+        words += [f"loss {float(loss):.4f}"] if loss is not None else []
+        words += [f"{seconds:.2f} s/step" if seconds > 0.5 else f"{1 / seconds:.1f} steps/s"]
+        words += [f"{timedelta(seconds=round(seconds * (last - step)))} left"] if last else []
+        log.info("%s", ", ".join(words))
+
+
+def _last_step(trainer: pl.Trainer) -> int | None:
+    """The step at which training will end; None when nothing limits it."""
+    if trainer.max_steps >= 0:
+        return trainer.max_steps
+    if trainer.max_epochs is None or trainer.max_epochs < 0:
+        return None
+    return trainer.max_epochs * -(-int(trainer.num_training_batches) // trainer.accumulate_grad_batches)

@@ -1,0 +1,179 @@
+"""Train what a config describes: `python main.py --base configs/video-sd.yaml -t --gpus 0,`.
+
+Takes up a stopped run with `-r RUN_FOLDER -t`. What is trained, on what data and what happens beside it is all in the
+config; the command line only says where and how long.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from argparse import Namespace
+from typing import Any
+
+import pytorch_lightning as pl
+from lightning_fabric.utilities.warnings import PossibleUserWarning
+from pytorch_lightning.callbacks import RichProgressBar
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities.model_helpers import is_overridden
+from rich.logging import RichHandler
+
+from ldm.callbacks import AtomicCheckpointIO, StopRequested
+from ldm.config import ConfigError, accepted_names, build, check, to_container
+from ldm.errors import UserError, run_command
+from ldm.training_run import Run, find_run, num_devices, parse_arguments, trainer_arguments
+
+log = logging.getLogger("ldm.main")
+
+DEFAULT_CALLBACKS = {
+    "last_checkpoint": {},
+    "memory": {},
+    "learning_rates": {"params": {"logging_interval": "step"}},
+    "progress": {},
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parse the command line (None: the process's own), check everything, then train."""
+    options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    set_up_logging()
+    run = find_run(options)
+    check(run.config)
+    for section in ("model", "data"):
+        if not run.config.get(section):
+            raise ConfigError(f"{section}: the config has no such section, which training needs")
+    flags = trainer_arguments(run.config, options.trainer)
+    pl.seed_everything(options.seed, workers=True, verbose=False)
+    config = to_container(run.config)
+    data = build_with(config["data"], "data", config=config)
+    data.setup("fit")
+    model = build_with(config["model"], "model", config=config, learning_rate=learning_rate(config, flags, options))
+    log.info("%s", parameter_summary(model))
+    if options.train:
+        train(run, config, model, data, flags, options)
+    else:
+        log.info("config, data and model are in order; add -t to train")
+
+
+def train(
+    run: Run,
+    config: dict[str, Any],
+    model: pl.LightningModule,
+    data: pl.LightningDataModule,
+    flags: dict[str, Any],
+    options: Namespace,
+) -> None:
+    """Fit, and test if the model has a test; a stop that was asked for is a normal end."""
+    trainer = build_trainer(run, config, flags)
+    if trainer.is_global_zero:
+        run.save_config()
+    log.info("run folder: %s", run.folder)
+    try:
+        trainer.fit(model, data, ckpt_path=run.checkpoint, weights_only=True)
+    except StopRequested as stop:
+        log.info("%s. Go on with: python main.py -r %s -t", stop, run.folder)
+        return
+    except SystemExit:  # how Lightning ends after a second Ctrl-C
+        raise KeyboardInterrupt from None
+    except UserError as error:
+        raise without_traceback(error) from error
+    if is_overridden("test_step", model) and not (options.no_test or trainer.fast_dev_run):
+        trainer.test(model, data)
+
+
+def build_trainer(run: Run, config: dict[str, Any], flags: dict[str, Any]) -> pl.Trainer:
+    """Lightning's Trainer with the run's loggers and callbacks."""
+    lightning = config.get("lightning") or {}
+    node = lightning.get("logger") or {"params": {"name": "", "version": "tensorboard"}}
+    logger = build_with(node, "lightning.logger", config=config, save_dir=str(run.folder))
+    try:
+        return pl.Trainer(
+            **{"enable_model_summary": False, **flags},
+            logger=logger,
+            callbacks=build_callbacks(run, config, flags),
+            default_root_dir=run.folder,
+            plugins=[AtomicCheckpointIO()],
+        )
+    except (MisconfigurationException, ValueError, TypeError) as error:
+        raise ConfigError(f"lightning.trainer: {error}") from error
+
+
+def build_callbacks(run: Run, config: dict[str, Any], flags: dict[str, Any]) -> list[pl.Callback]:
+    """The callbacks of the config and the default ones, which the config may change or, with null, leave out."""
+    lightning = config.get("lightning") or {}
+    nodes = {**DEFAULT_CALLBACKS, **(lightning.get("callbacks") or {})}
+    callbacks = []
+    if flags.get("enable_progress_bar", True) and sys.stdout.isatty():
+        nodes.pop("progress")
+        callbacks.append(RichProgressBar())
+    else:
+        flags["enable_progress_bar"] = False
+    for name, node in nodes.items():
+        if node is not None:
+            path = f"lightning.callbacks.{name}"
+            callbacks.append(build_with(node, path, config=config, folder=str(run.folder)))
+    if lightning.get("modelcheckpoint"):
+        node = lightning["modelcheckpoint"]
+        defaults = {"dirpath": str(run.folder / "checkpoints"), "filename": "{epoch:06}"}
+        node = {**node, "params": {**defaults, **(node.get("params") or {})}}
+        callbacks.append(build(node, "lightning.modelcheckpoint"))
+    return callbacks
+
+
+def build_with(node: dict[str, Any], path: str, **values: Any) -> Any:
+    """Build a node, giving it those of `values` that its constructor asks for."""
+    accepted = accepted_names(node, path)
+    return build(node, path, **{name: value for name, value in values.items() if name in accepted})
+
+
+def learning_rate(config: dict[str, Any], flags: dict[str, Any], options: Namespace) -> float:
+    """The config's own rate; with --scale_lr, times accumulated batches, devices and batch size, as CompVis does it."""
+    rate = config["model"].get("base_learning_rate")
+    if not isinstance(rate, (int, float)) or rate <= 0:
+        raise ConfigError(f"model.base_learning_rate: expected a number above 0, found {rate!r}")
+    if not options.scale_lr:
+        return float(rate)
+    accumulate = flags.get("accumulate_grad_batches", 1)
+    batch_size = (config["data"].get("params") or {}).get("batch_size", 1)
+    scaled = rate * accumulate * num_devices(flags) * batch_size
+    log.info(
+        "learning rate %g = %g x %d accumulated x %d devices x batch size %d",
+        scaled, rate, accumulate, num_devices(flags), batch_size,
+    )  # fmt: skip
+    return scaled
+
+
+def parameter_summary(model: pl.LightningModule) -> str:
+    """What is frozen and what is trained, in the model's own words where it has them."""
+    if hasattr(model, "parameter_summary"):
+        return model.parameter_summary()
+    words = []
+    for kind, is_trained in (("trained", True), ("frozen", False)):
+        weights = [weight for weight in model.parameters() if weight.requires_grad == is_trained]
+        words.append(f"{kind}: {sum(weight.numel() for weight in weights):,} parameters in {len(weights)} tensors")
+    return "; ".join(words)
+
+
+def without_traceback(error: UserError) -> UserError:
+    """A mistake found in a reading process arrives wrapped in its traceback; keep the message."""
+    text = str(error)
+    marker = f"{type(error).__name__}: "
+    return type(error)(text.rpartition(marker)[2].strip()) if text.startswith("Caught ") and marker in text else error
+
+
+def set_up_logging() -> None:
+    """Our lines to the terminal, above the progress bar, or plain to stderr where there is none."""
+    warnings.filterwarnings("ignore", category=PossibleUserWarning)
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    logger = logging.getLogger("ldm")
+    logger.setLevel(logging.INFO)
+    if not logger.handlers:
+        is_terminal = sys.stdout.isatty()
+        handler = RichHandler(show_path=False, show_level=False) if is_terminal else logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
