@@ -81,6 +81,7 @@ class DatasetInfo:
     scale_factor: float  # latents = scale_factor * sample; what is stored is not scaled
     fps: float
     size: list[int]  # height, width of the pictures
+    num_tokens: int  # n of context_shape
     moments_shape: list[int]  # 2c, h, w of one frame: mean and log-variance
     context_shape: list[int]  # n, d of one caption
     empty_context_crc32: int
