@@ -48,6 +48,7 @@ __all__ = [
     "first_stage_tensors",
     "full_state_dict",
     "identity",
+    "latent_scale",
     "load_encoders",
     "load_first_stage",
     "load_text_encoder",
@@ -76,6 +77,7 @@ SD_V1_FIRST_STAGE = {
         },
     },
 }
+SD_V1_SCALE = 0.18215
 SD_V1_TEXT = {"target": "ldm.modules.encoders.CLIPTextEmbedder", "params": {}}
 
 Config = str | Path | DictConfig | Mapping[str, Any]
@@ -231,6 +233,26 @@ def encoder_tensors(config: DictConfig | Mapping[str, Any]) -> dict[str, Tensor]
         num_positions = text["text_model.embeddings.position_embedding.weight"].shape[0]
         text[POSITION_IDS] = position_ids(num_positions)
     return _prefixed(FIRST_STAGE_PREFIX, tensors) | _prefixed(TEXT_PREFIX, text)
+
+
+def latent_scale(config: DictConfig | Mapping[str, Any]) -> float:
+    """What the first stage's samples are multiplied by to become the network's latents.
+
+    `model.params.scale_factor` if the config gives one, 0.18215 if it does not speak of it; if it says null, the number
+    that was measured when the first stage was trained, from its checkpoint.
+    """
+    params = _model_params(config, "first_stage_config")
+    scale = params.get("scale_factor", SD_V1_SCALE)
+    if scale is not None:
+        return float(scale)
+    path = _source(params, "first_stage_config")
+    scale = read_checkpoint(path).scale_factor
+    if scale is None:
+        raise CheckpointError(
+            f"model.params.scale_factor: expected a number, since {path} does not say how its latents are scaled; set "
+            f"{SD_V1_SCALE} for Stable Diffusion v1's autoencoder"
+        )
+    return scale
 
 
 def full_state_dict(
