@@ -191,15 +191,15 @@ def _forget_unfinished_step(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> 
     unfinished = current["processed"] % trainer.accumulate_grad_batches
     if current["processed"] == trainer.num_training_batches:
         unfinished = 0  # Lightning steps on the last batch of an epoch
-    whole = current["processed"] - unfinished
-    if whole == 0 or (not unfinished and current["ready"] == current["processed"]):
+    if not unfinished and current["ready"] == current["processed"]:
         return
+    at_step_end = int(current["processed"] > unfinished)  # else at the start of the epoch
     for counts in (progress["total"], current):
         counts["processed"] -= unfinished
         counts["ready"] = counts["started"] = counts["processed"]
-        counts["completed"] = counts["processed"] - 1
+        counts["completed"] = counts["processed"] - at_step_end
     progress["is_last_batch"] = False
-    loop["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
+    loop["epoch_loop.state_dict"]["_batches_that_stepped"] -= at_step_end
 
 
 def _first_line(error: Exception) -> str:

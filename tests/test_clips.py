@@ -1,0 +1,325 @@
+"""Training clips: what lies at a position, held-out footage, and exact resuming in the middle of an epoch."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+
+from ldm.callbacks import AtomicCheckpointIO, LastCheckpoint, StopRequested
+from ldm.data.clips import ClipDataModule, HeldOutClips, check_prepared, split_scenes
+from ldm.data.shards import DatasetError, PreparedSet
+from tests.toy_run import CONTEXT_SHAPE, IDENTITIES, ToyModel, make_prepared
+
+# Lightning cannot see that the data module resumes exactly.
+pytestmark = pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return make_prepared(tmp_path_factory.mktemp("prepared") / "set", lengths=(12, 9, 7, 30, 2))
+
+
+def data_module(root, **changes):
+    settings = {"frames": 3, "strides": (1, 2), "batch_size": 2, "num_workers": 0, "val_share": 0.2, "seed": 5}
+    return ClipDataModule(str(root), **{**settings, **changes})
+
+
+def test_a_clip_depends_on_seed_and_position_alone(root):
+    one, other = data_module(root), data_module(root, batch_size=3)
+    reseeded = data_module(root, seed=6)
+    for data in (one, other, reseeded):
+        data.setup()
+    backwards = {position: other.train_clips[position] for position in reversed(range(40))}
+    differing = 0
+    for position in range(40):
+        clip, same, changed = one.train_clips[position], backwards[position], reseeded.train_clips[position]
+        assert torch.equal(clip.moments, same.moments) and torch.equal(clip.context, same.context)
+        assert clip.positions == [position]
+        differing += not torch.equal(clip.moments, changed.moments)
+    assert differing > 20
+
+
+def test_clips_are_windows_of_one_scene_at_a_stride(root):
+    data = data_module(root, caption_dropout=0.5)
+    data.setup()
+    steps, captions = set(), []
+    for position in range(200):
+        clip = data.train_clips[position]
+        assert clip.moments.shape == (1, 3, 4, 2, 2) and clip.moments.dtype == torch.float16
+        assert clip.context.shape == (1, *CONTEXT_SHAPE) and clip.fps.dtype == torch.float32
+        frames = clip.moments[0, :, 0, 0, 0].tolist()
+        assert int(frames[0]) // 100 == int(clip.keys[0].removeprefix("scene"))
+        stride = frames[1] - frames[0]
+        assert frames[2] - frames[1] == stride and frames[2] // 100 == frames[0] // 100
+        assert clip.fps.item() == 10 / stride
+        steps.add(stride)
+        captions.append(clip.context[0, 0, 0].item())
+    assert steps == {1, 2}
+    assert {0, 1, 2} == set(captions), "both captions and the empty one"
+    assert 70 < captions.count(0) < 130
+
+
+def test_a_pass_visits_every_scene_long_ones_more_often(root):
+    data = data_module(root, val_share=0)
+    data.setup()
+    keys = [data.train_clips[position].keys[0] for position in range(len(data.train_clips))]
+    assert [keys.count(f"scene{index}") for index in range(5)] == [3, 2, 1, 9, 0]
+    again = [data.train_clips[position].keys[0] for position in range(len(keys), 2 * len(keys))]
+    assert sorted(again) == sorted(keys) and again != keys
+
+
+def test_held_out_clips_are_fixed_and_apart_from_training(root):
+    data = data_module(root, val_share=0.4)
+    data.setup()
+    held_out = {key for position in range(len(data.val_clips)) for key in data.val_clips[position].keys}
+    trained = {key for position in range(100) for key in data.train_clips[position].keys}
+    assert held_out and trained and not held_out & trained
+    assert data.val_clips[0].context.unique().tolist() == [1.0], "the first caption, never dropped"
+
+
+def test_one_scene_holds_out_its_last_frames(tmp_path):
+    data = data_module(make_prepared(tmp_path / "one", lengths=(40,)), val_share=0.25)
+    data.setup()
+    trained = torch.cat([data.train_clips[position].moments for position in range(200)])
+    held_out = torch.cat([data.val_clips[position].moments for position in range(len(data.val_clips))])
+    assert trained.max() == 29 and held_out.min() == 30 and held_out.max() == 38
+
+
+def test_scenes_keep_their_side_when_footage_is_added(tmp_path):
+    few = PreparedSet(make_prepared(tmp_path / "few", lengths=(9,) * 12)).scenes
+    many = PreparedSet(make_prepared(tmp_path / "many", lengths=(9,) * 30)).scenes
+    sides = [{part.scene.key for part in split_scenes(scenes, 3, 0.3)[1]} for scenes in (few, many)]
+    assert sides[0] and sides[0] <= sides[1] and not (sides[1] - sides[0]) & {scene.key for scene in few}
+
+
+def test_too_little_footage_to_hold_out_is_all_trained_on(tmp_path):
+    data = data_module(make_prepared(tmp_path / "short", lengths=(4,)), batch_size=4)
+    data.setup()
+    assert data.val_dataloader() == [] and len(data.train_clips) == 1
+    assert len(list(data.train_dataloader())) == 1, "an epoch has a batch even where footage is short"
+    assert next(iter(data.train_dataloader())).positions == [0, 1, 2, 3]
+
+
+# ---- resuming
+
+
+def train(root, folder, *, steps, resume=None, accumulate=1, workers=0, at_batch=None, trainer=None, **changes):
+    """Train the toy model; returns it after the run, however that ended."""
+    torch.manual_seed(0)
+    model, data = ToyModel(learning_rate=0.05), data_module(root, num_workers=workers, **changes)
+    model.at_batch = at_batch or {}
+    lightning = pl.Trainer(
+        **{"max_steps": steps, "max_epochs": -1, "accelerator": "cpu", **(trainer or {})},
+        accumulate_grad_batches=accumulate,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        plugins=[AtomicCheckpointIO()],
+        callbacks=[LastCheckpoint(str(folder), {"name": "toy"}, every_n_steps=1000)],
+    )
+    try:
+        lightning.fit(model, data, ckpt_path=resume, weights_only=True)
+    except (StopRequested, RuntimeError):
+        pass
+    return model
+
+
+@pytest.fixture(scope="module")
+def straight_run(root, tmp_path_factory):
+    """`straight_run(accumulate=1, **trainer)` -> the model after 12 steps without a stop; made once for each."""
+    runs = {}
+
+    def run(accumulate=1, **trainer):
+        key = (accumulate, *trainer.items())
+        if key not in runs:
+            runs[key] = train(root, tmp_path_factory.mktemp("straight"), steps=12, accumulate=accumulate, trainer=trainer)
+        return runs[key]
+
+    return run
+
+
+def assert_same_run(straight, first, second, steps):
+    """The steps that reached the weights, and the losses and weights, are those of a run that was not stopped."""
+    begun_again = second.seen[0][0]
+    kept = [(seen, loss) for seen, loss in zip(first.seen, first.losses, strict=True) if seen[0] < begun_again]
+    resumed = kept + list(zip(second.seen, second.losses, strict=True))
+    assert [seen for seen, _ in resumed] == straight.seen
+    assert [loss for _, loss in resumed] == straight.losses
+    assert straight.seen[-1][0] == steps - 1
+    for name, weight in straight.state_dict().items():
+        assert torch.equal(weight, second.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("stop", [1, 3, 7, 8, 10], ids=lambda stop: f"stop{stop}")
+def test_resuming_is_exact_at_any_step(root, tmp_path, straight_run, accumulate, stop):
+    """An epoch has 7 (3, when accumulating) steps here, so this stops inside epochs and at their ends."""
+    trainer = {"val_check_interval": 2}
+    straight = straight_run(accumulate, **trainer)
+    first = train(root, tmp_path / "run", steps=stop, accumulate=accumulate, trainer=trainer)
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    second = train(root, tmp_path / "run", steps=12, resume=last, accumulate=accumulate, trainer=trainer)
+    assert_same_run(straight, first, second, 12)
+    assert straight.validated and [step for step in straight.validated if step > stop] == [
+        step for step in second.validated if step > stop
+    ]
+
+
+def test_resuming_is_exact_when_validation_counts_across_epochs(root, tmp_path, straight_run):
+    trainer = {"val_check_interval": 3, "check_val_every_n_epoch": None}
+    straight = straight_run(**trainer)
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    first = train(root, tmp_path / "run", steps=8, trainer=trainer)
+    second = train(root, tmp_path / "run", steps=12, resume=last, trainer=trainer)
+    assert_same_run(straight, first, second, 12)
+    assert straight.validated == [3, 6, 9, 12] and second.validated == [9, 12]
+
+
+def test_resuming_is_exact_with_workers_and_twice(root, tmp_path):
+    straight = train(root, tmp_path / "straight", steps=17)
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    first = train(root, tmp_path / "run", steps=5, workers=2)
+    second = train(root, tmp_path / "run", steps=9, workers=2, resume=last)
+    third = train(root, tmp_path / "run", steps=17, workers=2, resume=last)
+    assert first.seen + second.seen + third.seen == straight.seen
+    assert third.losses == straight.losses[9:]
+
+
+@pytest.mark.parametrize("at_batch", [3, 4, 6, 10], ids=lambda batch: f"batch{batch}")
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_ctrl_c_saves_after_the_step_and_resumes_exactly(root, tmp_path, straight_run, accumulate, at_batch):
+    trainer = {"val_check_interval": 2}
+    straight = straight_run(accumulate, **trainer)
+    interrupt = {at_batch: lambda: os.kill(os.getpid(), signal.SIGINT)}
+    first = train(root, tmp_path / "run", steps=12, accumulate=accumulate, trainer=trainer, at_batch=interrupt)
+    assert len(first.seen) == (at_batch // accumulate + 1) * accumulate, "the step under way is finished"
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    second = train(root, tmp_path / "run", steps=12, resume=last, accumulate=accumulate, trainer=trainer)
+    assert len(first.seen) + len(second.seen) == len(straight.seen), "nothing is done twice"
+    assert_same_run(straight, first, second, 12)
+
+
+def test_ctrl_c_while_validating_saves_and_resumes_exactly(root, tmp_path, straight_run):
+    trainer = {"val_check_interval": 2}
+    straight = straight_run(**trainer)
+    interrupt = {("validation", 4): lambda: os.kill(os.getpid(), signal.SIGINT)}
+    first = train(root, tmp_path / "run", steps=12, trainer=trainer, at_batch=interrupt)
+    assert len(first.seen) == 4
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    second = train(root, tmp_path / "run", steps=12, resume=last, trainer=trainer)
+    assert_same_run(straight, first, second, 12)
+    assert set(second.validated) == {6, 9, 11}, "what was validated before the stop is not validated again"
+
+
+def fail():
+    raise RuntimeError("out of memory, say")
+
+
+@pytest.mark.parametrize("at_batch", [4, 5, 7, 11])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_crash_saves_whole_steps_and_resumes_exactly(root, tmp_path, straight_run, accumulate, at_batch):
+    straight = straight_run(accumulate)
+    first = train(root, tmp_path / "run", steps=12, accumulate=accumulate, at_batch={at_batch: fail})
+    assert len(first.seen) == at_batch
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    second = train(root, tmp_path / "run", steps=12, resume=last, accumulate=accumulate)
+    assert_same_run(straight, first, second, 12)
+
+
+def test_small_batches_accumulated_are_the_stream_of_one_large_one(root, tmp_path):
+    large = train(root, tmp_path / "large", steps=6, batch_size=4)
+    small = train(root, tmp_path / "small", steps=6, batch_size=1, accumulate=4)
+    assert [position for _, positions, _ in small.seen for position in positions] == list(range(24))
+    assert [position for _, positions, _ in large.seen for position in positions] == list(range(24))
+    for name, weight in large.state_dict().items():
+        torch.testing.assert_close(weight, small.state_dict()[name], rtol=1e-5, atol=1e-6)
+
+
+def test_another_batch_size_goes_on_where_the_run_was(root, tmp_path):
+    train(root, tmp_path / "run", steps=5)
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    second = train(root, tmp_path / "run", steps=7, resume=last, batch_size=3)
+    assert second.seen[0][1] == [10, 11, 12]
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"frames": 0}, "data.params.frames: expected a whole number of at least 1, found 0"),
+        ({"frames": 2.5}, "data.params.frames: expected a whole number"),
+        ({"batch_size": 0}, "data.params.batch_size: expected"),
+        ({"num_workers": -1}, "data.params.num_workers: expected"),
+        ({"strides": ()}, "data.params.strides: expected"),
+        ({"strides": (2, 0)}, "data.params.strides: expected"),
+        ({"caption_dropout": 1.5}, "data.params.caption_dropout: expected a share"),
+        ({"val_share": 0.9}, "data.params.val_share: expected a share"),
+    ],
+)
+def test_settings_that_cannot_be(root, changes, message):
+    with pytest.raises(DatasetError, match=message):
+        data_module(root, **changes)
+
+
+def test_no_scene_is_long_enough(root):
+    with pytest.raises(DatasetError, match=r"15 frames at stride 4.*reach over 57 frames; the longest of 5.*has 30"):
+        data_module(root, frames=15, strides=(4, 8)).setup()
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(DatasetError, match="there is no such folder"):
+        data_module(tmp_path / "nowhere").setup()
+
+
+def test_a_flipped_byte_is_found_before_training(tmp_path):
+    root = make_prepared(tmp_path / "set")
+    shard = root / "00000.tar"
+    content = bytearray(shard.read_bytes())
+    content[PreparedSet(root).scenes[1].latents.offset + 200] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(DatasetError, match="scene1 .* is damaged"):
+        data_module(root).setup()
+    data_module(root, verify=False).setup()
+
+
+def test_short_scenes_are_counted(root, caplog):
+    with caplog.at_level(logging.INFO, logger="ldm"):
+        data_module(root, val_share=0).setup()
+    assert "4 scenes to train on" in caplog.text and "1 too short for 3 frames" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"first_stage": "c" * 64}, "another autoencoder: expected cccc.*found aaaa"),
+        ({"text_encoder": "c" * 64}, "another text encoder"),
+        ({"scale_factor": 1.0}, "another scale factor: expected 1.0, found 0.18215"),
+        ({"latent_channels": 4}, "expected 4 latent channels.*found 2"),
+        ({"context_dim": 768}, "expected 768 values per text token.*found 5"),
+    ],
+)
+def test_a_set_prepared_for_another_model(root, changes, message):
+    prepared = PreparedSet(root)
+    fits = {**IDENTITIES, "scale_factor": 0.18215, "latent_channels": 2, "context_dim": 5}
+    check_prepared(prepared, **fits)
+    with pytest.raises(DatasetError, match=message):
+        check_prepared(prepared, **{**fits, **changes})
+
+
+def test_held_out_windows_do_not_overlap(root):
+    prepared = PreparedSet(root)
+    _, held_out = split_scenes(prepared.scenes, 5, 0.4)
+    clips = HeldOutClips(prepared, held_out, frames=3, stride=2)
+    frames = np.concatenate([clips[position].moments[0, :, 0, 0, 0].numpy() for position in range(len(clips))])
+    assert len(set(frames.tolist())) == len(frames)
+    with pytest.raises(IndexError):
+        clips[len(clips)]

@@ -1,0 +1,108 @@
+"""A prepared folder and modules small enough to train for real, in seconds, in the tests of the training command."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+
+from ldm.data.clips import Batch
+from ldm.data.shards import (
+    DATASET_FILE,
+    EMPTY_FILE,
+    INDEX_FILE,
+    SCHEMA_VERSION,
+    DatasetInfo,
+    ShardWriter,
+    npy_bytes,
+)
+
+MOMENTS_SHAPE = [4, 2, 2]
+CONTEXT_SHAPE = [3, 5]
+IDENTITIES = {"first_stage": "a" * 64, "text_encoder": "b" * 64}
+
+
+def make_prepared(root: Path, lengths: Sequence[int] = (12, 9, 30, 7), num_captions: int = 2) -> Path:
+    """Write a prepared folder with a scene of each length; frame f of scene s holds the value 100 s + f."""
+    root.mkdir(parents=True)
+    with ShardWriter(root / "00000.tar", "00000.tar") as shard:
+        entries = [
+            shard.add(
+                f"scene{index}",
+                {"source": "toy.mp4", "start": 0, "fps": 10.0, "captions": ["a road"] * num_captions},
+                np.broadcast_to(
+                    (100 * index + np.arange(length, dtype=np.float16))[:, None, None, None], [length, *MOMENTS_SHAPE]
+                ).copy(),
+                [np.full(CONTEXT_SHAPE, 1 + caption, dtype=np.float16) for caption in range(num_captions)],
+            )
+            for index, length in enumerate(lengths)
+        ]
+    index = "".join(entry.to_line() for entry in entries).encode()
+    empty = npy_bytes(np.zeros(CONTEXT_SHAPE, dtype=np.float16))
+    info = DatasetInfo(
+        schema_version=SCHEMA_VERSION,
+        **IDENTITIES,
+        scale_factor=0.18215,
+        fps=10.0,
+        size=[16, 16],
+        moments_shape=MOMENTS_SHAPE,
+        context_shape=CONTEXT_SHAPE,
+        num_tokens=CONTEXT_SHAPE[0],
+        empty_context_crc32=zlib.crc32(empty),
+        num_videos=1,
+        num_scenes=len(lengths),
+        num_frames=sum(lengths),
+        index_crc32=zlib.crc32(index),
+    )
+    (root / INDEX_FILE).write_bytes(index)
+    (root / EMPTY_FILE).write_bytes(empty)
+    (root / DATASET_FILE).write_text(info.to_json())
+    return root
+
+
+class ToyModel(pl.LightningModule):
+    """A linear layer, half of it frozen, that remembers what it was trained on."""
+
+    def __init__(self, learning_rate: float, width: int = 4, momentum: float = 0.9) -> None:
+        super().__init__()
+        self.learning_rate, self.momentum = learning_rate, momentum
+        self.frozen = torch.nn.Linear(width, width).requires_grad_(False)
+        self.head = torch.nn.Linear(width, 1)
+        with torch.no_grad():
+            for weight in self.parameters():
+                weight.copy_(torch.linspace(-1, 1, weight.numel()).view_as(weight))
+        self.seen: list[tuple[int, list[int], list[str]]] = []  # optimiser steps before, positions, keys
+        self.losses: list[float] = []
+        self.validated: list[int] = []
+        self.at_batch: dict[int, object] = {}  # micro-batches seen -> something to do then
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        features = (batch.moments.float() / 100).mean(dim=(1, 3, 4))
+        return (self.head(self.frozen(features)) - batch.context.float().mean(dim=(1, 2))[:, None]).pow(2).mean()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+        action = self.at_batch.pop(len(self.seen), None)
+        if action:
+            action()
+        loss = self.loss(batch)
+        self.seen.append((self.global_step, batch.positions, batch.keys))
+        self.losses.append(loss.item())
+        self.log("train/loss", loss, batch_size=len(batch))
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        action = self.at_batch.pop(("validation", self.global_step), None)
+        if action:
+            action()
+        self.validated.append(self.global_step)
+        self.log("val/loss", self.loss(batch), batch_size=len(batch))
+
+    def configure_optimizers(self) -> dict:
+        trained = [weight for weight in self.parameters() if weight.requires_grad]
+        optimizer = torch.optim.SGD(trained, lr=self.learning_rate, momentum=self.momentum)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 5))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
