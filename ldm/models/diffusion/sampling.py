@@ -147,6 +147,14 @@ def check_size(height: int, width: int, multiple: int) -> None:
             raise UserError(f"{name}: expected a multiple of {multiple} pixels, found {size}; the nearest is {nearest}")
 
 
+def check_eta(scheduler: SchedulerMixin, eta: float) -> None:
+    """Raise UserError unless eta lies in 0 to 1, and is 0 for every sampler but DDIM."""
+    if not 0 <= eta <= 1:
+        raise UserError(f"eta: expected 0 to 1, found {eta:g}")
+    if eta and not isinstance(scheduler, DDIMScheduler):
+        raise UserError(f"eta: only the sampler ddim adds noise between steps, found eta {eta:g} with another sampler")
+
+
 @torch.no_grad()
 def sample(
     denoiser: Denoiser,
@@ -162,14 +170,10 @@ def sample(
     generator: for the noise that DDIM adds between steps when eta > 0; one, or one per sample.
     eta: 0 is deterministic, 1 adds as much noise as DDPM; DDIM only.
     """
-    if not 0 <= eta <= 1:
-        raise UserError(f"eta: expected 0 to 1, found {eta:g}")
-    is_ddim = isinstance(scheduler, DDIMScheduler)
-    if eta and not is_ddim:
-        raise UserError(f"eta: only the sampler ddim adds noise between steps, found eta {eta:g} with another sampler")
+    check_eta(scheduler, eta)
     if generator is not None and not isinstance(generator, torch.Generator):
         generator = list(generator)  # diffusers tests for this very type
-    extra = {"eta": eta, "generator": generator} if is_ddim else {}
+    extra = {"eta": eta, "generator": generator} if isinstance(scheduler, DDIMScheduler) else {}
     timesteps = set_steps(scheduler, steps, noise.device)
     latents = noise.float() * scheduler.init_noise_sigma
     for index, timestep in enumerate(timesteps):

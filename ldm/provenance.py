@@ -1,0 +1,108 @@
+"""Clips on disk with everything they were made from: the four files of a clip, its record, and what a replay needs.
+
+A record is a plain dict: `clip` (the settings), `seed`, `batch` (all seeds made at once, and which of them this is),
+`checkpoint` (path, sha256), `config` (where the checkpoint has none), `precision`, `decode_chunk`, `machine`,
+`versions`, `command`. It holds no time of day, so that the same clip made again is the same file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import re
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ldm.atomic import replacing, write_atomically
+from ldm.errors import UserError
+from ldm.video import contact_sheet, read_metadata, write_gif, write_mp4
+
+SHEET_WIDTH = 4096  # pixels; longer clips take several rows
+PACKAGES = ("video-stable-diffusion", "torch", "diffusers", "transformers", "av", "pillow")
+WORDS = {"clip", "seed", "batch", "checkpoint", "config", "precision", "decode_chunk", "machine", "versions", "command"}
+
+
+def next_number(outdir: Path) -> int:
+    """One more than the highest number of any clip's file in the folder."""
+    numbers = [int(path.stem) for path in outdir.glob("[0-9]*.*") if re.fullmatch(r"[0-9]{5,}", path.stem)]
+    return max(numbers, default=-1) + 1
+
+
+def write_clip(stem: Path, frames: np.ndarray, record: dict[str, Any]) -> None:
+    """Write the four files of a clip."""
+    fps = record["clip"]["fps"]
+    write_gif(stem.with_suffix(".gif"), frames, fps)
+    per_row = max(1, SHEET_WIDTH // frames.shape[2])
+    rows = [frames[start : start + per_row] for start in range(0, len(frames), per_row)]
+    label = f"{record['clip']['prompt']}   ({len(frames)} frames, seed {record['seed']})"
+    labels = [label, *(f"from frame {index * per_row + 1}" for index in range(1, len(rows)))]
+    with replacing(stem.with_suffix(".png")) as partial:
+        contact_sheet(rows, labels).save(partial, format="PNG")
+    write_mp4(stem.with_suffix(".mp4"), frames, fps, record)
+    write_atomically(stem.with_suffix(".json"), json.dumps(record, indent=2, sort_keys=True) + "\n")
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The settings in a JSON or MP4 written by this script."""
+    if path.suffix.lower() == ".json":
+        if not path.is_file():
+            raise UserError(f"{path}: there is no such file")
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{path}: expected the JSON of a clip, found something else ({error})") from error
+    else:
+        record = read_metadata(path)
+    if not isinstance(record, dict) or not set(record) >= WORDS:
+        raise UserError(f"{path}: expected the record of a clip made by txt2vid.py ({', '.join(sorted(WORDS))})")
+    return record
+
+
+def check_same_checkpoint(record: dict[str, Any], path: Path, sha256: str) -> None:
+    """Raise UserError unless the checkpoint is the one a clip was made with."""
+    wanted = record["checkpoint"]["sha256"]
+    if sha256 != wanted:
+        raise UserError(
+            f"{path}: expected the checkpoint that the clip was made with, sha256 {wanted} "
+            f"({record['checkpoint']['path']}), found sha256 {sha256}; give the right one with --ckpt"
+        )
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of everything that pixels or bytes depend on."""
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """The device and, as sums depend on it, the number of threads."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {"device": f"{device.type}: {name}", "threads": torch.get_num_threads()}
+
+
+def replay_notes(record: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    """Why the bytes of a replay may differ."""
+    for name, found in now["versions"].items():
+        was = record["versions"].get(name)
+        if was != found:
+            yield f"made with {name} {was}, here is {found}: the bytes may differ"
+    if record["machine"] != now["machine"]:
+        yield f"made on {record['machine']}, here is {now['machine']}: the bytes may differ"
+
+
+def hash_checkpoint(path: Path | str) -> str:
+    """sha256 of a checkpoint in hex: of a file's bytes, or of the names and bytes of all files in a folder."""
+    path = Path(path)
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    for entry in sorted(entry for entry in path.rglob("*") if entry.is_file()):
+        digest.update(entry.relative_to(path).as_posix().encode() + b"\0")
+        digest.update(bytes.fromhex(hash_checkpoint(entry)))
+    return digest.hexdigest()

@@ -1,0 +1,287 @@
+"""The sampling command: one file in, clips with their records out, and the same bytes again from a record."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+
+from ldm.errors import UserError
+from ldm.generation import ClipGenerator, ClipSettings
+from ldm.video import read_metadata, read_video
+from scripts.txt2vid import main
+from tests.tiny_checkpoint import CONFIG, image_state, save_as_public, video_state
+
+ROOT = Path(__file__).parents[1]
+QUICK = ["--steps", "2", "--H", "32", "--W", "48"]
+
+
+def training_config(frames: int = 5) -> dict:
+    data = {"target": "ldm.data.clips.ClipDataModule", "params": {"root": "prepared", "frames": frames, "strides": [2]}}
+    return {**copy.deepcopy(CONFIG), "data": data, "prepare": {"fps": 8, "size": [32, 48]}}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """What a training run leaves: weights of all three networks and the config, in one file."""
+    path = tmp_path_factory.mktemp("run") / "logs" / "2026-01-01T00-00-00_tiny" / "checkpoints" / "last.ckpt"
+    path.parent.mkdir(parents=True)
+    torch.save({"state_dict": video_state(), "config": training_config(), "global_step": 3}, path)
+    return path
+
+
+@pytest.fixture
+def run(tmp_path, checkpoint, capsys):
+    """`run(*words)` samples into a folder and returns what was printed; the checkpoint is given unless words do."""
+
+    def call(*words: str) -> str:
+        files = [] if "--ckpt" in words or "--replay" in words else ["--ckpt", str(checkpoint)]
+        main([*words, *files, "--outdir", str(tmp_path), "--device", "cpu"])
+        return " ".join(capsys.readouterr().out.split())
+
+    return call
+
+
+def records(folder: Path) -> list[dict]:
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
+def test_a_clip_becomes_four_files_that_agree(run, tmp_path):
+    out = run("--prompt", "a road", "--frames", "6", "--steps", "2", "--scale", "3")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"00000.{s}" for s in ("gif", "json", "mp4", "png")]
+    frames, fps = read_video(tmp_path / "00000.mp4")
+    assert frames.shape == (6, 32, 48, 3) and fps == 4  # 8 a second while preparing, every second one in training
+    assert frames.std() > 1
+    gif, sheet = Image.open(tmp_path / "00000.gif"), Image.open(tmp_path / "00000.png")
+    assert gif.n_frames == 6 and gif.info["duration"] == 250
+    assert sheet.width >= 6 * 48 and sheet.height >= 32
+    (record,) = records(tmp_path)
+    assert record == read_metadata(tmp_path / "00000.mp4")
+    assert record["clip"] == {
+        "prompt": "a road", "negative_prompt": "", "frames": 6, "height": 32, "width": 48, "fps": 4.0, "steps": 2,
+        "sampler": "ddim", "scale": 3.0, "eta": 0.0,
+    }  # fmt: skip
+    assert record["seed"] == 42 and len(record["checkpoint"]["sha256"]) == 64
+    assert record["versions"]["torch"] == torch.__version__ and "--frames 6" in record["command"]
+    assert "clips of 6 frames: trained on 5" in out and "00000.mp4" in out
+
+
+def test_defaults_are_those_of_the_training(run, tmp_path):
+    out = run("--prompt", "a road", "--steps", "1", "--scale", "1")
+    clip = records(tmp_path)[0]["clip"]
+    assert (clip["frames"], clip["height"], clip["width"], clip["fps"]) == (5, 32, 48, 4.0)
+    assert "note" not in out
+
+
+@pytest.mark.parametrize("kind", ["json", "mp4"])
+def test_replay_makes_the_same_bytes(run, tmp_path, kind):
+    run("--prompt", "a road", *QUICK, "--n_samples", "2", "--eta", "0.5", "--seed", "7", "--precision", "bf16")
+    run("--replay", str(tmp_path / f"00001.{kind}"))
+    for suffix in ("mp4", "gif", "png", "json"):
+        original, replayed = ((tmp_path / f"{stem}.{suffix}").read_bytes() for stem in ("00001", "00002"))
+        assert original == replayed
+    assert (tmp_path / "00000.mp4").read_bytes() != (tmp_path / "00001.mp4").read_bytes()
+
+
+def test_a_sample_is_the_same_alone_and_in_a_batch(checkpoint):
+    generator = ClipGenerator(checkpoint)
+    generator.read_prompts(["a road", ""])
+    settings = ClipSettings("a road", frames=3, height=16, width=16, fps=4, steps=3)
+    batch = generator.generate(settings, [5, 6, 7])
+    (alone,) = generator.generate(settings, [6])
+    assert np.abs(batch[1].astype(int) - alone).max() <= 1
+    assert np.abs(batch[0].astype(int) - alone).max() > 10
+
+
+def test_seeds_count_on_and_numbers_too(run, tmp_path):
+    run("--prompt", "a road", *QUICK, "--frames", "1", "--n_samples", "2", "--n_iter", "2", "--seed", "10")
+    run("--prompt", "a road", *QUICK, "--frames", "1", "--seed", "11")
+    assert [record["seed"] for record in records(tmp_path)] == [10, 11, 12, 13, 11]
+    (tmp_path / "00001.mp4").unlink()
+    run("--prompt", "a road", *QUICK, "--frames", "1")
+    assert (tmp_path / "00005.mp4").exists() and not (tmp_path / "00001.mp4").exists()
+
+
+def test_prompt_file_has_options_on_each_line(run, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text(
+        "# a comment\n\na dog's life -- in snow --seed 3 --frames 2\n"
+        "a road --sampler dpm++ --negative-prompt 'rain, fog' --scale 2\n"
+    )
+    run("--from-file", str(prompts), *QUICK, "--frames", "1", "--seed", "9")
+    first, second = records(tmp_path)
+    assert (first["clip"]["prompt"], first["seed"], first["clip"]["frames"]) == ("a dog's life -- in snow", 3, 2)
+    assert (second["clip"]["prompt"], second["seed"], second["clip"]["frames"]) == ("a road", 9, 1)
+    assert (second["clip"]["sampler"], second["clip"]["negative_prompt"]) == ("dpm++", "rain, fog")
+
+
+def test_guidance_and_negative_prompt_matter(checkpoint):
+    generator = ClipGenerator(checkpoint)
+    generator.read_prompts(["a road", "", "rain"])
+    clips = {}
+    for name, words in {"none": {"scale": 1}, "plain": {}, "negative": {"negative_prompt": "rain"}}.items():
+        settings = ClipSettings("a road", **{"frames": 2, "height": 16, "width": 16, "fps": 4, "steps": 2} | words)
+        clips[name] = generator.generate(settings, [1])[0]
+    assert not np.array_equal(clips["none"], clips["plain"])
+    assert not np.array_equal(clips["negative"], clips["plain"])
+
+
+def test_a_public_image_checkpoint_works_and_says_that_time_is_untrained(run, tmp_path):
+    public, config = tmp_path / "sd.ckpt", tmp_path / "config.yaml"
+    save_as_public(image_state(), public)
+    OmegaConf.save(OmegaConf.create(CONFIG), config)
+    out = run("--prompt", "a road", "--ckpt", str(public), "--config", str(config), *QUICK, "--frames", "2")
+    assert "has not been trained on time" in out
+    run("--replay", str(tmp_path / "00000.mp4"))  # the config travels in the record
+    assert (tmp_path / "00000.mp4").read_bytes() == (tmp_path / "00001.mp4").read_bytes()
+
+
+def test_the_end_of_a_long_prompt_is_named(run):
+    out = run("--prompt", "road " * 75 + "over the hills and far away", *QUICK, "--frames", "1")
+    assert "no effect: 'over the hills and far away'" in out
+
+
+def test_the_newest_run_is_taken_and_named(run, tmp_path, checkpoint, monkeypatch):
+    monkeypatch.chdir(checkpoint.parents[3])
+    main(["--prompt", "a road", *QUICK, "--frames", "1", "--outdir", str(tmp_path)])
+    assert records(tmp_path)[0]["checkpoint"]["path"] == str(checkpoint.relative_to(checkpoint.parents[3]))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_is_near_full(checkpoint, precision):
+    settings = ClipSettings("a road", frames=2, height=16, width=16, fps=4, steps=2, scale=1)
+    clips = []
+    for name in ("full", precision):
+        generator = ClipGenerator(checkpoint, precision=name)
+        generator.read_prompts(["a road"])
+        clips.append(generator.generate(settings, [1])[0].astype(int))
+    difference = np.abs(clips[0] - clips[1])
+    assert 0 < difference.max() and difference.mean() < 8
+
+
+# bad input
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "one of the arguments --prompt --from-file --replay is required; --help lists"),
+        (["--prompt", "x", "--frames", "0"], "frames: expected at least 1, found 0"),
+        (["--prompt", "x", "--frames", "six"], "--frames: invalid int value: 'six'"),
+        (["--prompt", "x", "--H", "30"], "height: expected a multiple of 4 pixels, found 30; the nearest is 32"),
+        (["--prompt", "x", "--sampler", "dmp++"], r"found 'dmp\+\+' \(did you mean 'dpm\+\+'"),
+        (["--prompt", "x", "--steps", "0"], "steps: expected 1 to 999, found 0"),
+        (["--prompt", "x", "--steps", "1001"], "steps: expected 1 to 999, found 1001"),
+        (["--prompt", "x", "--sampler", "plms", "--eta", "1"], "only the sampler ddim adds noise"),
+        (["--prompt", "x", "--fps", "0"], "fps: expected more than 0"),
+        (["--prompt", "x", "--n_samples", "0"], "--n_samples: expected at least 1, found 0"),
+        (["--prompt", "x", "--seed", "-1"], "--seed: expected a whole number from 0"),
+        (["--prompt", "x", "--decode-chunk", "0"], "--decode-chunk: expected at least 1 frame"),
+        (["--prompt", "x", "--step", "3"], "unrecognized arguments: --step 3"),
+        (["--prompt", "x", "--ckpt", "nowhere.ckpt"], "nowhere.ckpt: expected a checkpoint"),
+        (["--prompt", "x", "--config", "nowhere.yaml"], "nowhere.yaml: no such config file"),
+        (["--from-file", "nowhere.txt"], "nowhere.txt: expected a text file with one prompt a line"),
+        (["--replay", "nowhere.json"], "nowhere.json: there is no such file"),
+        (["--replay", "nowhere.mp4"], "nowhere.mp4: there is no such file"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_written(run, tmp_path, words, message):
+    with pytest.raises(UserError, match=message):
+        run(*words)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "expected one prompt a line, found none"),
+        ("a road\n--frames 3\n", "line 2: expected a prompt before the options"),
+        ("a road --frame 3\n", "line 1: unrecognized arguments: --frame 3"),
+        ("a road --ckpt x\n", "line 1: unrecognized arguments: --ckpt x"),
+        ("a road --negative-prompt 'rain\n", "line 1: the options do not parse"),
+        (b"\xff\xfe\x00", "expected a text file in UTF-8"),
+    ],
+)
+def test_bad_prompt_files_are_refused_with_the_line(run, tmp_path, text, message):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match=message):
+        run("--from-file", str(path))
+
+
+def test_replay_refuses_another_checkpoint_and_other_settings(run, tmp_path, checkpoint):
+    run("--prompt", "a road", *QUICK, "--frames", "1")
+    other = tmp_path / "other.ckpt"
+    torch.save({"state_dict": video_state(), "config": training_config(frames=6)}, other)
+    expected = records(tmp_path)[0]["checkpoint"]["sha256"]
+    with pytest.raises(UserError, match=rf"sha256 {expected}.*found sha256 [0-9a-f]{{64}}"):
+        run("--replay", str(tmp_path / "00000.json"), "--ckpt", str(other))
+    with pytest.raises(UserError, match=r"takes every setting of the clip from .*so --steps cannot"):
+        run("--replay", str(tmp_path / "00000.json"), "--steps", "3")
+
+
+@pytest.mark.parametrize("text", ["no json", "[]", '{"clip": {}}'])
+def test_replay_refuses_what_is_no_record(run, tmp_path, text):
+    path = tmp_path / "clip.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"clip.json: expected the (JSON|record) of a clip"):
+        run("--replay", str(path))
+
+
+def test_replay_says_why_bytes_may_differ(run, tmp_path):
+    run("--prompt", "a road", *QUICK, "--frames", "1")
+    record = records(tmp_path)[0]
+    record["versions"]["torch"] = "1.0"
+    (tmp_path / "old.json").write_text(json.dumps(record))
+    assert "note: made with torch 1.0, here is" in run("--replay", str(tmp_path / "old.json"))
+
+
+def test_replay_of_a_strangers_record_builds_only_our_classes(run, tmp_path):
+    run("--prompt", "a road", *QUICK, "--frames", "1")
+    record = records(tmp_path)[0]
+    record["config"] = {"model": {"target": "subprocess.Popen", "params": {"args": ["touch", "x"]}}}
+    (tmp_path / "bad.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="may only name classes of ldm"):
+        run("--replay", str(tmp_path / "bad.json"))
+
+
+def test_numbers_that_are_not_finite_are_an_error(checkpoint):
+    generator = ClipGenerator(checkpoint)
+    generator.read_prompts(["a road"])
+    with torch.no_grad():
+        generator.unet.out[2].bias.fill_(float("nan"))
+    settings = ClipSettings("a road", frames=1, height=16, width=16, fps=4, steps=1, scale=1)
+    with pytest.raises(UserError, match=r"not finite.*--precision full"):
+        generator.generate(settings, [1])
+
+
+def test_an_inpainting_network_is_refused(tmp_path):
+    config = training_config()
+    config["model"]["params"]["unet_config"]["params"]["in_channels"] = 9
+    state = video_state()
+    name = "model.diffusion_model.input_blocks.0.0.weight"
+    state[name] = torch.zeros(32, 9, 3, 3)
+    torch.save({"state_dict": state, "config": config}, tmp_path / "inpaint.ckpt")
+    with pytest.raises(UserError, match="found one with 9 input channels, as for inpainting"):
+        ClipGenerator(tmp_path / "inpaint.ckpt")
+
+
+def test_a_device_that_is_not_there_is_refused(capsys):
+    with pytest.raises(UserError, match="expected cpu or a device this machine has, found 'cuda:99'"):
+        main(["--prompt", "a road", "--device", "cuda:99"])
+
+
+def test_as_a_command_it_ends_with_a_message_and_a_status(tmp_path):
+    words = [sys.executable, str(ROOT / "scripts" / "txt2vid.py"), "--prompt", "a road", "--device", "cpu"]
+    found = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert found.returncode == 1 and "Traceback" not in found.stderr
+    assert "error: --ckpt: expected a checkpoint" in found.stderr
+    assert "no logs/*/checkpoints/last.ckpt" in found.stderr and not list(tmp_path.iterdir())
