@@ -24,7 +24,6 @@ from ldm.checkpoint_names import (
     POSITION_IDS,
     TEXT_PREFIX,
     UNET_PREFIX,
-    UNetLayout,
     average_names,
 )
 from ldm.checkpoint_reading import (
@@ -34,7 +33,9 @@ from ldm.checkpoint_reading import (
     first_stage_tensors,
     part_tensors,
     read_checkpoint,
+    refuse_linear_projections,
     text_tensors,
+    unet_words,
 )
 from ldm.config import build, check_own_targets, load_config
 from ldm.models.diffusion.schedule import NoiseSchedule
@@ -115,7 +116,7 @@ def load_unet(path: str | Path, config: Config | None = None, use_average: bool 
     """
     checkpoint = read_checkpoint(path)
     tensors = unet_tensors(checkpoint, use_average)
-    _refuse_linear_projections(tensors, checkpoint.path)
+    refuse_linear_projections(tensors, checkpoint.path)
     unet = build(_unet_node(checkpoint, tensors, config), UNET_PATH)
     has_time = any(is_temporal(name) for name in tensors)
     may_miss = (lambda name: False) if has_time else is_temporal
@@ -137,35 +138,6 @@ def unet_tensors(checkpoint: Checkpoint, use_average: bool = True) -> dict[str, 
     if not use_average:
         return tensors
     return {name: checkpoint.tensors.get(averages[name], tensor) for name, tensor in tensors.items()}
-
-
-def unet_words(tensors: Mapping[str, Tensor], num_heads: int = 8) -> dict[str, Any]:
-    """The arguments of `UNetModel` that the shapes of its tensors, CompVis names, tell; heads they do not tell."""
-
-    def shape(name: str) -> torch.Size:
-        if name not in tensors:
-            raise CheckpointError(f"expected a UNet of Stable Diffusion v1, found one without {name}. Give its config.")
-        return tensors[name].shape
-
-    layout = UNetLayout.of_compvis(tensors)
-    model_channels, in_channels = shape("input_blocks.0.0.weight")[:2]
-    levels = range(layout.num_levels)
-    widths = [shape(f"{layout.first_block(level)}.out_layers.3.weight")[0] for level in levels]
-    depth = sum(name.startswith("middle_block.1.") and name.endswith(".attn2.to_k.weight") for name in tensors)
-    words = {
-        "in_channels": in_channels,
-        "out_channels": shape("out.2.weight")[0],
-        "model_channels": model_channels,
-        "num_res_blocks": layout.num_res_blocks,
-        "attention_resolutions": [2**level for level in sorted(layout.attention_levels, reverse=True)],
-        "channel_mult": [width // model_channels for width in widths],
-        "num_heads": num_heads,
-        "transformer_depth": depth,
-        "context_dim": shape("middle_block.1.transformer_blocks.0.attn2.to_k.weight")[1],
-    }
-    if "input_blocks.0.0.temporal.weight" in tensors:
-        words["temporal_kernel_size"] = shape("input_blocks.0.0.temporal.weight")[-1]
-    return words
 
 
 def load_first_stage(source: Checkpoint | str | Path, config_node: Mapping[str, Any] | None = None) -> KLFirstStage:
@@ -285,7 +257,7 @@ def _unet_node(checkpoint: Checkpoint, tensors: Mapping[str, Tensor], config: Co
     """{target, params} of the UNet, from what was given, or from the checkpoint, or from its tensors."""
     if config is None:
         node = _own_node(checkpoint, "unet_config")
-        return node or _node_of_words(unet_words(tensors, checkpoint.num_heads or 8))
+        return node or _node_of_words(unet_words(tensors, checkpoint.num_heads or 8, str(checkpoint.path)))
     if isinstance(config, str | Path):
         config = load_config([config])
     config = _plain(config)
@@ -296,15 +268,6 @@ def _unet_node(checkpoint: Checkpoint, tensors: Mapping[str, Tensor], config: Co
 
 def _node_of_words(words: Mapping[str, Any]) -> dict[str, Any]:
     return {"target": "ldm.modules.unet.UNetModel", "params": dict(words)}
-
-
-def _refuse_linear_projections(tensors: Mapping[str, Tensor], path: Path) -> None:
-    for name, tensor in tensors.items():
-        if name.endswith(".proj_in.weight") and tensor.ndim == 2:
-            raise CheckpointError(
-                f"{path}: expected a UNet of Stable Diffusion v1, whose projections are 1x1 convolutions, found linear "
-                f"ones ({name} {list(tensor.shape)}), as in Stable Diffusion 2 and SDXL. These are not read."
-            )
 
 
 def _opened(source: Checkpoint | str | Path) -> Checkpoint:

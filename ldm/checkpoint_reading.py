@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ldm.checkpoint_files import CheckpointError, few, read_file
@@ -23,6 +24,7 @@ from ldm.checkpoint_names import (
     SCHEDULE_NAMES,
     TEXT_PREFIX,
     UNET_PREFIX,
+    UNetLayout,
     first_stage_from_diffusers,
     is_first_stage_attention_weight,
     text_name,
@@ -49,6 +51,7 @@ class Checkpoint:
     config: the whole resolved config of the run that wrote it, None where the file has none.
     kind: "ours" (it has a config), "compvis" or "diffusers".
     num_heads: attention heads of the UNet where a diffusers config says so; CompVis files never do.
+    scale_factor: what its first stage's latents are multiplied by, where the file says so.
     """
 
     path: Path
@@ -56,6 +59,7 @@ class Checkpoint:
     config: dict[str, Any] | None = None
     kind: str = "compvis"
     num_heads: int | None = None
+    scale_factor: float | None = None
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -80,7 +84,14 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         raise CheckpointError(f"{path}: expected 'state_dict' to be a dict of tensors, found {type(state).__name__}")
     tensors = {name: value.detach() for name, value in state.items() if isinstance(value, Tensor)}
     tensors = _with_prefixes(tensors, path)
-    return Checkpoint(path, tensors, dict(config) if is_ours else None, "ours" if is_ours else "compvis")
+    scale = state.get("scale_factor", contents.get("scale_factor"))  # CompVis with scale_by_std; our autoencoder
+    return Checkpoint(
+        path,
+        tensors,
+        config=dict(config) if is_ours else None,
+        kind="ours" if is_ours else "compvis",
+        scale_factor=float(scale) if isinstance(scale, int | float | Tensor) else None,
+    )
 
 
 def first_stage_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -106,6 +117,47 @@ def part_tensors(checkpoint: Checkpoint, prefix: str, part: str) -> dict[str, Te
             f"as {few(list(checkpoint.tensors))}. Give a checkpoint that holds it."
         )
     return tensors
+
+
+def unet_words(tensors: Mapping[str, Tensor], num_heads: int = 8, where: str = "UNet") -> dict[str, Any]:
+    """The arguments of `UNetModel` that the shapes of its tensors, CompVis names, tell; heads they do not tell."""
+
+    def shape(name: str) -> torch.Size:
+        if name not in tensors:
+            raise CheckpointError(
+                f"{where}: expected a UNet of Stable Diffusion v1, found one without {name}. Give its config."
+            )
+        return tensors[name].shape
+
+    layout = UNetLayout.of_compvis(tensors)
+    model_channels, in_channels = shape("input_blocks.0.0.weight")[:2]
+    levels = range(layout.num_levels)
+    widths = [shape(f"{layout.first_block(level)}.out_layers.3.weight")[0] for level in levels]
+    depth = sum(name.startswith("middle_block.1.") and name.endswith(".attn2.to_k.weight") for name in tensors)
+    words = {
+        "in_channels": in_channels,
+        "out_channels": shape("out.2.weight")[0],
+        "model_channels": model_channels,
+        "num_res_blocks": layout.num_res_blocks,
+        "attention_resolutions": [2**level for level in sorted(layout.attention_levels, reverse=True)],
+        "channel_mult": [width // model_channels for width in widths],
+        "num_heads": num_heads,
+        "transformer_depth": depth,
+        "context_dim": shape("middle_block.1.transformer_blocks.0.attn2.to_k.weight")[1],
+    }
+    if "input_blocks.0.0.temporal.weight" in tensors:
+        words["temporal_kernel_size"] = shape("input_blocks.0.0.temporal.weight")[-1]
+    return words
+
+
+def refuse_linear_projections(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Raise `CheckpointError` for a UNet of Stable Diffusion 2 or SDXL, CompVis names."""
+    for name, tensor in tensors.items():
+        if name.endswith(".proj_in.weight") and tensor.ndim == 2:
+            raise CheckpointError(
+                f"{path}: expected a UNet of Stable Diffusion v1, whose projections are 1x1 convolutions, found linear "
+                f"ones ({name} {list(tensor.shape)}), as in Stable Diffusion 2 and SDXL. These are not read."
+            )
 
 
 def account(

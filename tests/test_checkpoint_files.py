@@ -91,6 +91,7 @@ def test_half_written_file(tmp_path, form, share):
         read_checkpoint(path)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_other_contents(tmp_path):
     path = tmp_path / "model.ckpt"
     torch.save([torch.zeros(1)], path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 from functools import cache
 from pathlib import Path
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm.checkpoint import full_state_dict
@@ -96,3 +98,45 @@ def save_as_public(state: dict[str, Tensor], path: Path, **options: bool) -> Pat
     }
     torch.save(contents, path, pickle_module=_OLD_PICKLE, **options)
     return path
+
+
+def write_zip(state: dict[str, Tensor], path: Path) -> Path:
+    return save_as_public(state, path)
+
+
+def write_legacy(state: dict[str, Tensor], path: Path) -> Path:
+    return save_as_public(state, path, _use_new_zipfile_serialization=False)
+
+
+def write_safetensors(state: dict[str, Tensor], path: Path) -> Path:
+    save_file(state, path)
+    return path
+
+
+def write_bare(state: dict[str, Tensor], path: Path) -> Path:
+    torch.save(state, path)
+    return path
+
+
+def part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors of one part, names relative to it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """The same names with the same values, whatever their dtypes."""
+    assert set(actual) == set(expected)
+    for name, tensor in expected.items():
+        assert torch.equal(actual[name].float(), tensor.float()), name
+
+
+def image_weights(unet: UNetModel) -> dict[str, Tensor]:
+    """The UNet's tensors without the temporal ones."""
+    return {name: tensor for name, tensor in unet.state_dict().items() if ".temporal." not in name}
+
+
+def config_for(path: Path, **changes: object) -> dict:
+    """The tiny video config with its weights at `path`."""
+    config = copy.deepcopy(CONFIG)
+    config["model"]["params"] |= {"ckpt_path": str(path)} | changes
+    return config
