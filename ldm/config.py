@@ -39,6 +39,8 @@ DEFAULT_TARGETS = {
     "lightning.callbacks.average": "ldm.callbacks.WeightAverage",
     "lightning.callbacks.learning_rates": "pytorch_lightning.callbacks.LearningRateMonitor",
 }
+# Arguments of Lightning's Trainer that have places of their own in the config, or none.
+TRAINER_OWN = {"callbacks", "logger", "plugins", "default_root_dir", "enable_checkpointing", "model_registry"}
 # Arguments that main.py fills in for constructors that ask for them.
 SUPPLIED = ("learning_rate", "config", "folder", "save_dir")
 
@@ -91,16 +93,22 @@ def check(config: DictConfig) -> None:
     for section in ("model", "data"):
         if tree.get(section) and "target" not in tree[section]:
             raise ConfigError(f"{section}: needs a `target`, the dotted name of the class to build")
-    trainer = (tree.get("lightning") or {}).get("trainer") or {}
-    _check_keys(trainer, (*_parameters(_import_target("pytorch_lightning.Trainer", "")), "gpus"), "lightning.trainer")
+    trainer = (tree.get("lightning") or {}).get("trainer")
+    if trainer:
+        accepted = set(_parameters(_import_target("pytorch_lightning.Trainer", ""))) - TRAINER_OWN
+        _check_keys(trainer, {*accepted, "gpus"}, "lightning.trainer")
     for path, node in _nodes(tree):
         _check_node(node, path, given=(), optional=SUPPLIED)
 
 
 def check_own_targets(config: Mapping[str, Any]) -> None:
-    """Refuse a config that names a class outside `ldm`: for configs that come inside a checkpoint file, which may be
-    a stranger's and must not be able to start any program it likes."""
-    for path, node in _nodes(to_container(config)):
+    """Refuse a config, or a part of one, that names a class outside `ldm`: for configs that come inside a checkpoint,
+    which may be a stranger's and must not be able to start any program it likes.
+
+    The sections `data` and `lightning` are not looked at: nothing is ever built from those of a checkpoint.
+    """
+    tree = {key: value for key, value in to_container(config).items() if key not in ("data", "lightning")}
+    for path, node in _nodes(tree):
         if not str(node["target"]).startswith("ldm."):
             raise ConfigError(
                 f"{path}.target: the config inside a checkpoint may only name classes of ldm, found "

@@ -139,7 +139,8 @@ def straight_run(root, tmp_path_factory):
     def run(accumulate=1, **trainer):
         key = (accumulate, *trainer.items())
         if key not in runs:
-            runs[key] = train(root, tmp_path_factory.mktemp("straight"), steps=12, accumulate=accumulate, trainer=trainer)
+            folder = tmp_path_factory.mktemp("straight")
+            runs[key] = train(root, folder, steps=12, accumulate=accumulate, trainer=trainer)
         return runs[key]
 
     return run
@@ -286,7 +287,7 @@ def test_a_flipped_byte_is_found_before_training(tmp_path):
     content = bytearray(shard.read_bytes())
     content[PreparedSet(root).scenes[1].latents.offset + 200] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(DatasetError, match="scene1 .* is damaged"):
+    with pytest.raises(DatasetError, match=r"scene1 .* is damaged"):
         data_module(root).setup()
     data_module(root, verify=False).setup()
 

@@ -113,9 +113,10 @@ class LastCheckpoint(Checkpoint):
     ) -> None:
         if trainer.global_step == self._step_seen:
             return  # between the micro-batches of an optimiser step
-        self._step_seen = step = trainer.global_step
-        is_last = 0 <= trainer.max_steps <= step
-        if self._asked(trainer) or is_last or step % self.every_n_steps == 0:
+        before, step = self._step_seen, trainer.global_step
+        self._step_seen = step
+        is_due = step // self.every_n_steps > before // self.every_n_steps or 0 <= trainer.max_steps <= step
+        if self._asked(trainer) or is_due:
             self._save(trainer)
         self._stop_if_asked()
 

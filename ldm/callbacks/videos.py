@@ -157,7 +157,7 @@ class VideoLogger(pl.Callback):
 def _load_decoder(config: Mapping[str, Any]) -> torch.nn.Module:
     params = config["model"]["params"]
     node = params["first_stage_config"]
-    return load_first_stage((node.get("params") or {}).get("ckpt_path") or params["ckpt_path"], node)
+    return load_first_stage((node.get("params") or {}).get("ckpt_path") or params.get("ckpt_path"), node)
 
 
 def _add_gif(logger: TensorBoardLogger, tag: str, gif: bytes, size: tuple[int, int], step: int) -> None:
