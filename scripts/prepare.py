@@ -143,7 +143,7 @@ def read_settings(arguments: argparse.Namespace, config: DictConfig) -> Settings
     return Settings(
         first_stage=checkpoint.identity(parts[0]),
         text_encoder=checkpoint.identity(parts[1]),
-        scale_factor=float(config.model.params.scale_factor),
+        scale_factor=checkpoint.latent_scale(config),
         fps=fps,
         size=size,
         num_tokens=int((config.model.params.cond_stage_config.get("params") or {}).get("max_length", 77)),
@@ -344,10 +344,10 @@ def summary(
     """The last line: what the folder holds now."""
     info = prepared.info
     others = info.num_videos - sum(report.num_scenes > 0 for report in [*done, *fresh])
-    earlier = f", {others} of them from runs with other footage" if others else ""
+    earlier = f" ({others} from runs with other footage)" if others else ""
     return (
-        f"{len(fresh)} videos prepared, {len(done)} were done before, {len(unusable)} dropped. {prepared.root} holds "
-        f"{info.num_scenes} scenes of {info.num_videos} videos{earlier}: {info.num_frames} frames, "
+        f"Videos: {len(fresh)} prepared, {len(done)} done before, {len(unusable)} dropped. {prepared.root} holds "
+        f"scenes: {info.num_scenes}, videos: {info.num_videos}{earlier}, frames: {info.num_frames}, "
         f"{info.num_frames / info.fps:.0f} s at {info.fps:g} frames a second, {info.size[0]}x{info.size[1]} pixels."
     )
 

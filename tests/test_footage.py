@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from fractions import Fraction
-from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 
@@ -21,39 +19,7 @@ from ldm.data.footage import (
     read_frames,
 )
 from ldm.video import write_mp4
-
-
-def write_numbered(path: Path, num_frames: int, rate: str) -> None:
-    """A video whose frame n shows the number n as eight black or white bars."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=Fraction(rate))
-        stream.width = stream.height = 64
-        stream.pix_fmt = "yuv420p"
-        for number in range(num_frames):
-            bars = np.array([255 * (number >> bit & 1) for bit in range(8)], np.uint8).repeat(8)
-            frame = np.broadcast_to(bars[None, :, None], (64, 64, 3))
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
-        container.mux(stream.encode(None))
-
-
-def number_of(frame: np.ndarray) -> int:
-    return sum(1 << bit for bit in range(8) if frame[32, 8 * bit + 4, 0] > 128)
-
-
-def write_audio(path: Path) -> None:
-    with av.open(str(path), "w", format="mp4") as container:
-        stream = container.add_stream("aac", rate=16000)
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.float32), format="fltp", layout="mono")
-        frame.sample_rate = 16000
-        container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-
-
-def write_truncated(path: Path) -> None:
-    """A film whose index is at its front, so that it opens, and whose last third is missing."""
-    write_mp4(path, draw_drive(30, 128, seed=0), fps=10)
-    content = path.read_bytes()
-    path.write_bytes(content[: len(content) * 2 // 3])
+from tests.made_footage import number_of, write_audio, write_numbered, write_truncated
 
 
 @pytest.mark.parametrize(
