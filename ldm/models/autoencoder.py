@@ -28,7 +28,8 @@ from ldm.video import contact_sheet, to_uint8
 log = logging.getLogger(__name__)
 
 START_LOGVAR = -5.0  # of the posterior; from 0 the decoder first learns to ignore the noise
-STD_MEMORY = 0.98  # share of the running latent statistics that a step keeps
+MAX_SHOWN = 16  # batches of the validation that are kept for pictures
+STD_MEMORY = 0.95  # share of the running latent statistics that a step keeps
 
 
 class AutoencoderKL(pl.LightningModule):
@@ -65,7 +66,7 @@ class AutoencoderKL(pl.LightningModule):
         self.learning_rate, self.warmup_steps, self.gradient_clip = learning_rate, warmup_steps, gradient_clip
         self.seed, self.config = seed, config
         self.latent_moments: Tensor | None = None  # running mean and mean square of the latents
-        self.shown: tuple[Tensor, Tensor] | None = None  # originals and reconstructions of the last validation
+        self.shown: list[tuple[Tensor, Tensor]] = []  # originals and reconstructions of the last validation
         if ckpt_path is None:
             _start_precise(self.first_stage)
 
@@ -97,19 +98,20 @@ class AutoencoderKL(pl.LightningModule):
         latents = sample_posterior(moments.float(), self._noise(batch, moments.shape))
         output = self.first_stage.decode(latents).float()
         terms = self.loss.reconstruction(output, batch.pixels, moments.float())
-        optimizer, *opponents = self._optimizers()
+        optimizer, *opponents = _listed(self.optimizers())
+        scheduler, *opponent_schedulers = _listed(self.lr_schedulers())
         is_adversarial = self.loss.is_adversarial(self.global_step)
         total = terms["loss"]
         if is_adversarial:
-            terms["deception"] = self.loss.deception(output, total, self.first_stage.last_layer())
+            terms["deception"] = self.loss.deception(output, total, self.first_stage.network.decoder.conv_out.weight)
             total = total + terms["deception"]
         self._step(optimizer, total, self.first_stage)
+        scheduler.step()
         if is_adversarial:
             terms["discrimination"] = self.loss.discrimination(output, batch.pixels)
             # The bare optimiser: Lightning would count its step as one of the run's.
             self._step(opponents[0].optimizer, terms["discrimination"], self.loss.discriminator)
-        for scheduler in self._schedulers():
-            scheduler.step()
+            opponent_schedulers[0].step()
         self._remember(latents.detach())
         self.log_dict({f"train/{name}": value.detach() for name, value in terms.items()}, prog_bar=False)
 
@@ -120,7 +122,9 @@ class AutoencoderKL(pl.LightningModule):
         self.log("val/l1", (output - batch.pixels).abs().mean(), **sizes)
         self.log("val/psnr", psnr(output, batch.pixels).mean(), prog_bar=True, **sizes)
         if batch_idx == 0:
-            self.shown = batch.pixels, output
+            self.shown = []
+        if batch_idx < MAX_SHOWN:
+            self.shown.append((batch.pixels.cpu(), output.cpu()))
 
     def on_validation_epoch_end(self) -> None:
         """Log the scale factor."""
@@ -133,7 +137,7 @@ class AutoencoderKL(pl.LightningModule):
             log.info("scale factor of these latents (1 / standard deviation): %.5f", self.scale_factor)
 
     def configure_optimizers(self) -> tuple[list, list]:
-        """Adam for the network and, where there is one, for its opponent; both follow the same curve."""
+        """Adam for the network and, where there is one, for its opponent, whose curve begins when it joins."""
         if "16" in str(self.trainer.precision) and "bf16" not in str(self.trainer.precision):
             raise UserError(
                 f"lightning.trainer.precision: the autoencoder trains in 32-true or bf16-mixed, found "
@@ -183,14 +187,6 @@ class AutoencoderKL(pl.LightningModule):
         torch.nn.utils.clip_grad_norm_(network.parameters(), self.gradient_clip)
         optimizer.step()
 
-    def _optimizers(self) -> list[Any]:
-        found = self.optimizers()
-        return found if isinstance(found, list) else [found]
-
-    def _schedulers(self) -> list[Any]:
-        found = self.lr_schedulers()
-        return found if isinstance(found, list) else [found]
-
     def _remember(self, latents: Tensor) -> None:
         now = torch.stack([latents.mean(), latents.square().mean()]).float().cpu()
         if self.latent_moments is None:
@@ -211,10 +207,10 @@ class ReconstructionLogger(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: AutoencoderKL) -> None:
         """Draw, write and log the sheet."""
-        if pl_module.shown is None or not trainer.is_global_zero or trainer.sanity_checking:
+        if not pl_module.shown or not trainer.is_global_zero or trainer.sanity_checking:
             return
-        originals, outputs = (images[: self.num_images] for images in pl_module.shown)
-        pl_module.shown = None
+        originals, outputs = (torch.cat(images)[: self.num_images] for images in zip(*pl_module.shown, strict=True))
+        pl_module.shown = []
         labels = ["held-out frames", f"reconstructed, {psnr(outputs, originals).mean():.1f} dB"]
         sheet = contact_sheet([to_uint8(originals), to_uint8(outputs)], labels)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -246,6 +242,10 @@ def _rise_and_fall(warmup_steps: int, total: float) -> Any:
         return float(min(1.0, (step + 1) / max(1, warmup_steps)) * (0.02 + 0.98 * cosine))
 
     return share
+
+
+def _listed(found: Any) -> list[Any]:
+    return found if isinstance(found, list) else [found]
 
 
 def _count(module: torch.nn.Module) -> int:

@@ -114,4 +114,6 @@ def _load_scripted(path: str | None) -> nn.Module:
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{path}: expected a TorchScript file for the perceptual term ({reason})") from error
-    return module.requires_grad_(False).eval()
+    for parameter in module.parameters():  # scripted modules have no requires_grad_
+        parameter.requires_grad = False
+    return module.eval()

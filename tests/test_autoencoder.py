@@ -1,0 +1,363 @@
+"""The small autoencoder: it learns, stops and resumes without a trace, and its file is a first stage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from PIL import Image
+
+from ldm.checkpoint import latent_scale, load_first_stage
+from ldm.config import build, check, load_config, to_container
+from ldm.data.frames import FrameBatch, FrameDataModule
+from ldm.errors import UserError
+from ldm.models.autoencoder import AutoencoderKL, ReconstructionLogger, psnr
+from ldm.models.autoencoder_loss import AutoencoderLoss, PatchDiscriminator
+from ldm.modules.encoders import KLFirstStage
+from ldm.modules.posterior import split_moments
+from ldm.video import write_mp4
+
+TINY_CONFIG = Path(__file__).parents[1] / "configs" / "tiny" / "autoencoder.yaml"
+DDCONFIG = {"z_channels": 4, "in_channels": 3, "out_ch": 3, "ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1}
+ADVERSARIAL = {"weight": 0.5, "start_step": 2, "width": 8, "layers": 2}
+
+
+def moving_bars(num_frames: int = 24, height: int = 32, width: int = 56) -> np.ndarray:
+    x, y = np.arange(width), np.arange(height)
+    frames = []
+    for t in range(num_frames):
+        bars = ((x[None] + 2 * t + y[:, None] // 2) // 8 % 2) * 150 + 50
+        frames.append(np.stack([bars, np.broadcast_to(y[:, None] * 4, bars.shape), 255 - bars], axis=-1))
+    return np.stack(frames).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def footage(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("footage") / "bars.mp4"
+    write_mp4(path, moving_bars(), 10)
+    return path
+
+
+def make_data(footage: Path, **words) -> FrameDataModule:
+    defaults = {"videos": str(footage), "size": 32, "fps": 10, "batch_size": 2, "val_share": 0.25}
+    return FrameDataModule(**defaults | words)
+
+
+def make_model(**words) -> AutoencoderKL:
+    torch.manual_seed(0)
+    loss = words.pop("lossconfig", {"l1": 1.0, "kl_weight": 1e-6})
+    return AutoencoderKL(**{"ddconfig": DDCONFIG, "embed_dim": 4, "lossconfig": loss, "warmup_steps": 2} | words)
+
+
+def make_trainer(folder: Path, max_steps: int, **words) -> pl.Trainer:
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    quiet |= {"logger": False, "num_sanity_val_steps": 0, "default_root_dir": folder}
+    return pl.Trainer(accelerator="cpu", devices=1, max_steps=max_steps, **quiet | words)
+
+
+# learning
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_few_steps_reconstruct_better(footage, tmp_path, precision):
+    model, data = make_model(learning_rate=2e-3), make_data(footage)
+    trainer = make_trainer(tmp_path, 50, precision=precision)
+    before = trainer.validate(model, data, verbose=False)[0]["val/psnr"]
+    trainer.fit(model, data)
+    after = trainer.validate(model, data, verbose=False)[0]["val/psnr"]
+    assert after > before + 4
+    latents = torch.cat([model.first_stage.encode(data.train_frames[i].pixels) for i in range(8)]).chunk(2, 1)[0]
+    assert model.scale_factor == pytest.approx(1 / latents.std().item(), rel=0.3)
+
+
+def test_loss_is_what_it_says():
+    loss = AutoencoderLoss({"l1": 2.0, "kl_weight": 0.1})
+    output, pixels = torch.zeros(2, 3, 8, 8), torch.full((2, 3, 8, 8), 0.25)
+    moments = torch.cat([torch.full((2, 4, 4, 4), 2.0), torch.zeros(2, 4, 4, 4)], dim=1)  # each latent: 0.5 * 2**2 nats
+    terms = loss.reconstruction(output, pixels, moments)
+    nats_per_value = 2.0 * (4 * 4 * 4) / (3 * 8 * 8)
+    assert terms["loss"].item() == pytest.approx(2.0 * 0.25 + 0.1 * nats_per_value)
+
+
+def test_psnr_of_known_errors():
+    pixels = torch.zeros(2, 3, 4, 4)
+    output = torch.stack([torch.full((3, 4, 4), 0.2), torch.full((3, 4, 4), 3.0)])  # the second is clipped to 1
+    assert psnr(output, pixels).tolist() == pytest.approx([20.0, -10 * np.log10(0.25)])
+
+
+def test_fresh_latents_are_nearly_certain():
+    mean, logvar = split_moments(make_model().first_stage.encode(torch.rand(2, 3, 16, 16) * 2 - 1))
+    assert logvar.exp().sqrt().mean() < 0.15 < mean.std()
+
+
+def test_the_discriminator_joins_at_its_step_and_learns(footage, tmp_path):
+    model, data = make_model(lossconfig={"adversarial": ADVERSARIAL}), make_data(footage)
+    fresh = {name: value.clone() for name, value in model.loss.discriminator.named_parameters()}
+    trainer = make_trainer(tmp_path, 2)
+    trainer.fit(model, data)
+    assert trainer.global_step == 2
+    assert all(torch.equal(value, fresh[name]) for name, value in model.loss.discriminator.named_parameters())
+    trainer.save_checkpoint(tmp_path / "ae.ckpt")
+    trainer = make_trainer(tmp_path, 6)
+    trainer.fit(model, data, ckpt_path=tmp_path / "ae.ckpt")
+    assert trainer.global_step == 6  # its own steps are not counted
+    assert not any(torch.equal(value, fresh[name]) for name, value in model.loss.discriminator.named_parameters())
+    assert {"train/deception", "train/discrimination"} <= set(trainer.logged_metrics)
+    assert "discriminator" in model.parameter_summary()
+
+
+def test_discriminator_tells_real_from_fake_after_training():
+    torch.manual_seed(0)
+    loss = AutoencoderLoss({"adversarial": {**ADVERSARIAL, "start_step": 0}})
+    optimizer = torch.optim.Adam(loss.discriminator.parameters(), lr=5e-3)
+    pixels = torch.from_numpy(moving_bars(8)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    blurred = torch.nn.functional.avg_pool2d(pixels, 5, stride=1, padding=2)
+    first = loss.discrimination(blurred, pixels).item()
+    for _ in range(30):
+        optimizer.zero_grad()
+        last = loss.discrimination(blurred, pixels)
+        last.backward()
+        optimizer.step()
+    assert last.item() < 0.5 * first
+    assert loss.discriminator(pixels).mean() > loss.discriminator(blurred).mean() + 0.5
+    assert PatchDiscriminator(width=16, layers=3)(pixels).shape[1] == 1
+
+
+def test_deception_pulls_as_hard_as_the_reconstruction():
+    torch.manual_seed(0)
+    loss = AutoencoderLoss({"adversarial": ADVERSARIAL})
+    last_layer = torch.randn(3, 3, 1, 1, requires_grad=True)
+    pixels = torch.rand(2, 3, 16, 16) * 2 - 1
+    output = torch.nn.functional.conv2d(pixels, last_layer)
+    reconstruction = (output - pixels).abs().mean()
+    deception = loss.deception(output, reconstruction, last_layer)
+    pulls = [torch.autograd.grad(term, last_layer, retain_graph=True)[0].norm() for term in (deception, reconstruction)]
+    assert (pulls[0] / pulls[1]).item() == pytest.approx(0.5, rel=0.02)
+
+
+class SquaredDistance(torch.nn.Module):
+    def forward(self, output: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+        return (output - pixels).square().mean(dim=(1, 2, 3))
+
+
+def test_a_scripted_file_serves_as_perceptual_term(tmp_path):
+    path = tmp_path / "distance.pt"
+    torch.jit.script(SquaredDistance()).save(str(path))
+    loss = AutoencoderLoss({"l1": 0.0, "kl_weight": 0.0, "perceptual": {"path": str(path), "weight": 3.0}})
+    output = torch.full((2, 3, 8, 8), 0.5, requires_grad=True)
+    terms = loss.reconstruction(output, torch.zeros(2, 3, 8, 8), torch.zeros(2, 8, 4, 4))
+    assert terms["loss"].item() == pytest.approx(3.0 * 0.25)
+    terms["loss"].backward()
+    assert output.grad.abs().min() > 0
+
+
+# checkpoints
+
+
+def test_the_file_is_a_first_stage_with_its_scale_factor(footage, tmp_path):
+    config = {"model": {"target": "ldm.models.autoencoder.AutoencoderKL"}}
+    model, trainer = make_model(config=config), make_trainer(tmp_path, 2)
+    trainer.fit(model, make_data(footage))
+    path = tmp_path / "ae.ckpt"
+    trainer.save_checkpoint(path)
+    contents = torch.load(path, weights_only=True)
+    assert {name.split(".")[0] for name in contents["state_dict"]} == {
+        "encoder", "decoder", "quant_conv", "post_quant_conv"
+    }  # fmt: skip
+    assert contents["config"] == config
+    node = {"target": "ldm.modules.encoders.KLFirstStage", "params": {"ddconfig": DDCONFIG, "embed_dim": 4}}
+    first_stage = load_first_stage(path, node)
+    pixels = torch.rand(1, 3, 16, 16) * 2 - 1
+    assert torch.equal(first_stage.encode(pixels), model.first_stage.eval().encode(pixels))
+    node["params"]["ckpt_path"] = str(path)
+    params = {"scale_factor": None, "first_stage_config": node}
+    assert latent_scale({"model": {"params": params}}) == pytest.approx(model.scale_factor)
+
+
+def test_starting_from_a_checkpoint_keeps_its_weights(footage, tmp_path):
+    trainer = make_trainer(tmp_path, 1)
+    trainer.fit(trained := make_model(), make_data(footage))
+    trainer.save_checkpoint(tmp_path / "ae.ckpt")
+    again = make_model(ckpt_path=str(tmp_path / "ae.ckpt"))
+    for name, tensor in trained.first_stage.compvis_state_dict().items():
+        assert torch.equal(again.first_stage.compvis_state_dict()[name], tensor)
+
+
+class SaveAt(pl.Callback):
+    """Saves a checkpoint in the middle of an epoch, as a stop would."""
+
+    def __init__(self, step: int, path: Path) -> None:
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("lossconfig", [{}, {"adversarial": {**ADVERSARIAL, "start_step": 1}}])
+def test_stop_and_resume_equals_straight(footage, tmp_path, lossconfig):
+    def fit(ckpt_path: Path | None = None) -> pl.Trainer:
+        trainer = make_trainer(tmp_path, 13, callbacks=[SaveAt(5, tmp_path / "half.ckpt")])
+        trainer.fit(make_model(lossconfig=lossconfig), make_data(footage, num_workers=1), ckpt_path=ckpt_path)
+        return trainer
+
+    straight = fit()
+    resumed = fit(tmp_path / "half.ckpt")
+    first, second = straight.lightning_module, resumed.lightning_module
+    assert resumed.global_step == 13
+    for name, value in first.state_dict().items():
+        assert torch.equal(second.state_dict()[name], value), name
+    assert second.scale_factor == first.scale_factor
+
+
+# frames
+
+
+def test_frames_depend_on_seed_and_position_alone(footage):
+    data, again, other = make_data(footage), make_data(footage), make_data(footage, seed=5)
+    for module in (data, again, other):
+        module.setup()
+    assert len(data.train_frames) == 18 and len(data.val_frames) == 6
+    stream = [data.train_frames[position].pixels for position in range(40)]
+    assert all(crop.shape == (1, 3, 32, 32) and crop.abs().max() <= 1 for crop in stream)
+    for position in (39, 3, 17):
+        assert torch.equal(again.train_frames[position].pixels, stream[position])
+    assert not all(torch.equal(other.train_frames[position].pixels, stream[position]) for position in range(5))
+    visited = sorted(data.train_frames._order(1).tolist())
+    assert visited == list(range(18))  # one pass shows every frame once
+
+
+def test_crops_move_and_flip(footage):
+    data = make_data(footage)
+    data.setup()
+    frame = data.train_frames.frames[0][0]
+    offsets, flips = set(), set()
+    for position in range(400):
+        turn, index = divmod(position, 18)
+        if data.train_frames._order(turn)[index] != 0:
+            continue
+        crop = ((data.train_frames[position].pixels[0].permute(1, 2, 0) + 1) * 127.5).round().numpy()
+        for x in range(frame.shape[1] - 31):
+            for flip, view in enumerate((frame[:, x : x + 32], frame[:, x : x + 32][:, ::-1])):
+                if np.array_equal(view, crop):
+                    offsets.add(x)
+                    flips.add(flip)
+    assert flips == {0, 1} and len(offsets) > 5
+
+
+def test_held_out_frames_are_the_end_cropped_in_the_middle(footage):
+    data = make_data(footage)
+    data.setup()
+    # The last quarter is held out.
+    held_out = data.val_frames.frames
+    assert np.abs(held_out[0].astype(int) - moving_bars()[18]).mean() < 12
+    assert torch.equal(
+        data.val_frames[0].pixels[0, 0] * 127.5 + 127.5, torch.from_numpy(held_out[0][:, 12:44, 0].astype(np.float32))
+    )
+    with pytest.raises(IndexError):
+        data.val_frames[6]
+
+
+def test_more_frames_than_memory_allows_are_thinned_out(footage, caplog):
+    data = make_data(footage, max_frames=12)
+    with caplog.at_level("WARNING"):
+        data.setup()
+    assert len(data.train_frames) + len(data.val_frames) == 12
+    assert "more than max_frames = 12: taking 5 a second instead" in caplog.text
+
+
+def test_damaged_files_are_left_out_and_named(footage, tmp_path, caplog):
+    for name in ("a.mp4", "b.mp4"):
+        (tmp_path / name).write_bytes(footage.read_bytes())
+    (tmp_path / "b.mp4").write_text("not a video")
+    data = make_data(tmp_path)
+    with caplog.at_level("WARNING"):
+        data.setup()
+    assert len(data.train_frames) == 18
+    assert "left out" in caplog.text and "b.mp4" in caplog.text
+    (tmp_path / "a.mp4").unlink()
+    with pytest.raises(UserError, match=r"b\.mp4: expected a video"):
+        make_data(tmp_path).setup()
+
+
+# pictures
+
+
+def test_reconstructions_are_drawn_after_validation(footage, tmp_path):
+    logger = ReconstructionLogger(tmp_path / "run", num_images=3)
+    trainer = make_trainer(tmp_path, 2, callbacks=[logger], check_val_every_n_epoch=1, limit_train_batches=2)
+    trainer.fit(make_model(), make_data(footage))
+    (path,) = (tmp_path / "run").rglob("*.png")
+    assert path.name == "reconstructions_gs-000002.png"
+    sheet = Image.open(path)
+    assert sheet.width == 3 * 36 + 4 and sheet.height > 2 * 36
+
+
+# the config, and bad input
+
+
+def test_the_tiny_config_builds_and_every_key_is_read():
+    config = load_config([TINY_CONFIG], ["data.params.videos=x.mp4"])
+    check(config)
+    model = to_container(config)["model"]
+    del model["base_learning_rate"]
+    built = build(model, "model", learning_rate=1e-3, config={})
+    assert 1e6 < sum(p.numel() for p in built.parameters()) < 3e6
+    assert built.first_stage.downsampling == 8
+    assert built.parameter_summary() == (
+        "trained: 2,776,455 parameters (encoder 1,048,656, decoder 1,727,799); frozen: 0"
+    )
+    assert build(config.data, "data").videos == ["x.mp4"]
+
+
+@pytest.mark.parametrize(
+    ("lossconfig", "message"),
+    [
+        ({"kl": 1.0}, r"model.params.lossconfig.kl: nothing reads this key"),
+        ({"adversarial": {"start": 3}}, r"adversarial.start: nothing reads this key; did you mean 'start_step'"),
+        ({"adversarial": 0.5}, r"lossconfig.adversarial: expected a mapping"),
+        ({"perceptual": {"path": "nowhere.pt"}}, r"perceptual.path: expected a TorchScript file .* found 'nowhere.pt'"),
+        ({"perceptual": {"path": __file__}}, r"autoencoder.py: expected a TorchScript file for the perceptual term"),
+    ],
+)  # fmt: skip
+def test_bad_losses_are_refused(lossconfig, message):
+    with pytest.raises(UserError, match=message):
+        make_model(lossconfig=lossconfig)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"size": 0}, r"data.params.size: expected a whole number of at least 8, found 0"),
+        ({"batch_size": 0}, r"data.params.batch_size: expected a whole number of at least 1"),
+        ({"fps": 0}, r"expected frames a second above 0"),
+        ({"val_share": 0.9}, r"data.params.val_share: expected 0 to 0.5, found 0.9"),
+        ({"videos": "nowhere.mp4"}, r"nowhere.mp4: there is no such file"),
+    ],
+)
+def test_bad_data_words_are_refused(footage, words, message):
+    with pytest.raises(UserError, match=message):
+        make_data(footage, **words).setup()
+
+
+def test_half_precision_of_the_wrong_kind_is_refused(footage, tmp_path):
+    trainer = make_trainer(tmp_path, 1)
+    model = make_model()
+    model.trainer = trainer
+    trainer.strategy.precision_plugin.precision = "16-mixed"
+    with pytest.raises(UserError, match="32-true or bf16-mixed, found 16-mixed"):
+        model.configure_optimizers()
+
+
+def test_frames_of_real_footage_are_seen(highway):
+    data = FrameDataModule(str(highway), size=128, fps=10)
+    data.setup()
+    with av.open(str(highway)) as container:
+        assert container.streams.video[0].height == 540
+    batch = FrameBatch.cat([data.train_frames[0], data.train_frames[1]])
+    assert batch.pixels.shape == (2, 3, 128, 128) and len(data.train_frames) == 80
+    assert KLFirstStage(DDCONFIG, 4).encode(batch.pixels).shape == (2, 8, 64, 64)
