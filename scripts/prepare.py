@@ -318,7 +318,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     kept = sum(report.num_scenes for report in [*done, *fresh])
     if prepared is None or not kept:
         raise UserError("nothing was kept; the table above says why, video by video")
-    console.print(summary(prepared, done, fresh, unusable), markup=False, highlight=False)
+    console.print(summary(prepared, done, fresh, unusable), markup=False, highlight=False, soft_wrap=True)
     if given.preview is not None:
         path = write_preview(prepared, encoders or Encoders(config), given.preview)
         console.print(f"Look at {path} before you train.", markup=False, soft_wrap=True)
@@ -329,7 +329,8 @@ class RateColumn(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         """The text of the column."""
-        return Text(f"{task.speed:.1f}/s" if task.speed else "-/s")
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:.1f}/s" if speed else "")
 
 
 def make_progress(console: Console) -> Progress:

@@ -26,7 +26,8 @@ from ldm.config import load_config
 from ldm.data.captions import find_captions, read_sidecar, read_table
 from ldm.data.example_drive import draw_drive, write_example
 from ldm.data.footage import FootageError, read_frames
-from ldm.data.shards import DatasetError, PreparedSet, ShardWriter
+from ldm.data.shard_writer import ShardWriter
+from ldm.data.shards import DatasetError, PreparedSet
 from ldm.errors import UserError, run_command
 from ldm.modules.encoders import KLFirstStage
 from ldm.video import from_uint8, write_mp4

@@ -19,7 +19,8 @@ import webdataset
 from ldm.data import preparation as preparation_module
 from ldm.data import shards
 from ldm.data.preparation import Preparation, Settings
-from ldm.data.shards import DatasetError, PreparedSet, SceneEntry, ShardWriter, Span
+from ldm.data.shard_writer import ShardWriter
+from ldm.data.shards import DatasetError, PreparedSet, SceneEntry, Span
 
 SETTINGS = Settings(
     first_stage="a" * 64, text_encoder="b" * 64, scale_factor=0.18215, fps=10.0, size=[64, 64], num_tokens=5

@@ -10,6 +10,7 @@ not.)
 from __future__ import annotations
 
 import itertools
+import re
 import shutil
 import subprocess
 import tempfile
@@ -189,6 +190,7 @@ def _decode(
         if status != 0 or frame:
             complaints.seek(0)
             reason = (complaints.read().decode(errors="replace").strip().splitlines() or [f"exit status {status}"])[0]
+            reason = re.sub(r"\[[^]]* @ 0x[0-9a-f]+\] ", "", reason)  # an address in ffmpeg's memory helps nobody
             raise FootageError(
                 f"{info.path}: the file is damaged or cut short: ffmpeg stopped after frame {count} ({reason}); "
                 "nothing of it is used, copy or download it again"
@@ -225,7 +227,7 @@ def find_cuts(frames: Iterable[np.ndarray]) -> tuple[list[int], int]:
     """Cuts and fades in BGR uint8 frames `h w 3`: the indices that start a new scene, and the number of frames.
 
     PySceneDetect's detectors at the settings that found every hard cut between alike scenes without a false alarm;
-    slow dissolves are not found.
+    slow dissolves are not found, nor the weaker of two cuts within two frames.
     """
     detectors = [AdaptiveDetector(adaptive_threshold=2, min_content_val=8, min_scene_len=2), ThresholdDetector(12)]
     cuts: set[int] = set()

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from ldm.atomic import replacing, write_atomically
+from ldm.data.shard_writer import ShardWriter, npy_bytes
 from ldm.data.shards import (
     DATASET_FILE,
     EMPTY_FILE,
@@ -32,8 +33,6 @@ from ldm.data.shards import (
     PreparedSet,
     SceneEntry,
     ShardReader,
-    ShardWriter,
-    npy_bytes,
     parse_index,
     read_info,
 )

@@ -1,32 +1,28 @@
 """Prepared clips on disk: tar shards with a byte index beside them, read at random, checked as they are read.
 
 `data/README.md` is the contract. Reading is `os.pread` of exactly the bytes that are wanted; no array header and no
-pickle is ever interpreted, shapes come from the index. Writing whole data sets is `preparation.py`.
+pickle is ever interpreted, shapes come from the index. Writing is `shard_writer.py` and `preparation.py`.
 """
 
 from __future__ import annotations
 
 import gc
-import io
 import json
 import os
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
-from webdataset.writer import TarWriter
 
 from ldm.errors import UserError
 
 SCHEMA_VERSION = 1
 DATASET_FILE, INDEX_FILE, VIDEOS_FILE, EMPTY_FILE = "dataset.json", "index.jsonl", "videos.jsonl", "empty.npy"
 MAX_OPEN_SHARDS = 64
-_FLOAT16 = np.dtype("<f2")
-_TAR_BLOCK = 512
+FLOAT16 = np.dtype("<f2")
 
 
 class DatasetError(UserError):
@@ -104,79 +100,10 @@ class DatasetInfo:
         return json.dumps(asdict(self), indent=2) + "\n"
 
 
-class ShardWriter:
-    """Write scenes into one uncompressed tar by WebDataset's convention; the same scenes give the same bytes."""
-
-    def __init__(self, path: Path | str, name: str) -> None:
-        """Start the file at `path`, which the index shall know as `name`."""
-        self.name = name
-        self._file = open(path, "wb")
-        self._tar = TarWriter(self._file, encoder=False, compress=False, mtime=0, user="prepare", group="prepare")
-
-    def __enter__(self) -> ShardWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if error is None:
-                self._tar.close()  # writes the end of the archive
-            else:
-                self._tar.tarstream.fileobj.closed = True  # or it would write that end when it is collected
-        finally:
-            self._file.close()
-
-    def add(
-        self, key: str, about: Mapping[str, Any], moments: np.ndarray, contexts: Sequence[np.ndarray]
-    ) -> SceneEntry:
-        """Write one scene and return its index entry.
-
-        `about` holds source, start, fps and captions; moments float16 `t 2c h w`; one float16 `n d` for each caption.
-        """
-        if moments.dtype != _FLOAT16 or any(context.dtype != _FLOAT16 for context in contexts):
-            raise TypeError("prepared arrays are float16")
-        frames = np.ascontiguousarray(moments)
-        crcs = "".join(f"{zlib.crc32(frame):08x}" for frame in frames)
-        return self._write(key, {**about, "num_frames": len(frames)}, crcs, [frames, *contexts])
-
-    def copy(self, entry: SceneEntry, latents: bytes, contexts: Sequence[bytes]) -> SceneEntry:
-        """Write a scene that lies elsewhere, from the bytes of its `.npy` files; returns its entry in this shard."""
-        about = {name: getattr(entry, name) for name in ("source", "start", "fps", "captions", "num_frames")}
-        return self._write(entry.key, about, entry.frames_crc32, [latents, *contexts])
-
-    def _write(self, key: str, about: dict[str, Any], crcs: str, arrays: Sequence[np.ndarray | bytes]) -> SceneEntry:
-        names = ["latents.npy", "context.npy", *(f"context.{n}.npy" for n in range(1, len(arrays) - 1))]
-        members = {
-            name: array if isinstance(array, bytes) else npy_bytes(array)
-            for name, array in zip(names, arrays, strict=True)
-        }
-        described = json.dumps({"key": key, **about}, ensure_ascii=False, sort_keys=True).encode()
-        position = self._tar.tarstream.offset
-        self._tar.write({"__key__": key, "json": described, **members})
-        spans = {}
-        for name, content in sorted({"json": described, **members}.items()):  # the order in which TarWriter writes
-            spans[name] = Span(position + _TAR_BLOCK, len(content), zlib.crc32(content))
-            position += _TAR_BLOCK + -(-len(content) // _TAR_BLOCK) * _TAR_BLOCK
-        if position != self._tar.tarstream.offset:
-            raise RuntimeError("the tar writer does not lay members out as the index assumes")
-        contexts = [spans[name] for name in names[1:]]
-        return SceneEntry(
-            key=key, shard=self.name, latents=spans["latents.npy"], contexts=contexts, frames_crc32=crcs, **about
-        )
-
-
-def npy_bytes(array: np.ndarray) -> bytes:
-    """The array as a `.npy` file."""
-    buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
-    return buffer.getvalue()
-
-
 def _float16(content: bytes, shape: Sequence[int]) -> np.ndarray:
     """Raw values as an array; what stands before them (the header) is skipped unread."""
-    size = int(np.prod(shape)) * _FLOAT16.itemsize
-    return np.frombuffer(content, _FLOAT16, offset=len(content) - size).reshape(shape)
+    size = int(np.prod(shape)) * FLOAT16.itemsize
+    return np.frombuffer(content, FLOAT16, offset=len(content) - size).reshape(shape)
 
 
 class ShardReader:
@@ -260,7 +187,7 @@ class PreparedSet:
         if start < 0 or stride < 1 or not wanted or wanted[-1] >= scene.num_frames:
             raise IndexError(f"frames {wanted} are not in scene {scene.key}, which has {scene.num_frames}")
         shape = self.info.moments_shape
-        size = int(np.prod(shape)) * _FLOAT16.itemsize
+        size = int(np.prod(shape)) * FLOAT16.itemsize
         first = scene.latents.offset + scene.latents.length - scene.num_frames * size
         if stride == 1:
             content = self._reader.read(scene, first + start * size, len(wanted) * size)
@@ -297,8 +224,8 @@ class PreparedSet:
 
     def _check_sizes(self) -> None:
         """Compare the index with itself, with the shapes of the data set and with the sizes of the files."""
-        frame_bytes = int(np.prod(self.info.moments_shape)) * _FLOAT16.itemsize
-        context_bytes = int(np.prod(self.info.context_shape)) * _FLOAT16.itemsize
+        frame_bytes = int(np.prod(self.info.moments_shape)) * FLOAT16.itemsize
+        context_bytes = int(np.prod(self.info.context_shape)) * FLOAT16.itemsize
         sizes: dict[str, int] = {}
         for scene in self.scenes:
             if scene.shard not in sizes:
