@@ -1,7 +1,7 @@
 """The noise schedule: how much noise each diffusion step adds, and what the network is asked to predict.
 
-Formulas and equation numbers are those of Ho et al. 2020, "Denoising Diffusion Probabilistic Models" (DDPM), and for
-the velocity target those of Salimans & Ho 2022, "Progressive Distillation" (section 3, appendix D). Sampling is not here.
+Formulas and equation numbers: Ho et al. 2020, "Denoising Diffusion Probabilistic Models" (DDPM), and for the velocity
+target Salimans & Ho 2022, "Progressive Distillation" (section 3, appendix D). Sampling is not here.
 """
 
 from __future__ import annotations

@@ -1,0 +1,209 @@
+"""Training of the video network on prepared clips: the loss, what is trained and what is frozen, the optimiser.
+
+Denoising diffusion (Ho et al. 2020) on latents (Rombach et al. 2022); the schedule is in `schedule`, the sampler in
+`sampling`, the averaging of weights and the sample videos in `ldm.callbacks`. Neither the image autoencoder nor the
+text encoder is built: clips come as latents and text embeddings.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from ldm.checkpoint import encoder_tensors, identity, latent_scale, load_weights, read_checkpoint, unet_tensors
+from ldm.checkpoint_names import FIRST_STAGE_PREFIX, TEXT_PREFIX, UNET_PREFIX
+from ldm.config import build
+from ldm.data.clips import Batch, check_prepared
+from ldm.models.diffusion.optimizers import build_optimizer, warm_up
+from ldm.models.diffusion.parameter_groups import ParameterGroups
+from ldm.models.diffusion.schedule import NoiseSchedule
+from ldm.modules.posterior import sample_posterior
+
+log = logging.getLogger(__name__)
+
+NUM_BANDS = 4  # the held-out loss is taken apart by how much noise there is
+
+
+class LatentVideoDiffusion(pl.LightningModule):
+    """A UNet with time in it, trained to denoise latents of clips while chosen groups of its weights stay frozen.
+
+    unet_config: target and params of the network.
+    first_stage_config, cond_stage_config: of the autoencoder and the text encoder that prepared the clips. They are
+        not built here; their weights are copied into each checkpoint, so that one file is enough to sample.
+    learning_rate: of the groups that name none of their own.
+    ckpt_path: image weights to start from, any file or folder that `ldm.checkpoint` reads; None: from scratch.
+    trainable: group -> True, or a learning rate of its own, or False; a group that is not named is frozen. Groups are
+        `temporal`, `spatial_attention`, `time_embed`, `convolutions`, or the beginning of a parameter's name.
+    optimizer: arguments of `build_optimizer`.
+    warmup_steps: optimiser steps over which the learning rate rises.
+    timesteps, linear_start, linear_end, parameterization: of `NoiseSchedule`.
+    scale_factor: latents = scale_factor * sample of the posterior. None: the one measured with the autoencoder, from
+        its checkpoint.
+    seed: with a clip's position in the stream of samples it fixes every random draw made for that clip.
+    config: the whole config of the run, kept in checkpoints; filled in by main.py.
+    """
+
+    def __init__(  # noqa: PLR0913, PLR0917 - the words of the config
+        self,
+        unet_config: Mapping[str, Any],
+        first_stage_config: Mapping[str, Any],
+        cond_stage_config: Mapping[str, Any],
+        learning_rate: float,
+        ckpt_path: str | None = None,
+        trainable: Mapping[str, bool | float] | None = None,
+        optimizer: Mapping[str, Any] | None = None,
+        warmup_steps: int = 0,
+        timesteps: int = 1000,
+        linear_start: float = 0.00085,
+        linear_end: float = 0.012,
+        parameterization: str = "eps",
+        scale_factor: float | None = 0.18215,
+        seed: int = 23,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.unet = build(unet_config, "model.params.unet_config")
+        self.schedule = NoiseSchedule(timesteps, linear_start, linear_end, parameterization)
+        self.learning_rate = learning_rate
+        self.optimizer_options = dict(optimizer or {})
+        self.warmup_steps = warmup_steps
+        self.seed = seed
+        own_config = {
+            "ckpt_path": ckpt_path,
+            "unet_config": unet_config,
+            "first_stage_config": first_stage_config,
+            "cond_stage_config": cond_stage_config,
+            "scale_factor": scale_factor,
+        }
+        self.scale_factor = latent_scale({"model": {"params": own_config}})
+        self.config = {"model": {"params": own_config}} if config is None else dict(config)
+        self.groups = ParameterGroups(self.unet, {"temporal": True} if trainable is None else trainable)
+        self.groups.freeze_the_rest()
+        if ckpt_path is not None:
+            tensors = unet_tensors(read_checkpoint(ckpt_path))
+            load_weights(self.unet, tensors, where=f"UNet from {ckpt_path}")
+        self._encoder_tensors: dict[str, Tensor] = {}
+
+    def parameter_summary(self) -> str:
+        """One line: what is frozen, what is trained, how many parameters of each and at which learning rate."""
+        return self.groups.summary(self.learning_rate)
+
+    def setup(self, stage: str) -> None:
+        """Check that the clips were prepared with this model's encoders, and find the encoders' weights."""
+        if stage != "fit" or self._encoder_tensors:
+            return
+        self._encoder_tensors = encoder_tensors(self.config)
+        prepared = self.trainer.datamodule.prepared
+        check_prepared(
+            prepared,
+            first_stage=identity(_part(self._encoder_tensors, FIRST_STAGE_PREFIX)),
+            text_encoder=identity(_part(self._encoder_tensors, TEXT_PREFIX)),
+            scale_factor=self.scale_factor,
+            latent_channels=self.unet.in_channels,
+            context_dim=self.unet.context_dim,
+        )
+
+    def forward(self, noisy: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+        """The network's prediction: `b t c h w`, `b`, `b n d` -> `b t c h w`."""
+        return self.unet(noisy, timesteps, context)
+
+    def loss(self, clean: Tensor, noise: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+        """Mean squared error of the prediction (DDPM eq. 14), per clip: `b t c h w`, ..., `b`, `b n d` -> `b`."""
+        noisy = self.schedule.add_noise(clean, noise, timesteps)
+        target = self.schedule.target(clean, noise, timesteps)
+        error = self(noisy, timesteps, context).float() - target
+        return error.square().mean(dim=(1, 2, 3, 4))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        clean, noise, timesteps = self.draw(batch)
+        loss = self.loss(clean, noise, timesteps, batch.context.float()).mean()
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Log the held-out loss in bands from little noise to much, at the same draws every time, and their mean."""
+        edges = [self.schedule.num_timesteps * band // NUM_BANDS for band in range(NUM_BANDS + 1)]
+        losses = []
+        for first, after in pairwise(edges):
+            clean, noise, timesteps = self.draw(batch, first, after, stream=1)
+            losses.append(self.loss(clean, noise, timesteps, batch.context.float()).mean())
+            self.log(f"val/loss_t{first:03d}-{after - 1:03d}", losses[-1], batch_size=len(batch))
+        self.log("val/loss", torch.stack(losses).mean(), prog_bar=True, batch_size=len(batch))
+
+    def draw(
+        self, batch: Batch, first: int = 0, after: int | None = None, stream: int = 0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Scaled latents `b t c h w`, noise of that shape, and diffusion steps `b` in `first` to `after` - 1.
+
+        Each clip's draws come from a generator of its own, seeded by the run's seed, the clip's position and the
+        stream (0 training, 1 validation), so that they do not depend on how clips are batched, nor on any resume.
+        """
+        device = batch.moments.device
+        after = self.schedule.num_timesteps if after is None else after
+        generator = torch.Generator(device)
+        clean, noise, timesteps = [], [], []
+        for moments, position in zip(batch.moments.float(), batch.positions, strict=True):
+            generator.manual_seed(_mix(self.seed, stream, position))
+            mean = moments.chunk(2, dim=-3)[0]
+            sampled = sample_posterior(moments, _normal_like(mean, generator))
+            clean.append(self.scale_factor * sampled)
+            noise.append(_normal_like(mean, generator))
+            timesteps.append(torch.randint(first, after, (), generator=generator, device=device))
+        return torch.stack(clean), torch.stack(noise), torch.stack(timesteps)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = build_optimizer(self.groups.for_optimizer(self.learning_rate), **self.optimizer_options)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": warm_up(optimizer, self.warmup_steps), "interval": "step"},
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Write the weights under CompVis's names, and beside them the schedule, both encoders and the config."""
+        ours = checkpoint["state_dict"]
+        checkpoint["state_dict"] = (
+            self.schedule.compvis_buffers()
+            | {_compvis_name(name): tensor for name, tensor in ours.items()}
+            | self._encoder_tensors
+        )
+        checkpoint["config"] = _with_scale(self.config, self.scale_factor)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take back the names Lightning knows; leave out what is not this module's."""
+        checkpoint["state_dict"] = {
+            "unet." + name.removeprefix(UNET_PREFIX) if name.startswith(UNET_PREFIX) else name: tensor
+            for name, tensor in checkpoint["state_dict"].items()
+            if name.startswith((UNET_PREFIX, "model_ema."))
+        }
+
+
+def _compvis_name(name: str) -> str:
+    return UNET_PREFIX + name.removeprefix("unet.") if name.startswith("unet.") else name
+
+
+def _with_scale(config: Mapping[str, Any], scale_factor: float) -> dict[str, Any]:
+    """The config with the scale factor that was used, for a reader who does not have the first stage's file."""
+    model = config["model"]
+    return {**config, "model": {**model, "params": {**model["params"], "scale_factor": scale_factor}}}
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _normal_like(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(like.shape, generator=generator, device=like.device)
+
+
+def _mix(seed: int, stream: int, position: int) -> int:
+    """One 63-bit seed from three numbers, far apart for near ones (the finaliser of splitmix64, Steele et al. 2014)."""
+    mixed = (seed * 0x9E3779B97F4A7C15 + stream * 0xD1B54A32D192ED03 + position) & 0xFFFFFFFFFFFFFFFF
+    for multiplier, shift in ((0xBF58476D1CE4E5B9, 30), (0x94D049BB133111EB, 27)):
+        mixed = ((mixed ^ (mixed >> shift)) * multiplier) & 0xFFFFFFFFFFFFFFFF
+    return (mixed ^ (mixed >> 31)) >> 1

@@ -1,0 +1,59 @@
+"""AdamW with 32-bit or 8-bit states, and the warm-up of the learning rate (torch, and torchao for 8 bits)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+from ldm.errors import UserError
+
+OPTIMIZERS = ("adamw", "adamw8bit")
+
+
+def build_optimizer(
+    groups: Sequence[Mapping[str, Any]],
+    name: str = "adamw",
+    weight_decay: float = 0.01,
+    betas: tuple[float, float] = (0.9, 0.999),
+) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov & Hutter 2019) over parameter groups, each with `params` and `lr`.
+
+    name: "adamw" keeps its two averages in float32, 8 bytes a parameter; "adamw8bit" in blocks of 8-bit numbers, 2.04
+        bytes a parameter (Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization").
+    """
+    groups = [dict(group) for group in groups]
+    if name == "adamw":
+        return torch.optim.AdamW(groups, weight_decay=weight_decay, betas=tuple(betas))
+    if name == "adamw8bit":
+        return _adamw_8bit(groups, weight_decay, tuple(betas))
+    raise UserError(f"model.params.optimizer.name: expected one of {', '.join(OPTIMIZERS)}, found '{name}'")
+
+
+def warm_up(optimizer: torch.optim.Optimizer, num_steps: int) -> LambdaLR:
+    """A schedule that raises the learning rate linearly over the first `num_steps` optimiser steps, then keeps it."""
+    return LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, num_steps)))
+
+
+def _adamw_8bit(
+    groups: list[dict[str, Any]], weight_decay: float, betas: tuple[float, float]
+) -> torch.optim.Optimizer:
+    try:
+        from torchao.optim import AdamW8bit  # noqa: PLC0415 - optional, and slow to import
+    except ImportError as error:
+        raise UserError(
+            f"model.params.optimizer.name: 'adamw8bit' needs the package torchao, which does not import here ({error});"
+            " pip install torchao, or set the name to adamw"
+        ) from error
+
+    class AdamW8bitAnywhere(AdamW8bit):
+        """torchao compiles its step with a C++ compiler where there is no GPU; here it runs there uncompiled."""
+
+        def step(self, closure: Any = None) -> Any:
+            on_cpu = self.param_groups[0]["params"][0].device.type == "cpu"
+            with torch.compiler.set_stance("force_eager" if on_cpu else "default"):
+                return super().step(closure)
+
+    return AdamW8bitAnywhere(groups, lr=groups[0]["lr"], weight_decay=weight_decay, betas=betas)
