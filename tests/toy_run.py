@@ -11,15 +11,8 @@ import pytorch_lightning as pl
 import torch
 
 from ldm.data.clips import Batch
-from ldm.data.shards import (
-    DATASET_FILE,
-    EMPTY_FILE,
-    INDEX_FILE,
-    SCHEMA_VERSION,
-    DatasetInfo,
-    ShardWriter,
-    npy_bytes,
-)
+from ldm.data.shard_writer import ShardWriter, npy_bytes
+from ldm.data.shards import DATASET_FILE, EMPTY_FILE, INDEX_FILE, SCHEMA_VERSION, DatasetInfo
 
 MOMENTS_SHAPE = [4, 2, 2]
 CONTEXT_SHAPE = [3, 5]
