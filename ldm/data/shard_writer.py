@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from webdataset.writer import TarWriter
 
-from ldm.data.shards import FLOAT16, SceneEntry, Span
+from ldm.data.shard_index import FLOAT16, SceneEntry, Span
 
 TAR_BLOCK = 512
 
