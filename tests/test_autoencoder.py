@@ -104,7 +104,7 @@ def test_the_discriminator_joins_at_its_step_and_learns(footage, tmp_path):
     trainer.save_checkpoint(tmp_path / "ae.ckpt")
     trainer = make_trainer(tmp_path, 6)
     trainer.fit(model, data, ckpt_path=tmp_path / "ae.ckpt")
-    assert trainer.global_step == 6  # its own steps are not counted
+    assert trainer.global_step == 6 and data.consumed == 12  # its own steps are not counted
     assert not any(torch.equal(value, fresh[name]) for name, value in model.loss.discriminator.named_parameters())
     assert {"train/deception", "train/discrimination"} <= set(trainer.logged_metrics)
     assert "discriminator" in model.parameter_summary()

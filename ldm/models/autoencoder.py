@@ -113,7 +113,8 @@ class AutoencoderKL(pl.LightningModule):
             self._step(opponents[0].optimizer, terms["discrimination"], self.loss.discriminator)
             opponent_schedulers[0].step()
         self._remember(latents.detach())
-        self.log_dict({f"train/{name}": value.detach() for name, value in terms.items()}, prog_bar=False)
+        for name, value in terms.items():
+            self.log(f"train/{name}", value.detach(), prog_bar=name == "l1", batch_size=len(batch))
 
     def validation_step(self, batch: FrameBatch, batch_idx: int) -> None:
         """Reconstruction of held-out frames: distance per pixel value and PSNR of 8-bit range, mean over frames."""
