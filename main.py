@@ -14,12 +14,11 @@ from typing import Any
 
 import pytorch_lightning as pl
 from lightning_fabric.utilities.warnings import PossibleUserWarning
-from pytorch_lightning.callbacks import RichProgressBar
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from rich.logging import RichHandler
 
-from ldm.callbacks import AtomicCheckpointIO, StopRequested
+from ldm.callbacks import AtomicCheckpointIO, ProgressBar, StopRequested
 from ldm.config import ConfigError, accepted_names, build, check, to_container
 from ldm.errors import UserError, run_command
 from ldm.training_run import Run, find_run, num_devices, parse_arguments, trainer_arguments
@@ -43,13 +42,14 @@ def main(arguments: list[str] | None = None) -> None:
     for section in ("model", "data"):
         if not run.config.get(section):
             raise ConfigError(f"{section}: the config has no such section, which training needs")
-    flags = trainer_arguments(run.config, options.trainer)
+    flags = trainer_arguments(run.config)
     pl.seed_everything(options.seed, workers=True, verbose=False)
     config = to_container(run.config)
     data = build_with(config["data"], "data", config=config)
     data.setup("fit")
     model = build_with(config["model"], "model", config=config, learning_rate=learning_rate(config, flags, options))
     log.info("%s", parameter_summary(model))
+    log.info("%s", getattr(data, "summary", ""))
     if options.train:
         train(run, config, model, data, flags, options)
     else:
@@ -87,11 +87,12 @@ def build_trainer(run: Run, config: dict[str, Any], flags: dict[str, Any]) -> pl
     lightning = config.get("lightning") or {}
     node = lightning.get("logger") or {"params": {"name": "", "version": "tensorboard"}}
     logger = build_with(node, "lightning.logger", config=config, save_dir=str(run.folder))
+    has_bar = flags.get("enable_progress_bar", True) and sys.stdout.isatty()
     try:
         return pl.Trainer(
-            **{"enable_model_summary": False, **flags},
+            **{"enable_model_summary": False, **flags, "enable_progress_bar": has_bar},
             logger=logger,
-            callbacks=build_callbacks(run, config, flags),
+            callbacks=build_callbacks(run, config, has_bar),
             default_root_dir=run.folder,
             plugins=[AtomicCheckpointIO()],
         )
@@ -99,16 +100,14 @@ def build_trainer(run: Run, config: dict[str, Any], flags: dict[str, Any]) -> pl
         raise ConfigError(f"lightning.trainer: {error}") from error
 
 
-def build_callbacks(run: Run, config: dict[str, Any], flags: dict[str, Any]) -> list[pl.Callback]:
+def build_callbacks(run: Run, config: dict[str, Any], has_bar: bool) -> list[pl.Callback]:
     """The callbacks of the config and the default ones, which the config may change or, with null, leave out."""
     lightning = config.get("lightning") or {}
     nodes = {**DEFAULT_CALLBACKS, **(lightning.get("callbacks") or {})}
     callbacks = []
-    if flags.get("enable_progress_bar", True) and sys.stdout.isatty():
+    if has_bar:
         nodes.pop("progress")
-        callbacks.append(RichProgressBar())
-    else:
-        flags["enable_progress_bar"] = False
+        callbacks.append(ProgressBar())
     for name, node in nodes.items():
         if node is not None:
             path = f"lightning.callbacks.{name}"
@@ -165,6 +164,7 @@ def without_traceback(error: UserError) -> UserError:
 def set_up_logging() -> None:
     """Our lines to the terminal, above the progress bar, or plain to stderr where there is none."""
     warnings.filterwarnings("ignore", category=PossibleUserWarning)
+    warnings.filterwarnings("ignore", message=".*LeafSpec", module="pytorch_lightning")
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     logger = logging.getLogger("ldm")
     logger.setLevel(logging.INFO)

@@ -25,7 +25,7 @@ TRAINER_FLAGS = (
 )  # fmt: skip
 TRAINER_SWITCHES = ("fast_dev_run", "deterministic", "benchmark", "detect_anomaly", "enable_progress_bar")
 RUN_TIME_VARIABLE = "LDM_RUN_TIME"  # tells the other processes of a run the name of its folder
-_OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+|\[\d+\])+=")
+_OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+|\[\d+\])*=")
 
 
 @dataclass
@@ -113,26 +113,35 @@ def find_run(options: argparse.Namespace) -> Run:
         saved = sorted((folder / "configs").glob("*.yaml"))
         if not saved:
             raise UserError(f"{folder}: expected the run's configs in {folder / 'configs'}, found none")
-        return Run(folder, now, load_config([*saved, *options.base], options.overrides), checkpoint)
+        config = load_config([*saved, *options.base], options.overrides)
+        return Run(folder, now, _with_flags(config, options.trainer), checkpoint)
     if not options.base:
         raise UserError("expected --base CONFIG.yaml to start a run or -r RUN_FOLDER to go on with one, found neither")
     config = load_config(options.base, options.overrides)
     name = options.name or Path(options.base[0]).stem
-    return Run(Path(options.logdir) / f"{now}_{name}{options.postfix}", now, config)
+    folder = Path(options.logdir) / f"{now}_{name}{options.postfix}"
+    return Run(folder, now, _with_flags(config, options.trainer))
 
 
-def trainer_arguments(config: DictConfig, flags: dict[str, Any]) -> dict[str, Any]:
-    """Arguments for Lightning's Trainer from `lightning.trainer` and the command line, which wins; devices resolved.
-
-    Raises `UserError` when a graphics card is asked for that is not there.
-    """
-    arguments = dict((to_container(config).get("lightning") or {}).get("trainer") or {})
+def _with_flags(config: DictConfig, flags: dict[str, Any]) -> DictConfig:
+    """The config with the trainer's flags of the command line, which win; what says where to train goes together."""
     explicit = [name for name in ("accelerator", "devices") if name in flags]
     if "gpus" in flags and explicit:
         raise UserError(f"--gpus and --{explicit[0]} exclude each other: both say where to train")
+    tree = to_container(config)
+    trainer = tree.setdefault("lightning", {}).get("trainer") or {}
     for name in ("accelerator", "devices") if "gpus" in flags else ("gpus",) if explicit else ():
-        arguments.pop(name, None)
-    arguments.update(flags)
+        trainer.pop(name, None)
+    tree["lightning"]["trainer"] = {**trainer, **flags}
+    return OmegaConf.create(tree)
+
+
+def trainer_arguments(config: DictConfig) -> dict[str, Any]:
+    """Arguments for Lightning's Trainer from `lightning.trainer`; CompVis' `gpus` becomes accelerator and devices.
+
+    Raises `UserError` when a graphics card is asked for that is not there.
+    """
+    arguments = dict(to_container(config)["lightning"]["trainer"])
     gpus = arguments.pop("gpus", None)
     if gpus is not None:
         arguments["accelerator"], arguments["devices"] = _devices(gpus)

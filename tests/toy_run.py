@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
@@ -19,8 +20,15 @@ CONTEXT_SHAPE = [3, 5]
 IDENTITIES = {"first_stage": "a" * 64, "text_encoder": "b" * 64}
 
 
-def make_prepared(root: Path, lengths: Sequence[int] = (12, 9, 30, 7), num_captions: int = 2) -> Path:
-    """Write a prepared folder with a scene of each length; frame f of scene s holds the value 100 s + f."""
+def make_prepared(
+    root: Path, lengths: Sequence[int] = (12, 9, 30, 7), num_captions: int = 2, **changes: Any
+) -> Path:
+    """Write a prepared folder with a scene of each length; frame f of scene s holds the value 100 s + f.
+
+    `changes` are fields of `DatasetInfo`, such as `moments_shape`.
+    """
+    shapes = {"moments_shape": MOMENTS_SHAPE, "context_shape": CONTEXT_SHAPE, **changes}
+    moments_shape, context_shape = shapes["moments_shape"], shapes["context_shape"]
     root.mkdir(parents=True)
     with ShardWriter(root / "00000.tar", "00000.tar") as shard:
         entries = [
@@ -28,32 +36,31 @@ def make_prepared(root: Path, lengths: Sequence[int] = (12, 9, 30, 7), num_capti
                 f"scene{index}",
                 {"source": "toy.mp4", "start": 0, "fps": 10.0, "captions": ["a road"] * num_captions},
                 np.broadcast_to(
-                    (100 * index + np.arange(length, dtype=np.float16))[:, None, None, None], [length, *MOMENTS_SHAPE]
+                    (100 * index + np.arange(length, dtype=np.float16))[:, None, None, None], [length, *moments_shape]
                 ).copy(),
-                [np.full(CONTEXT_SHAPE, 1 + caption, dtype=np.float16) for caption in range(num_captions)],
+                [np.full(context_shape, 1 + caption, dtype=np.float16) for caption in range(num_captions)],
             )
             for index, length in enumerate(lengths)
         ]
     index = "".join(entry.to_line() for entry in entries).encode()
-    empty = npy_bytes(np.zeros(CONTEXT_SHAPE, dtype=np.float16))
-    info = DatasetInfo(
-        schema_version=SCHEMA_VERSION,
+    empty = npy_bytes(np.zeros(context_shape, dtype=np.float16))
+    values = {
+        "schema_version": SCHEMA_VERSION,
         **IDENTITIES,
-        scale_factor=0.18215,
-        fps=10.0,
-        size=[16, 16],
-        moments_shape=MOMENTS_SHAPE,
-        context_shape=CONTEXT_SHAPE,
-        num_tokens=CONTEXT_SHAPE[0],
-        empty_context_crc32=zlib.crc32(empty),
-        num_videos=1,
-        num_scenes=len(lengths),
-        num_frames=sum(lengths),
-        index_crc32=zlib.crc32(index),
-    )
+        "scale_factor": 0.18215,
+        "fps": 10.0,
+        "size": [16, 16],
+        "num_tokens": context_shape[0],
+        "empty_context_crc32": zlib.crc32(empty),
+        "num_videos": 1,
+        "num_scenes": len(lengths),
+        "num_frames": sum(lengths),
+        "index_crc32": zlib.crc32(index),
+        **shapes,
+    }
     (root / INDEX_FILE).write_bytes(index)
     (root / EMPTY_FILE).write_bytes(empty)
-    (root / DATASET_FILE).write_text(info.to_json())
+    (root / DATASET_FILE).write_text(DatasetInfo(**values).to_json())
     return root
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import RichProgressBar
 from torch import Tensor
 
 from ldm.callbacks.average import WeightAverage
@@ -60,9 +61,7 @@ class MemoryReport(pl.Callback):
         words = ", ".join(f"{name.replace('_', ' ')} {size / MIB:,.0f}" for name, size in sizes.items())
         log.info("memory %s, MiB: %s %s", when, words, kind)
         for logger in trainer.loggers:
-            logger.log_metrics(
-                {f"memory/{name}": size / MIB for name, size in sizes.items()}, step=trainer.global_step
-            )
+            logger.log_metrics({f"memory/{name}": size / MIB for name, size in sizes.items()}, step=trainer.global_step)
 
 
 def peak_memory(device: torch.device) -> int:
@@ -116,6 +115,17 @@ class ProgressLines(pl.Callback):
         words += [f"{seconds:.2f} s/step" if seconds > 0.5 else f"{1 / seconds:.1f} steps/s"]
         words += [f"{timedelta(seconds=round(seconds * (last - step)))} left"] if last else []
         log.info("%s", ", ".join(words))
+
+
+class ProgressBar(RichProgressBar):
+    """Lightning's bar without the number of the last epoch, which steps limit, and the logger's version."""
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        metrics = super().get_metrics(trainer, pl_module)
+        return {"step": trainer.global_step, **{name: metrics[name] for name in metrics if name != "v_num"}}
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return f"Epoch {current_epoch}"
 
 
 def _last_step(trainer: pl.Trainer) -> int | None:

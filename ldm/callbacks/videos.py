@@ -137,9 +137,7 @@ class VideoLogger(pl.Callback):
             torch.cuda.empty_cache()
         return [to_uint8(video) for video in videos], clips.prepared.info.fps / min(clips.strides)
 
-    def _sample_one(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, clips: ClipDataset, index: int
-    ) -> Tensor:
+    def _sample_one(self, trainer: pl.Trainer, pl_module: pl.LightningModule, clips: ClipDataset, index: int) -> Tensor:
         info = clips.prepared.info
         place = {"device": pl_module.device, "dtype": next(pl_module.unet.parameters()).dtype}
         generator = torch.Generator().manual_seed(self.seed + index)

@@ -8,7 +8,6 @@ the positions whose gradients have reached the weights and saves that one number
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -20,8 +19,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from ldm.data.shards import DatasetError, DatasetInfo, PreparedSet, SceneEntry
-
-log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -276,6 +273,7 @@ class ClipDataModule(pl.LightningDataModule):
         self.batch_size, self.num_workers = batch_size, num_workers
         self.caption_dropout, self.val_share, self.seed, self.verify = caption_dropout, val_share, seed, verify
         self.prepared: PreparedSet | None = None
+        self.summary = ""
         self._consumed = self._fetched = 0
         self._step_seen: int | None = None
 
@@ -311,10 +309,10 @@ class ClipDataModule(pl.LightningDataModule):
         self.val_clips = HeldOutClips(prepared, held_out, self.frames, min(self.strides))
         self.prepared = prepared
         short = sum(scene.num_frames < shortest for scene in prepared.scenes)
-        log.info(
-            "%s: %d scenes to train on (%d clips side by side), %d held out (%d clips), %d too short for %d frames",
-            self.root, len(training), len(self.train_clips), len(held_out), len(self.val_clips), short, shortest,
-        )  # fmt: skip
+        self.summary = (
+            f"{self.root}: {len(training)} scenes to train on ({len(self.train_clips)} clips side by side), "
+            f"{len(held_out)} held out ({len(self.val_clips)} clips), {short} too short for {shortest} frames"
+        )
 
     def train_dataloader(self) -> DataLoader:
         accumulate, world, rank = 1, 1, 0
