@@ -38,9 +38,15 @@ class Run:
     checkpoint: Path | None = None
 
     def save_config(self) -> None:
-        """Write `configs/<now>-project.yaml` (model and data) and `configs/<now>-lightning.yaml`."""
+        """Make the folder and write `configs/<now>-project.yaml` (model and data) and `<now>-lightning.yaml`."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=self.checkpoint is not None)
+        except FileExistsError as error:
+            raise UserError(
+                f"{self.folder}: another run of this name has begun in this second; start again, or give it a --name"
+            ) from error
         folder = self.folder / "configs"
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)
         tree = to_container(self.config)
         lightning = {"lightning": tree.pop("lightning", None) or {}}
         for name, part in (("project", tree), ("lightning", lightning)):

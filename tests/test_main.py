@@ -54,8 +54,9 @@ def toy(tmp_path, monkeypatch):
 def run(toy, *arguments):
     """Train in this process; returns the run folder."""
     logs = toy.parent / "logs"
+    before = set(logs.glob("*"))
     command.main([*arguments, "-l", str(logs)])
-    return max(logs.iterdir()) if logs.exists() else None
+    return next(iter(set(logs.glob("*")) - before), None)
 
 
 def last(folder):
@@ -250,6 +251,14 @@ def test_wrong_input_is_named_before_any_work(toy, arguments, message):
     with pytest.raises(UserError, match=message):
         run(toy, "-b", str(toy), *([] if "-t" in arguments else ["-t"]), *arguments)
     assert not (toy.parent / "logs").exists()
+
+
+def test_two_runs_never_share_a_folder(toy):
+    folder = run(toy, "-b", str(toy), "-t")
+    again = find_run(parse_arguments(["-b", str(toy), "-l", str(folder.parent)]))
+    again.folder = folder
+    with pytest.raises(UserError, match="another run of this name has begun in this second"):
+        again.save_config()
 
 
 def test_what_a_run_needs(toy, tmp_path):

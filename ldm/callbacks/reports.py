@@ -122,7 +122,7 @@ class ProgressBar(RichProgressBar):
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         metrics = super().get_metrics(trainer, pl_module)
-        return {"step": trainer.global_step, **{name: metrics[name] for name in metrics if name != "v_num"}}
+        return {"step": str(trainer.global_step), **{name: metrics[name] for name in metrics if name != "v_num"}}
 
     def _get_train_description(self, current_epoch: int) -> str:
         return f"Epoch {current_epoch}"
