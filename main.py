@@ -49,7 +49,8 @@ def main(arguments: list[str] | None = None) -> None:
     data.setup("fit")
     model = build_with(config["model"], "model", config=config, learning_rate=learning_rate(config, flags, options))
     log.info("%s", parameter_summary(model))
-    log.info("%s", getattr(data, "summary", ""))
+    if hasattr(data, "summary"):
+        log.info("%s", data.summary)
     if options.train:
         train(run, config, model, data, flags, options)
     else:

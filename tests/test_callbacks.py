@@ -334,6 +334,22 @@ def test_memory_by_kind(root, tmp_path, caplog):
     assert 50 < values["peak"][1] < 100_000
 
 
+def test_progress_of_a_model_that_returns_no_loss(root, tmp_path, caplog):
+    class Quiet(ToyModel):
+        def __init__(self):
+            super().__init__(learning_rate=0.01)
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            self.log("train/l1", 0.25, prog_bar=True, batch_size=len(batch))
+            self.optimizers().step(lambda: self.loss(batch))
+
+    with caplog.at_level(logging.INFO, logger="ldm"):
+        fit(root, tmp_path, [ProgressLines(every_seconds=0)], model=Quiet(), steps=3)
+    assert any(message.startswith("step 2/3, epoch 0, train/l1 0.2500, ") for message in caplog.messages)
+    assert read(last(tmp_path))["global_step"] == 3
+
+
 def test_progress_in_lines(root, tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="ldm"):
         fit(root, tmp_path, [ProgressLines(every_seconds=0)], steps=3, accumulate_grad_batches=2)

@@ -111,7 +111,8 @@ class ProgressLines(pl.Callback):
         seconds = (now - self._start_time) / (step - self._start_step)
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         words = [f"step {step}/{last}" if last else f"step {step}", f"epoch {trainer.current_epoch}"]
-        words += [f"loss {float(loss):.4f}"] if loss is not None else []
+        shown = trainer.progress_bar_metrics if loss is None else {"loss": float(loss)}
+        words += [f"{name} {value:.4f}" for name, value in shown.items()]
         words += [f"{seconds:.2f} s/step" if seconds > 0.5 else f"{1 / seconds:.1f} steps/s"]
         words += [f"{timedelta(seconds=round(seconds * (last - step)))} left"] if last else []
         log.info("%s", ", ".join(words))
