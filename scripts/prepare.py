@@ -101,7 +101,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     captions.add_argument("--prompt", help="one caption for all videos")
     captions.add_argument("--captions", metavar="FILE", help="CSV with the columns file,caption")
     parser.add_argument(
-        "--preview", nargs="?", type=int, const=PREVIEW_SCENES, metavar="N", help="decode N scenes into preview.png"
+        "--preview", action="store_true", help="decode a few stored scenes into preview.png: look before you train"
     )
     parsed = parser.parse_intermixed_args(arguments)
     parsed.overrides = [word for word in parsed.videos if "=" in word and not Path(word).exists()]
@@ -270,9 +270,9 @@ def print_table(reports: list[VideoReport], unusable: dict[str, str], console: C
     console.print(table, markup=False)
 
 
-def write_preview(prepared: PreparedSet, encoders: Encoders, num_scenes: int) -> Path:
+def write_preview(prepared: PreparedSet, encoders: Encoders) -> Path:
     """Decode a few scenes, from the first frame to the last, into a contact sheet."""
-    chosen = np.linspace(0, len(prepared.scenes) - 1, min(num_scenes, len(prepared.scenes))).round().astype(int)
+    chosen = np.linspace(0, len(prepared.scenes) - 1, min(PREVIEW_SCENES, len(prepared.scenes))).round().astype(int)
     rows, labels = [], []
     for scene in (prepared.scenes[index] for index in dict.fromkeys(chosen.tolist())):
         count = min(PREVIEW_FRAMES, scene.num_frames)
@@ -290,8 +290,6 @@ def write_preview(prepared: PreparedSet, encoders: Encoders, num_scenes: int) ->
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prepare footage; raises UserError when nothing was kept or something makes the whole run pointless."""
     given = parse_arguments(arguments)
-    if given.preview is not None and given.preview < 1:
-        raise UserError(f"--preview: expected at least 1 scene, found {given.preview}")
     console = Console()
     config = load_config([given.config], given.overrides)
     check(config)
@@ -319,8 +317,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if prepared is None or not kept:
         raise UserError("nothing was kept; the table above says why, video by video")
     console.print(summary(prepared, done, fresh, unusable), markup=False, highlight=False, soft_wrap=True)
-    if given.preview is not None:
-        path = write_preview(prepared, encoders or Encoders(config), given.preview)
+    if given.preview:
+        path = write_preview(prepared, encoders or Encoders(config))
         console.print(f"Look at {path} before you train.", markup=False, soft_wrap=True)
 
 
