@@ -105,9 +105,10 @@ def load_weights(
     module.load_state_dict(tensors, strict=False)
 
 
-def load_unet(path: str | Path, config: Config | None = None, use_average: bool = True) -> UNetModel:
+def load_unet(path: str | Path | Checkpoint, config: Config | None = None, use_average: bool = True) -> UNetModel:
     """The video UNet with the weights of any checkpoint file or diffusers folder, float32 on the CPU.
 
+    path: of the file or folder; or one that is already read.
     config: the path of a YAML file, or a whole config, or its `unet_config` node, or the bare words of `UNetModel`.
         None: the config inside the checkpoint; where there is none, words read from the shapes of its tensors.
     use_average: take the running average of each weight where the file holds one.
@@ -120,7 +121,7 @@ def load_unet(path: str | Path, config: Config | None = None, use_average: bool 
     unet = build(_unet_node(checkpoint, tensors, config), UNET_PATH)
     has_time = any(is_temporal(name) for name in tensors)
     may_miss = (lambda name: False) if has_time else is_temporal
-    load_weights(unet, tensors, where=f"UNet from {path}", may_miss=may_miss)
+    load_weights(unet, tensors, where=f"UNet from {checkpoint.path}", may_miss=may_miss)
     return unet
 
 

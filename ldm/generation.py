@@ -168,7 +168,7 @@ class ClipGenerator:
         """The UNet on its device, frozen; loaded now if it was not before."""
         if self._unet is None:
             gc.collect()  # the text encoder may just have gone
-            unet = load_unet(self.checkpoint.path, self.config).requires_grad_(False).eval()
+            unet = load_unet(self.checkpoint, self.config).requires_grad_(False).eval()
             self._unet = unet.to(device=self.device, dtype=self.dtype)
         return self._unet
 

@@ -141,8 +141,8 @@ def work_folder(parent: Path, keep: bool) -> Iterator[Path]:
     """A fresh folder in `parent` that is deleted at the end, whatever the end; `parent` too if it was not there."""
     was_there = parent.is_dir()
     parent.mkdir(parents=True, exist_ok=True)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
+    asked_to_end = (signal.SIGTERM, signal.SIGHUP)
+    handlers = {number: signal.signal(number, signal.default_int_handler) for number in asked_to_end}
     folder = Path(tempfile.mkdtemp(prefix="rehearsal-", dir=parent))
     try:
         yield folder
@@ -153,6 +153,8 @@ def work_folder(parent: Path, keep: bool) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
             if not was_there and not any(parent.iterdir()):
                 parent.rmdir()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def cut_footage(video: Path | None, folder: Path, config: DictConfig) -> list[Path]:
@@ -198,9 +200,8 @@ def road(place: Place, options: argparse.Namespace, overrides: list[str]) -> Ite
 def run_stage(stage: Stage, console: Console) -> Measured:
     """Run one stage in sight; raises UserError if it fails."""
     console.print(f"\n== {stage.name}")
-    with Progress(
-        TextColumn("   {task.description}"), TimeElapsedColumn(), console=console, transient=True
-    ) as progress:
+    columns = (TextColumn("   {task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         progress.add_task(stage.name, total=None)
         measured = run_measured(stage.command, lambda line: console.print(f"   {line}", markup=False))
     console.print(f"   {measured.seconds:.1f} s, peak {measured.peak_memory / 2**30:.2f} GiB")

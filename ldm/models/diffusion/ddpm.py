@@ -89,6 +89,7 @@ class LatentVideoDiffusion(pl.LightningModule):
             tensors = unet_tensors(read_checkpoint(ckpt_path))
             load_weights(self.unet, tensors, where=f"UNet from {ckpt_path}")
         self._encoder_tensors: dict[str, Tensor] = {}
+        self._prepared_as: dict[str, Any] = {}  # goes into the config of checkpoints: what the sampler takes as default
 
     def parameter_summary(self) -> str:
         """One line: what is frozen, what is trained, how many parameters of each and at which learning rate."""
@@ -100,6 +101,7 @@ class LatentVideoDiffusion(pl.LightningModule):
             return
         self._encoder_tensors = encoder_tensors(self.config)
         prepared = self.trainer.datamodule.prepared
+        self._prepared_as = {"prepare": {"fps": prepared.info.fps, "size": list(prepared.info.size)}}
         check_prepared(
             prepared,
             first_stage=identity(_part(self._encoder_tensors, FIRST_STAGE_PREFIX)),
@@ -172,7 +174,9 @@ class LatentVideoDiffusion(pl.LightningModule):
             | {_compvis_name(name): tensor for name, tensor in ours.items()}
             | self._encoder_tensors
         )
-        checkpoint["config"] = _with_scale(self.config, self.scale_factor)
+        model = {**self.config["model"]}
+        model["params"] = {**model["params"], "scale_factor": self.scale_factor}
+        checkpoint["config"] = {**self.config, "model": model, **self._prepared_as}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take back the names Lightning knows; leave out what is not this module's."""
@@ -185,12 +189,6 @@ class LatentVideoDiffusion(pl.LightningModule):
 
 def _compvis_name(name: str) -> str:
     return UNET_PREFIX + name.removeprefix("unet.") if name.startswith("unet.") else name
-
-
-def _with_scale(config: Mapping[str, Any], scale_factor: float) -> dict[str, Any]:
-    """The config with the scale factor that was used, for a reader who does not have the first stage's file."""
-    model = config["model"]
-    return {**config, "model": {**model, "params": {**model["params"], "scale_factor": scale_factor}}}
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
