@@ -34,7 +34,7 @@ class Budget:
     size: int = 128
     footage_frames: int = 300
     autoencoder_steps: int = 400
-    video_steps: int = 400
+    video_steps: int = 500
     sampler_steps: int = 25
 
 
@@ -47,11 +47,10 @@ def make_demo(folder: Path, budget: Budget, run: Runner) -> list[Path]:
     write_example(drive, budget.footage_frames, budget.size, seed=0)
     print(f"drew {drive}")
     first_stage = train_autoencoder(folder, drive, budget, run)
-    encoders = [f"model.params.first_stage_config.params.ckpt_path={first_stage}", f"prepare.size={budget.size}"]
-    config, prepared = "configs/tiny/video.yaml", folder / "prepared"
-    words = ["--out", str(prepared), "--config", config, "--prompt", PROMPT, "--preview"]
-    run(["scripts/prepare.py", str(drive), *words, *encoders])
-    video_model = train_video_model(folder, prepared, encoders, budget, run)
+    prepared, encoder = folder / "prepared", f"model.params.first_stage_config.params.ckpt_path={first_stage}"
+    words = ["--out", str(prepared), "--config", "configs/tiny/video.yaml", "--size", str(budget.size)]
+    run(["scripts/prepare.py", str(drive), *words, "--prompt", PROMPT, "--preview", encoder])
+    video_model = train_video_model(folder, prepared, encoder, budget, run)
     words = ["--steps", str(budget.sampler_steps), "--scale", "1", "--outdir", str(folder / "clips")]
     run(["scripts/txt2vid.py", "--ckpt", str(video_model), "--prompt", PROMPT, "--frames", "6", *words])
     return [folder / "clips" / f"00000{suffix}" for suffix in (".mp4", ".gif", ".png")]
@@ -70,7 +69,7 @@ def train_autoencoder(folder: Path, drive: Path, budget: Budget, run: Runner) ->
     return last_checkpoint(folder, "autoencoder")
 
 
-def train_video_model(folder: Path, prepared: Path, encoders: Sequence[str], budget: Budget, run: Runner) -> Path:
+def train_video_model(folder: Path, prepared: Path, encoder: str, budget: Budget, run: Runner) -> Path:
     """Train the tiny video model on prepared clips -> its checkpoint."""
     overrides = {
         "data.params.root": prepared,
@@ -81,7 +80,7 @@ def train_video_model(folder: Path, prepared: Path, encoders: Sequence[str], bud
         "lightning.callbacks.samples": "null",  # the clip comes at the end
         **steps(budget.video_steps),
     }
-    run([*training("configs/tiny/video.yaml", "video", folder, overrides), *encoders])
+    run([*training("configs/tiny/video.yaml", "video", folder, overrides), encoder])
     return last_checkpoint(folder, "video")
 
 
