@@ -1,0 +1,70 @@
+"""What the README says: its commands are understood, its tree is the real one, its conda file has setup.py's set."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shlex
+from pathlib import Path
+
+import pytest
+import setuptools
+import yaml
+
+from ldm import training_run
+from ldm.config import check, load_config
+from scripts import prepare, txt2vid
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+ENCODER = "model.params.first_stage_config.params.ckpt_path=last.ckpt"
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, flags=re.DOTALL)
+COMMANDS = sorted(
+    {line.partition("  #")[0].strip() for kind, text in BLOCKS if kind == "bash" for line in text.splitlines()}
+)
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("python ")])
+def test_commands_are_understood(line, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    _, script, *words = shlex.split(line.replace("$ENCODER", ENCODER))
+    if script == "main.py":
+        options = training_run.parse_arguments(words)
+        check(load_config(options.base, options.overrides))
+        assert options.train
+    elif script == "scripts/prepare.py":
+        options = prepare.parse_arguments(words)
+        check(load_config([options.config], options.overrides))
+        assert options.videos == ["my_videos"]
+    else:
+        assert script == "scripts/txt2vid.py"
+        assert txt2vid.parse_arguments(words).frames == 6
+
+
+def test_nothing_else_is_shown_as_a_command():
+    others = {line.partition("=")[0].partition(" ")[0] for line in COMMANDS if not line.startswith("python ")}
+    assert others <= {"ENCODER"}
+
+
+def test_every_module_is_in_the_tree():
+    tree = next(text for kind, text in BLOCKS if not kind)
+    names = set(re.findall(r"[\w-]+\.(?:py|yaml|md)", tree))
+    listed = names | {"checkpoint_names.py", "checkpoint_reading.py", "checkpoint_files.py"}
+    parts = [ROOT / "main.py", *(ROOT / "scripts").glob("*.py"), *(ROOT / "configs").rglob("*.yaml")]
+    modules = [path for path in (ROOT / "ldm").rglob("*.py") if path.name != "__init__.py"]
+    modules = [path for path in modules if path.parent.name != "callbacks"]
+    assert {path.name for path in [*parts, *modules]} - listed == set()
+    existing = {path.name for folder in ("ldm", "scripts", "configs", "data") for path in (ROOT / folder).rglob("*")}
+    assert names - existing - {"main.py"} == set()
+
+
+def test_conda_installs_what_setup_asks_for(monkeypatch):
+    asked = {}
+    monkeypatch.setattr(setuptools, "setup", lambda **words: asked.update(words))
+    runpy.run_path(str(ROOT / "setup.py"))
+    wanted = [*asked["install_requires"], *asked["extras_require"]["dev"]]
+    entries = yaml.safe_load((ROOT / "environment.yaml").read_text())["dependencies"]
+    installed = [entry for entry in entries if isinstance(entry, str)]
+    installed += next(entry["pip"] for entry in entries if isinstance(entry, dict))
+    wanted = {re.sub(r"^torch(?=>|$)", "pytorch", requirement.replace(" ", "")) for requirement in wanted}
+    assert wanted - {entry.replace(" ", "") for entry in installed} == set()
