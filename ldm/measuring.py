@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 NOTEWORTHY_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
-POLL_SECONDS = 0.1
+POLL_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class Measured:
     status: 0 if it went well, minus the number of the signal that ended it.
     peak_memory: the most bytes resident at once in it, or in the largest of the processes it started, as the kernel
         counts them: with pages of mapped files, which it drops when it needs room.
-    peak_own_memory: the most without those pages, looked at ten times a second; None where that cannot be seen.
+    peak_own_memory: the most that it and all processes it started held at once, without those pages and with shared
+        pages counted once, looked at twice a second; None where that cannot be seen.
     output: what it wrote to stdout and stderr.
     """
 
@@ -54,7 +55,7 @@ def run_measured(command: Sequence[str | Path], show: Callable[[str], None]) -> 
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     finally:
-        memory.stop.set()
+        memory.end.set()
         process.stdout.close()
         if process.returncode is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -78,23 +79,29 @@ def describe_machine() -> str:
 
 
 class _OwnMemory(threading.Thread):
-    """Watches how much memory a process has taken for itself."""
+    """Watches how much memory the processes of a session have taken for themselves (Linux)."""
 
-    def __init__(self, pid: int) -> None:
+    def __init__(self, session: int) -> None:
         super().__init__(daemon=True)
-        self.stop = threading.Event()
+        self.end = threading.Event()
         self.peak: int | None = None
-        self._status = Path(f"/proc/{pid}/status")
+        self._session = session
 
     def run(self) -> None:
-        while not self.stop.wait(POLL_SECONDS):
-            try:
-                lines = self._status.read_text(encoding="utf-8").splitlines()
-            except OSError:  # it has ended, or this system has no such file
-                return
-            for line in lines:
-                if line.startswith("RssAnon:"):
-                    self.peak = max(self.peak or 0, int(line.split()[1]) * 1024)
+        while not self.end.wait(POLL_SECONDS):
+            sizes = [size for folder in Path("/proc").glob("[0-9]*") if (size := self._size(folder)) is not None]
+            if sizes:
+                self.peak = max(self.peak or 0, sum(sizes))
+
+    def _size(self, process: Path) -> int | None:
+        """Bytes of one process, its share of what it shares; None for another session's and for one that has ended."""
+        try:
+            if os.getsid(int(process.name)) != self._session:
+                return None
+            lines = (process / "smaps_rollup").read_text(encoding="utf-8").splitlines()
+        except OSError:
+            return None
+        return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss_Anon:"))
 
 
 def _processor_facts() -> dict[str, str]:

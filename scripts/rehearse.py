@@ -50,6 +50,7 @@ SPARE_BYTES = 10**9  # footage, prepared clips, logs, samples
 DEPARTURES = {
     "model.params.warmup_steps=0": "the first step of a warm-up is smaller than the gap between float32 numbers near 1",
     "data.params.val_share=0": "both clips are trained on",
+    "data.params.num_workers=0": "reading processes share the weights' memory and keep the old values when they change",
     "lightning.callbacks.samples.params.at_start=false": "two sample videos would take most of an hour on a processor",
 }
 WORDS_OF_THE_PUBLIC_FILE = {
@@ -264,7 +265,8 @@ def report(
     lines += [
         "",
         "The peak is the kernel's own count for the largest process of the stage. It includes pages of checkpoints "
-        "that are mapped rather than read, which the kernel drops when it needs room; the next column leaves them out.",
+        "that are mapped rather than read, which the kernel drops when it needs room; the next column leaves them out "
+        "and adds up all processes of the stage.",
         "", "## Found", "",
         *(f"* {'' if is_well else '**FAILED** '}{what}" for is_well, what in found),
         "", "## Departures from the config, beside paths and the number of steps", "",
