@@ -33,8 +33,8 @@ class Budget:
 
     size: int = 128
     footage_frames: int = 300
-    autoencoder_steps: int = 400
-    video_steps: int = 500
+    autoencoder_steps: int = 350
+    video_steps: int = 400
     sampler_steps: int = 25
 
 
