@@ -7,14 +7,13 @@ READY := $(VENV)/.ready
 
 setup: $(READY)
 
-# torch first and by its exact pin; then the rest under constraints.txt, which refuses torchvision;
-# last two packages without their dependencies: scenedetect (it asks for another build of OpenCV) and
-# open_clip_torch (only its CLIP vocabulary file is read, it is never imported).
+# torch first and by its exact pin; then the rest under constraints.txt, which refuses torchvision; last
+# open_clip_torch without its dependencies: only its CLIP vocabulary file is read, it is never imported.
 $(READY): setup.py constraints.txt Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet "torch==2.13.0"
 	$(PY) -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
-	$(PY) -m pip install --quiet --no-deps "scenedetect>=0.7,<0.8" "open_clip_torch==3.3.0"
+	$(PY) -m pip install --quiet --no-deps "open_clip_torch==3.3.0"
 	touch $(READY)
 
 test: $(READY)

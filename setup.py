@@ -19,10 +19,7 @@ INSTALL_REQUIRES = [
     "webdataset>=1.0",
     "tensorboard>=2.18",
     "rich>=13",
-    # What scenedetect needs besides OpenCV. scenedetect itself asks for the desktop build of OpenCV, which
-    # does not live beside the headless one: `make setup` installs it with --no-deps.
-    "click>=8,!=8.3.0",
-    "platformdirs",
+    "scenedetect-headless>=0.7,<0.8",
 ]
 
 EXTRAS_REQUIRE = {

@@ -115,7 +115,7 @@ def load_unet(path: str | Path | Checkpoint, config: Config | None = None, use_a
 
     Temporal layers that the file lacks start as they always do, changing nothing. Raises `CheckpointError`.
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint = _opened(path)
     tensors = unet_tensors(checkpoint, use_average)
     refuse_linear_projections(tensors, checkpoint.path)
     unet = build(_unet_node(checkpoint, tensors, config), UNET_PATH)
