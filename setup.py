@@ -23,7 +23,11 @@ INSTALL_REQUIRES = [
 ]
 
 EXTRAS_REQUIRE = {
-    "gpu": ["torchao>=0.18", "flash-attn>=2.7; platform_system == 'Linux'", "xformers>=0.0.35; platform_system == 'Linux'"],
+    "gpu": [
+        "torchao>=0.18",
+        "flash-attn>=2.7; platform_system == 'Linux'",
+        "xformers>=0.0.35; platform_system == 'Linux'",
+    ],
     # Asks for torchvision; where that is unwanted: pip install --no-deps taming-transformers
     "vq": ["taming-transformers>=0.0.1"],
     "wandb": ["wandb>=0.19"],

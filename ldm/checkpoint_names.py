@@ -174,12 +174,17 @@ def text_name(name: str) -> str:
     return name if name.startswith("text_model.") else f"text_model.{name}"
 
 
+def average_name(name: str) -> str:
+    """The name of the average of a parameter, as CompVis calls both: its dots are deleted."""
+    return AVERAGE_PREFIX + name.replace(".", "")
+
+
 def average_names(names: Iterable[str]) -> dict[str, str]:
     """Each UNet name, relative to `model.diffusion_model.`, -> the name of its average, whose dots are deleted.
 
     The names of averages cannot be read backwards: this table, made from the network's names, is the way to do it.
     """
-    table = {name: AVERAGE_PREFIX + f"diffusion_model.{name}".replace(".", "") for name in names}
+    table = {name: average_name(f"diffusion_model.{name}") for name in names}
     assert len(set(table.values())) == len(table), "two parameters of the UNet share the name of their average"
     return table
 

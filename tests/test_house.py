@@ -26,8 +26,7 @@ ALLOWED = {
 MAY_USE_LIGHTNING = (
     "ldm/models/diffusion/ddpm.py",
     "ldm/models/autoencoder",
-    "ldm/data/clips.py",
-    "ldm/data/frames.py",
+    "ldm/data/stream.py",
     "ldm/callbacks/",
 )
 MAY_USE_MODELS = (

@@ -10,16 +10,15 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from ldm.checkpoint_names import AVERAGE_PREFIX, average_name
 from ldm.errors import UserError
-
-PREFIX = "model_ema."
 
 
 def average_key(name: str) -> str:
-    """The checkpoint key of the average of a module's parameter: CompVis' name of the parameter without its dots."""
+    """The checkpoint key of the average of a module's parameter, by the name Lightning knows it under."""
     if name.startswith("unet."):
         name = "diffusion_model." + name.removeprefix("unet.")
-    return PREFIX + name.replace(".", "")
+    return average_name(name)
 
 
 class WeightAverage(pl.Callback):
@@ -99,15 +98,15 @@ class WeightAverage(pl.Callback):
     ) -> None:
         if self.averages:
             tensors = {average_key(name): average for name, average in self.averages.items()}
-            tensors[PREFIX + "decay"] = torch.tensor(self.decay, dtype=torch.float32)
-            tensors[PREFIX + "num_updates"] = torch.tensor(self.num_updates, dtype=torch.int32)
+            tensors[AVERAGE_PREFIX + "decay"] = torch.tensor(self.decay, dtype=torch.float32)
+            tensors[AVERAGE_PREFIX + "num_updates"] = torch.tensor(self.num_updates, dtype=torch.int32)
             checkpoint["state_dict"].update(tensors)
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         tensors = checkpoint["state_dict"]
-        if PREFIX + "num_updates" not in tensors:
+        if AVERAGE_PREFIX + "num_updates" not in tensors:
             return  # that run kept no average: it starts here
         names = {name: average_key(name) for name in _trained(pl_module)}
         missing = [name for name, key in names.items() if key not in tensors]
@@ -116,7 +115,7 @@ class WeightAverage(pl.Callback):
                 f"the checkpoint holds no average of {len(missing)} of the {len(names)} trained weights, such as "
                 f"{missing[0]}: it was written by a run that trained others. Resume with its own config"
             )
-        self.num_updates = int(tensors[PREFIX + "num_updates"])
+        self.num_updates = int(tensors[AVERAGE_PREFIX + "num_updates"])
         self.averages = {name: tensors[key].float().clone() for name, key in names.items()}
 
     def _apply(self, module: torch.nn.Module) -> None:
@@ -137,5 +136,5 @@ def _trained(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 def _strip(module: torch.nn.Module, state_dict: dict[str, Tensor], *_: Any) -> None:
     """Averages are no weights of the module: take them out before it compares names."""
-    for key in [key for key in state_dict if key.startswith(PREFIX)]:
+    for key in [key for key in state_dict if key.startswith(AVERAGE_PREFIX)]:
         del state_dict[key]

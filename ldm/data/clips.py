@@ -8,17 +8,17 @@ the positions whose gradients have reached the weights and saves that one number
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset
 
 from ldm.data.shards import DatasetError, DatasetInfo, PreparedSet, SceneEntry
+from ldm.data.stream import StreamDataModule
 
 
 @dataclass
@@ -197,36 +197,7 @@ def check_prepared(
             )
 
 
-class ClipSampler(DistributedSampler):
-    """The positions of one epoch for one process: `num_batches` batches, from wherever the run has got to.
-
-    `start()` is asked each time an epoch begins or is taken up again. It derives from DistributedSampler because it
-    divides the stream among processes itself, and Lightning then leaves it alone.
-    """
-
-    def __init__(
-        self,
-        dataset: ClipDataset,
-        start: Callable[[], int],
-        num_batches: int,
-        batch_size: int,
-        num_replicas: int = 1,
-        rank: int = 0,
-    ) -> None:
-        super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=False)
-        self.start, self.num_batches, self.batch_size = start, num_batches, batch_size
-
-    def __iter__(self) -> Iterator[int]:
-        begin = self.start()
-        for batch in range(self.num_batches):
-            first = begin + (batch * self.num_replicas + self.rank) * self.batch_size
-            yield from range(first, first + self.batch_size)
-
-    def __len__(self) -> int:
-        return self.num_batches * self.batch_size
-
-
-class ClipDataModule(pl.LightningDataModule):
+class ClipDataModule(StreamDataModule):
     """Prepared clips for training and validation.
 
     Args:
@@ -255,7 +226,7 @@ class ClipDataModule(pl.LightningDataModule):
         seed: int = 23,
         verify: bool = True,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, num_workers, Batch.cat)
         strides = tuple(strides) if isinstance(strides, Sequence) else (strides,)
         for name, value, least in (
             ("frames", frames, 1),
@@ -270,26 +241,15 @@ class ClipDataModule(pl.LightningDataModule):
             if not 0 <= share <= (1 if name == "caption_dropout" else 0.5):
                 raise DatasetError(f"data.params.{name}: expected a share from 0 to 1 (val_share: 0.5), found {share}")
         self.root, self.frames, self.strides = root, frames, strides
-        self.batch_size, self.num_workers = batch_size, num_workers
         self.caption_dropout, self.val_share, self.seed, self.verify = caption_dropout, val_share, seed, verify
         self.prepared: PreparedSet | None = None
         self.summary = ""
-        self._consumed = self._fetched = 0
-        self._step_seen: int | None = None
 
     @property
     def info(self) -> DatasetInfo:
         """What dataset.json says, for checks against the model."""
         self.setup()
         return self.prepared.info
-
-    @property
-    def consumed(self) -> int:
-        """Samples, over all processes, whose gradients have reached the weights: the position to go on from."""
-        step = self.trainer.global_step if self.trainer is not None else None
-        if step != self._step_seen:
-            self._step_seen, self._consumed = step, self._fetched
-        return self._consumed
 
     def setup(self, stage: str | None = None) -> None:
         """Open the prepared set and divide its scenes; a second call does nothing."""
@@ -315,41 +275,7 @@ class ClipDataModule(pl.LightningDataModule):
         )
 
     def train_dataloader(self) -> DataLoader:
-        accumulate, world, rank = 1, 1, 0
-        if self.trainer is not None:
-            accumulate = self.trainer.accumulate_grad_batches
-            world, rank = self.trainer.world_size, self.trainer.global_rank
-        # Whole optimiser steps only; the clips left over open the next epoch.
-        steps = max(1, len(self.train_clips) // (self.batch_size * accumulate * world))
-        sampler = ClipSampler(
-            self.train_clips, lambda: self.consumed, steps * accumulate, self.batch_size, num_replicas=world, rank=rank
-        )
-        return self._loader(self.train_clips, sampler)
+        return self.stream_loader(self.train_clips)
 
     def val_dataloader(self) -> DataLoader | list:
-        return self._loader(self.val_clips, None) if len(self.val_clips) else []
-
-    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Count training samples as they go into a step; they are consumed once the step counter has moved on."""
-        if self.trainer is not None and self.trainer.training:
-            _ = self.consumed
-            self._fetched += len(batch) * self.trainer.world_size
-        return batch
-
-    def state_dict(self) -> dict[str, int]:
-        return {"consumed": self.consumed}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        self._consumed = self._fetched = state_dict["consumed"]
-        self._step_seen = None
-
-    def _loader(self, clips: Dataset, sampler: ClipSampler | None) -> DataLoader:
-        return DataLoader(
-            clips,
-            batch_size=self.batch_size,
-            sampler=sampler,
-            num_workers=self.num_workers,
-            collate_fn=Batch.cat,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-        )
+        return self.loader(self.val_clips) if len(self.val_clips) else []

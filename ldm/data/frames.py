@@ -13,13 +13,12 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ldm.data.clips import ClipSampler
 from ldm.data.footage import FootageError, list_videos, probe, read_frames
+from ldm.data.stream import StreamDataModule
 from ldm.errors import UserError
 from ldm.video import from_uint8
 
@@ -93,7 +92,7 @@ class CentreCrops(Dataset):
         return FrameBatch(from_uint8(frame[None, y : y + self.size, x : x + self.size]), [position])
 
 
-class FrameDataModule(pl.LightningDataModule):
+class FrameDataModule(StreamDataModule):
     """Frames of videos for training and validation.
 
     Args:
@@ -121,7 +120,7 @@ class FrameDataModule(pl.LightningDataModule):
         seed: int = 23,
         max_frames: int = 20_000,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, num_workers, FrameBatch.cat)
         whole = {"size": (size, 8), "batch_size": (batch_size, 1), "num_workers": (num_workers, 0)}
         for name, (value, least) in {**whole, "seed": (seed, 0), "max_frames": (max_frames, 2)}.items():
             if not isinstance(value, int) or value < least:
@@ -129,11 +128,10 @@ class FrameDataModule(pl.LightningDataModule):
         if not 0 <= val_share <= 0.5:
             raise UserError(f"data.params.val_share: expected 0 to 0.5, found {val_share!r}")
         self.videos = [videos] if isinstance(videos, str | Path) else list(videos)
-        self.size, self.fps, self.batch_size, self.num_workers = size, fps, batch_size, num_workers
+        self.size, self.fps = size, fps
         self.val_share, self.seed, self.max_frames = val_share, seed, max_frames
         self.train_frames: RandomCrops | None = None
-        self._consumed = self._fetched = 0
-        self._step_seen: int | None = None
+        self.summary = ""
 
     def setup(self, stage: str | None = None) -> None:
         """Decode the footage; a second call does nothing. Raises FootageError when none of it can be used."""
@@ -146,10 +144,8 @@ class FrameDataModule(pl.LightningDataModule):
             held_out.append(frames[len(frames) - num_held_out :])
         self.train_frames = RandomCrops(training, self.size, self.seed)
         self.val_frames = CentreCrops(held_out, self.size)
-        log.info(
-            "%d videos: %d frames to train on, %d held out",
-            len(training), len(self.train_frames), sum(map(len, held_out)),
-        )  # fmt: skip
+        num_held_out = sum(map(len, held_out))
+        self.summary = f"{len(training)} videos: {len(self.train_frames)} frames to train on, {num_held_out} held out"
 
     def _read_all(self) -> list[np.ndarray]:
         infos, problems = [], []
@@ -179,44 +175,8 @@ class FrameDataModule(pl.LightningDataModule):
             log.warning("left out: %s", problem)
         return arrays
 
-    @property
-    def consumed(self) -> int:
-        """Samples, over all processes, whose gradients have reached the weights: the position to go on from."""
-        step = self.trainer.global_step if self.trainer is not None else None
-        if step != self._step_seen:
-            self._step_seen, self._consumed = step, self._fetched
-        return self._consumed
-
-    def on_after_batch_transfer(self, batch: FrameBatch, dataloader_idx: int) -> FrameBatch:
-        """Count training samples as they go into a step; they are consumed once the step counter has moved on."""
-        if self.trainer is not None and self.trainer.training:
-            _ = self.consumed
-            self._fetched += len(batch) * self.trainer.world_size
-        return batch
-
-    def state_dict(self) -> dict[str, int]:
-        return {"consumed": self.consumed}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        self._consumed = self._fetched = state_dict["consumed"]
-        self._step_seen = None
-
     def train_dataloader(self) -> DataLoader:
-        world, rank = (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
-        steps = max(1, len(self.train_frames) // (self.batch_size * world))
-        sampler = ClipSampler(self.train_frames, lambda: self.consumed, steps, self.batch_size, world, rank)
-        return self._loader(self.train_frames, sampler)
+        return self.stream_loader(self.train_frames)
 
     def val_dataloader(self) -> DataLoader | list:
-        return self._loader(self.val_frames, None) if len(self.val_frames) else []
-
-    def _loader(self, frames: Dataset, sampler: ClipSampler | None) -> DataLoader:
-        return DataLoader(
-            frames,
-            batch_size=self.batch_size,
-            sampler=sampler,
-            num_workers=self.num_workers,
-            collate_fn=FrameBatch.cat,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=False,
-        )
+        return self.loader(self.val_frames) if len(self.val_frames) else []

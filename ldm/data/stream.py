@@ -1,0 +1,104 @@
+"""The stream of training samples and how far a run has got in it, so that a stopped run goes on with the next one.
+
+Every sample of a run has a position 0, 1, 2, ... What lies at a position depends on the seed and the position alone;
+this module counts the positions whose gradients have reached the weights and saves that one number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sized
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+
+class StreamSampler(DistributedSampler):
+    """The positions of one epoch for one process: `num_batches` batches, from wherever the run has got to.
+
+    `start()` is asked each time an epoch begins or is taken up again. It derives from DistributedSampler because it
+    divides the stream among processes itself, and Lightning then leaves it alone.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        start: Callable[[], int],
+        num_batches: int,
+        batch_size: int,
+        num_replicas: int = 1,
+        rank: int = 0,
+    ) -> None:
+        super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=False)
+        self.start, self.num_batches, self.batch_size = start, num_batches, batch_size
+
+    def __iter__(self) -> Iterator[int]:
+        begin = self.start()
+        for batch in range(self.num_batches):
+            first = begin + (batch * self.num_replicas + self.rank) * self.batch_size
+            yield from range(first, first + self.batch_size)
+
+    def __len__(self) -> int:
+        return self.num_batches * self.batch_size
+
+
+class StreamDataModule(pl.LightningDataModule):
+    """A data module whose training samples are taken by position, and whose state is the position to go on from.
+
+    batch_size: samples per process and micro-batch.
+    num_workers: reading processes; 0 reads in the training process.
+    collate: joins samples to a batch, which has a length.
+    """
+
+    def __init__(self, batch_size: int, num_workers: int, collate: Callable[[list[Any]], Sized]) -> None:
+        super().__init__()
+        self.batch_size, self.num_workers, self.collate = batch_size, num_workers, collate
+        self._consumed = self._fetched = 0
+        self._step_seen: int | None = None
+
+    @property
+    def consumed(self) -> int:
+        """Samples, over all processes, whose gradients have reached the weights: the position to go on from."""
+        step = self.trainer.global_step if self.trainer is not None else None
+        if step != self._step_seen:
+            self._step_seen, self._consumed = step, self._fetched
+        return self._consumed
+
+    def on_after_batch_transfer(self, batch: Sized, dataloader_idx: int) -> Sized:
+        """Count training samples as they go into a step; they are consumed once the step counter has moved on."""
+        if self.trainer is not None and self.trainer.training:
+            _ = self.consumed
+            self._fetched += len(batch) * self.trainer.world_size
+        return batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"consumed": self.consumed}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self._consumed = self._fetched = state_dict["consumed"]
+        self._step_seen = None
+
+    def stream_loader(self, samples: Dataset) -> DataLoader:
+        """Batches of one epoch of the stream: whole optimiser steps only, what is left over opens the next epoch."""
+        accumulate, world, rank = 1, 1, 0
+        if self.trainer is not None:
+            accumulate = self.trainer.accumulate_grad_batches
+            world, rank = self.trainer.world_size, self.trainer.global_rank
+        steps = max(1, len(samples) // (self.batch_size * accumulate * world))
+        sampler = StreamSampler(
+            samples, lambda: self.consumed, steps * accumulate, self.batch_size, num_replicas=world, rank=rank
+        )
+        return self.loader(samples, sampler)
+
+    def loader(self, samples: Dataset, sampler: StreamSampler | None = None) -> DataLoader:
+        """Batches in the sampler's order; None: in their own."""
+        return DataLoader(
+            samples,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            collate_fn=self.collate,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
