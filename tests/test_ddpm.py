@@ -2,6 +2,8 @@
 
 import copy
 import math
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -233,6 +235,28 @@ def test_impossible_configs_are_refused(options, message):
         make_model(**options)
 
 
-def test_an_unknown_optimizer_is_refused():
-    with pytest.raises(UserError, match="expected one of adamw, adamw8bit, found 'adam'"):
-        make_model(optimizer={"name": "adam"}).configure_optimizers()
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [
+        ({"name": "adam"}, "expected one of adamw, adamw8bit, found 'adam'"),
+        ({"weight_decy": 0.1}, r"optimizer.weight_decy: .*did you mean 'weight_decay'\?"),
+        ({"betas": 0.9}, "optimizer.betas: expected two numbers from 0 to below 1, found 0.9"),
+        ({"weight_decay": "much"}, "optimizer.weight_decay: expected a number from 0, found 'much'"),
+    ],
+)
+def test_impossible_optimizers_are_refused_before_training(optimizer, message):
+    with pytest.raises(UserError, match=message):
+        make_model(optimizer=optimizer)
+
+
+def test_a_missing_torchao_is_said_before_training(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao.optim", None)
+    with pytest.raises(UserError, match="'adamw8bit' needs the package torchao"):
+        make_model(optimizer={"name": "adamw8bit"})
+
+
+def test_one_frame_cannot_train_temporal_layers_alone():
+    model = make_model(trainable={"temporal": True})
+    model._trainer = SimpleNamespace(datamodule=SimpleNamespace(frames=1))
+    with pytest.raises(UserError, match=r"data.params.frames: expected at least 2"):
+        model.setup("fit")

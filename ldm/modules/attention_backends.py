@@ -1,9 +1,9 @@
 """Softmax attention, and the choice of who computes it.
 
-    sdpa        torch's own, which picks a kernel for the device (the default)
-    math        two matrix products and a softmax; the fastest on a CPU and for the short rows of temporal attention
-    flash_attn  the flash-attn package: NVIDIA GPU, float16 or bfloat16
-    xformers    the xformers package: NVIDIA GPU
+sdpa        torch's own, which picks a kernel for the device (the default)
+math        two matrix products and a softmax; the fastest on a CPU and for the short rows of temporal attention
+flash_attn  the flash-attn package: NVIDIA GPU, float16 or bfloat16
+xformers    the xformers package: NVIDIA GPU
 """
 
 from __future__ import annotations

@@ -122,7 +122,7 @@ class UNetModel(nn.Module):
     num_res_blocks: residual blocks per level.
     attention_resolutions: downsampling factors (1, 2, 4, ...) of the levels that have transformers.
     num_heads, transformer_depth, context_dim: heads and blocks of each transformer, width of a caption token.
-    dropout: in residual and transformer blocks.
+    dropout: in residual blocks.
     use_checkpoint: keep only the inputs of each block for the backward pass and compute the rest again.
     temporal: False leaves out every temporal layer: the image network of Stable Diffusion v1.
     temporal_kernel_size: frames that a temporal convolution sees, odd.

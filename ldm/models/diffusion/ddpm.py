@@ -20,7 +20,8 @@ from ldm.checkpoint import encoder_tensors, identity, latent_scale, load_weights
 from ldm.checkpoint_names import FIRST_STAGE_PREFIX, TEXT_PREFIX, UNET_PREFIX
 from ldm.config import build
 from ldm.data.clips import Batch, check_prepared
-from ldm.models.diffusion.optimizers import build_optimizer, warm_up
+from ldm.errors import UserError
+from ldm.models.diffusion.optimizers import build_optimizer, check_options, warm_up
 from ldm.models.diffusion.parameter_groups import ParameterGroups
 from ldm.models.diffusion.schedule import NoiseSchedule
 from ldm.modules.posterior import sample_posterior
@@ -72,6 +73,7 @@ class LatentVideoDiffusion(pl.LightningModule):
         self.schedule = NoiseSchedule(timesteps, linear_start, linear_end, parameterization)
         self.learning_rate = learning_rate
         self.optimizer_options = dict(optimizer or {})
+        check_options(self.optimizer_options)
         self.warmup_steps = warmup_steps
         self.seed = seed
         own_config = {
@@ -99,6 +101,11 @@ class LatentVideoDiffusion(pl.LightningModule):
         """Check that the clips were prepared with this model's encoders, and find the encoders' weights."""
         if stage != "fit" or self._encoder_tensors:
             return
+        if self.trainer.datamodule.frames == 1 and self.groups.is_temporal_alone:
+            raise UserError(
+                "data.params.frames: expected at least 2, since nothing but the temporal layers is trained and they do "
+                "not take part in a clip of 1 frame; ask for more frames or train other groups too"
+            )
         self._encoder_tensors = encoder_tensors(self.config)
         prepared = self.trainer.datamodule.prepared
         self._prepared_as = {"prepare": {"fps": prepared.info.fps, "size": list(prepared.info.size)}}

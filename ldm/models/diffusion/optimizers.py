@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
+from ldm.config import nearest
 from ldm.errors import UserError
 
 OPTIMIZERS = ("adamw", "adamw8bit")
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raise `UserError` unless `build_optimizer` takes these options here; quick, and before any training."""
+    accepted = list(inspect.signature(build_optimizer).parameters)[1:]
+    for option in options:
+        if option not in accepted:
+            raise UserError(
+                f"model.params.optimizer.{option}: expected one of {', '.join(accepted)}; did you mean "
+                f"'{nearest(option, accepted)}'?"
+            )
+    build_optimizer([{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 1.0}], **options)
 
 
 def build_optimizer(
@@ -24,6 +38,10 @@ def build_optimizer(
     name: "adamw" keeps its two averages in float32, 8 bytes a parameter; "adamw8bit" in blocks of 8-bit numbers, 2.04
         bytes a parameter (Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization").
     """
+    if not (isinstance(betas, Sequence) and len(betas) == 2 and all(0 <= beta < 1 for beta in betas)):
+        raise UserError(f"model.params.optimizer.betas: expected two numbers from 0 to below 1, found {betas!r}")
+    if not (isinstance(weight_decay, int | float) and weight_decay >= 0):
+        raise UserError(f"model.params.optimizer.weight_decay: expected a number from 0, found {weight_decay!r}")
     groups = [dict(group) for group in groups]
     if name == "adamw":
         return torch.optim.AdamW(groups, weight_decay=weight_decay, betas=tuple(betas))
@@ -37,9 +55,7 @@ def warm_up(optimizer: torch.optim.Optimizer, num_steps: int) -> LambdaLR:
     return LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, num_steps)))
 
 
-def _adamw_8bit(
-    groups: list[dict[str, Any]], weight_decay: float, betas: tuple[float, float]
-) -> torch.optim.Optimizer:
+def _adamw_8bit(groups: list[dict[str, Any]], weight_decay: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
     try:
         from torchao.optim import AdamW8bit  # noqa: PLC0415 - optional, and slow to import
     except ImportError as error:

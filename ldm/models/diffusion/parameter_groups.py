@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from ldm.checkpoint import is_temporal
 from ldm.errors import UserError
 from ldm.modules.attention import SpatialTransformer
 
@@ -55,7 +56,7 @@ class ParameterGroups:
             for own in own_names:
                 if name == own or name.startswith(own.rstrip(".") + "."):
                     return own
-            if ".temporal." in name:
+            if is_temporal(name):
                 return "temporal"
             if name.startswith(transformers):
                 return "spatial_attention"
@@ -78,6 +79,11 @@ class ParameterGroups:
         ]
         if not any(group.is_trained for group in self.groups):
             raise UserError("model.params.trainable: expected at least one group that is trained, found none")
+
+    @property
+    def is_temporal_alone(self) -> bool:
+        """True if every trained parameter belongs to a layer over time."""
+        return all(is_temporal(name) for group in self.groups if group.is_trained for name, _ in group.parameters)
 
     def freeze_the_rest(self) -> None:
         """Set `requires_grad` of every parameter to whether its group is trained."""
