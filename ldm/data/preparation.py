@@ -12,7 +12,7 @@ import hashlib
 import json
 import shutil
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -148,18 +148,19 @@ class Preparation:
         except OSError as error:
             raise DatasetError(f"{self.out}: another scripts/prepare.py is writing here; wait until it ends") from error
         write_atomically(self.work / "settings.json", json.dumps(asdict(settings)))
-        self._committed_videos = [VideoReport.from_values(values) for values in _json_lines(self.out / VIDEOS_FILE)]
+        with _reading(self.out / VIDEOS_FILE, FINISH_OR_FRESH) as lines:
+            self._committed_videos = [VideoReport.from_values(json.loads(line)) for line in lines.splitlines()]
         self.reports = {report.sha256: report for report in self._committed_videos}
         self.reports.update((note["video"].sha256, note["video"]) for note in self._notes())
 
     @property
     def has_empty_context(self) -> bool:
         """Whether the embedding of the empty prompt is stored already."""
-        return (self.out / EMPTY_FILE).is_file()
+        return (self.out / DATASET_FILE).is_file() or (self.work / EMPTY_FILE).is_file()
 
     def store_empty_context(self, context: np.ndarray) -> None:
-        """Store the embedding of the empty prompt, `n d`."""
-        write_atomically(self.out / EMPTY_FILE, npy_bytes(context.astype(np.float16)))
+        """Store the embedding of the empty prompt, `n d`; it is these settings' own and moves out with the scenes."""
+        write_atomically(self.work / EMPTY_FILE, npy_bytes(context.astype(np.float16)))
 
     def done(self, sha256: str, source: str, captions: list[str]) -> VideoReport | None:
         """The report of a video that is prepared already. Raises DatasetError when that was with other captions."""
@@ -191,13 +192,18 @@ class Preparation:
         self._lock.close()
         return PreparedSet(self.out) if (self.out / DATASET_FILE).is_file() else None
 
+    @property
+    def _begin_again(self) -> str:
+        return f"delete the folder {self.work} (what was finished lies outside it and stays), or {FINISH_OR_FRESH}"
+
     def _check_settings(self) -> None:
         dataset, begun = self.out / DATASET_FILE, self.work / "settings.json"
         if dataset.is_file():
             info = asdict(read_info(self.out))
             found = {name: info[name] for name in asdict(self.settings)}
         elif begun.is_file():
-            found = json.loads(begun.read_bytes())
+            with _reading(begun, self._begin_again) as content:
+                found = asdict(Settings(**json.loads(content)))
         else:
             return
         differences = [
@@ -219,9 +225,10 @@ class Preparation:
         for path in self.work.glob("*.json"):
             if path.name == "settings.json":
                 continue
-            note = json.loads(path.read_bytes())
-            scenes = [SceneEntry.from_line(line) for line in note["scenes"]]
-            notes.append({"video": VideoReport.from_values(note["video"]), "scenes": scenes})
+            with _reading(path, self._begin_again) as content:
+                note = json.loads(content)
+                scenes = [SceneEntry.from_line(line) for line in note["scenes"]]
+                notes.append({"video": VideoReport.from_values(note["video"]), "scenes": scenes})
         return sorted(notes, key=lambda note: (note["video"].source, note["video"].sha256))
 
     def _assemble(self, notes: list[dict[str, Any]]) -> list[SceneEntry]:
@@ -255,6 +262,8 @@ class Preparation:
         write_atomically(self.out / VIDEOS_FILE, "".join(report.to_line() for report in reports))
         lines = "".join(entry.to_line() for entry in index).encode()
         write_atomically(self.out / INDEX_FILE, lines)
+        if not (self.out / DATASET_FILE).is_file():
+            write_atomically(self.out / EMPTY_FILE, (self.work / EMPTY_FILE).read_bytes())
         empty = (self.out / EMPTY_FILE).read_bytes()
         info = DatasetInfo(
             schema_version=SCHEMA_VERSION,
@@ -301,5 +310,10 @@ def _read_lines(path: Path) -> list[SceneEntry]:
     return parse_index(path.read_bytes().splitlines(), path) if path.is_file() else []
 
 
-def _json_lines(path: Path) -> list[Mapping[str, Any]]:
-    return [json.loads(line) for line in path.read_bytes().splitlines()] if path.is_file() else []
+@contextmanager
+def _reading(path: Path, advice: str) -> Iterator[bytes]:
+    """Give a file's content, none if it is missing; a block that cannot make sense of it ends in a DatasetError."""
+    try:
+        yield path.read_bytes() if path.is_file() else b""
+    except (ValueError, KeyError, TypeError) as error:
+        raise DatasetError(f"{path}: damaged, or of another version of this project ({error}); {advice}") from error

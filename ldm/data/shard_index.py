@@ -114,7 +114,10 @@ def read_info(root: Path) -> DatasetInfo:
         )
     names = {field.name for field in fields(DatasetInfo)}
     if set(values) != names:
-        raise DatasetError(f"{path}: these fields are missing or unknown: {', '.join(sorted(names ^ set(values)))}")
+        raise DatasetError(
+            f"{path}: these fields are missing or unknown: {', '.join(sorted(names ^ set(values)))}; prepare the "
+            "footage again into a fresh folder"
+        )
     return DatasetInfo(**values)
 
 
