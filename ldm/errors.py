@@ -6,6 +6,22 @@ import errno
 import sys
 from collections.abc import Callable
 
+REMEDIES = {
+    errno.EEXIST: "expected a folder, or nothing yet, found a file of that name; choose another path",
+    errno.ENOTDIR: "expected folders all the way, found a file among them; choose another path",
+    errno.EISDIR: "expected a file, found a folder; choose another path",
+    errno.EACCES: "the system does not allow this; change the permissions or choose another path",
+    errno.EPERM: "the system does not allow this; change the permissions or choose another path",
+    errno.EROFS: "this file system can only be read; choose another path",
+    errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
+}
+FULL_DISK = "the disk is full{}. What was finished before is intact: free some space and run the same command again."
+LOWER = (
+    "lower data.params.batch_size, data.params.frames or the size of the pictures, or set "
+    "model.params.unet_config.params.use_checkpoint=true when training; when sampling, lower --frames, --H, --W, "
+    "--n_samples or --decode-chunk"
+)
+
 
 class UserError(ValueError):
     """Something the user can put right; the message says what was expected, what was found, where, and what to do."""
@@ -14,24 +30,40 @@ class UserError(ValueError):
 def run_command(command: Callable[[], None]) -> int:
     """Run a script's main function and return the exit status: 0, 1 after a `UserError`, 130 after Ctrl-C.
 
-    A full disk is a user's concern too and gets a message of its own. Anything else is our mistake and keeps its
-    traceback.
+    Memory that runs out, a full disk and a path that cannot be used are a user's concern too and get messages of their
+    own. Anything else is our mistake and keeps its traceback.
     """
     try:
         command()
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        where = f" while writing {error.filename}" if error.filename else ""
-        sys.stderr.write(
-            f"error: the disk is full{where}. What was finished before is intact: free some space and run the same "
-            "command again.\n"
-        )
-        return 1
     except KeyboardInterrupt:
         sys.stderr.write("stopped by Ctrl-C\n")
         return 130
+    except Exception as error:
+        message = _message(error)
+        if message is None:
+            raise
+        sys.stderr.write(f"error: {message}\n")
+        return 1
     return 0
+
+
+def _message(error: Exception) -> str | None:
+    """What to tell the user; None when the mistake is ours."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return FULL_DISK.format(f" while writing {error.filename}" if error.filename else "")
+    if isinstance(error, OSError) and error.errno in REMEDIES and error.filename is not None:
+        return f"{error.filename2 or error.filename}: {REMEDIES[error.errno]}"
+    if _is_lack_of_memory(error):
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        return f"out of memory: {LOWER} ({reason})"
+    return None
+
+
+def _is_lack_of_memory(error: Exception) -> bool:
+    """Whether it is Python's, NumPy's or PyTorch's error for that; PyTorch's own allocator has no class for it."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    words = ("can't allocate memory", "not enough memory", "out of memory")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from ldm.command_line import Parser
 from ldm.config import load_config, nearest, to_container
 from ldm.errors import UserError
 
@@ -25,6 +26,11 @@ TRAINER_FLAGS = (
 )  # fmt: skip
 TRAINER_SWITCHES = ("fast_dev_run", "deterministic", "benchmark", "detect_anomaly", "enable_progress_bar")
 RUN_TIME_VARIABLE = "LDM_RUN_TIME"  # tells the other processes of a run the name of its folder
+# Lightning's other precisions change the type of the weights, which the frozen and averaged ones do not follow.
+PRECISIONS = {
+    "32": "32-true", "32-true": "32-true", "16": "16-mixed", "16-mixed": "16-mixed",
+    "bf16": "bf16-mixed", "bf16-mixed": "bf16-mixed",
+}  # fmt: skip
 _OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+|\[\d+\])*=")
 
 
@@ -53,17 +59,12 @@ class Run:
             OmegaConf.save(OmegaConf.create(part), folder / f"{self.now}-{name}.yaml")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; python main.py --help lists the flags")
-
-
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """CompVis' flags, the useful ones of Lightning's trainer (`.trainer`, those given) and `.overrides` (`key=value`).
 
     Raises `UserError` for anything it does not know, with the nearest flag.
     """
-    parser = _Parser(
+    parser = Parser(
         prog="main.py",
         description="Train what a config describes.",
         epilog="Any value of the config can be given as key=value, for instance data.params.batch_size=2.",
@@ -145,9 +146,14 @@ def _with_flags(config: DictConfig, flags: dict[str, Any]) -> DictConfig:
 def trainer_arguments(config: DictConfig) -> dict[str, Any]:
     """Arguments for Lightning's Trainer from `lightning.trainer`; CompVis' `gpus` becomes accelerator and devices.
 
-    Raises `UserError` when a graphics card is asked for that is not there.
+    Raises `UserError` when a graphics card is asked for that is not there, and for a precision not trained in.
     """
     arguments = dict(to_container(config)["lightning"]["trainer"])
+    if (precision := arguments.get("precision")) is not None:
+        if str(precision) not in PRECISIONS:
+            accepted = ", ".join(dict.fromkeys(PRECISIONS.values()))
+            raise UserError(f"lightning.trainer.precision: expected one of {accepted}, found {precision!r}")
+        arguments["precision"] = PRECISIONS[str(precision)]
     gpus = arguments.pop("gpus", None)
     if gpus is not None:
         arguments["accelerator"], arguments["devices"] = _devices(gpus)
@@ -157,10 +163,19 @@ def trainer_arguments(config: DictConfig) -> dict[str, Any]:
 
 
 def num_devices(arguments: dict[str, Any]) -> int:
-    """How many processes the trainer arguments ask for, on all machines."""
+    """How many processes the trainer arguments ask for, on all machines; "auto" and -1: one per card there is."""
     devices = arguments["devices"]
-    on_one = len(devices) if isinstance(devices, list) else int(devices)
-    return (torch.cuda.device_count() if on_one == -1 else on_one) * int(arguments.get("num_nodes", 1))
+    if devices in ("auto", "-1", -1):
+        on_one = 1 if arguments["accelerator"] == "cpu" else max(1, torch.cuda.device_count())
+    elif isinstance(devices, list) or "," in str(devices):
+        on_one = len(devices if isinstance(devices, list) else devices.strip(", ").split(","))
+    elif str(devices).isdecimal():
+        on_one = int(devices)
+    else:
+        raise UserError(
+            f'--devices: expected how many (2), card numbers with a comma ("0," or "0,1") or auto, found {devices!r}'
+        )
+    return on_one * int(arguments.get("num_nodes", 1))
 
 
 def _devices(gpus: Any) -> tuple[str, list[int] | int]:

@@ -8,7 +8,6 @@ is counted in steps, not in time, so that one machine always makes the same clip
 
 from __future__ import annotations
 
-import argparse
 import os
 import shlex
 import shutil
@@ -19,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ldm.command_line import Parser
 from ldm.data.example_drive import write_example
 from ldm.errors import UserError, run_command
 
@@ -143,7 +143,7 @@ def shown(path: Path) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the demo and print what it made."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument(
         "--out", type=Path, default=ROOT / "outputs" / "demo", metavar="DIR",
         help="where everything goes; what an earlier demo left there is cleared (default: outputs/demo)",

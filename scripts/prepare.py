@@ -36,6 +36,7 @@ from rich.text import Text
 from ldm import checkpoint
 from ldm.atomic import replacing
 from ldm.checkpoint_names import FIRST_STAGE_PREFIX, TEXT_PREFIX
+from ldm.command_line import Parser
 from ldm.config import check, load_config
 from ldm.data.captions import THREE_WAYS, find_captions
 from ldm.data.footage import FootageError, VideoInfo, find_scenes, list_videos, probe, read_frames
@@ -91,7 +92,7 @@ class Encoders:
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line; `key=value` among the videos are overrides of the config."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("videos", nargs="+", metavar="VIDEO_OR_FOLDER", help="footage; key=value overrides the config")
     parser.add_argument("--out", required=True, type=Path, help="folder for the prepared clips")
     parser.add_argument("--config", required=True, help="the video config; its encoders are used")

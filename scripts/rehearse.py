@@ -33,6 +33,7 @@ from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
 from ldm.atomic import write_atomically
+from ldm.command_line import Parser
 from ldm.config import check, load_config
 from ldm.data.example_drive import write_example
 from ldm.data.footage import FootageError, probe, read_frames
@@ -107,7 +108,7 @@ class Stage:
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--workdir", type=Path, default=Path("outputs/rehearsal"), help="default: %(default)s")
     parser.add_argument("--video", type=Path, help="footage to take two clips from (default: a drawn drive)")
     parser.add_argument("--config", default="configs/video-sd.yaml", help="default: %(default)s")

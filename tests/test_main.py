@@ -192,6 +192,14 @@ def test_gpus_as_in_the_original(monkeypatch):
     assert devices(gpus=2) == {"accelerator": "gpu", "devices": 2}
     assert devices("--devices", "2")["devices"] == 2
     assert [num_devices(devices("--gpus", flag)) for flag in ("0,1", "1,", "2", "-1", "0")] == [2, 1, 2, 2, 1]
+    flags = ("auto", "0,1", "0,", "-1", "2")
+    assert [num_devices(devices("--devices", flag)) for flag in flags] == [2, 2, 1, 2, 2]
+    assert num_devices(devices("--accelerator", "cpu", "--devices", "auto")) == 1
+
+
+def test_precisions_under_all_their_names():
+    names = {"32": "32-true", "32-true": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "bf16-mixed": "bf16-mixed"}
+    assert {name: devices("--precision", name)["precision"] for name in names} == names
 
 
 def test_no_card_for_gpus_0(monkeypatch):
@@ -230,7 +238,7 @@ def test_why_no_card_is_seen(monkeypatch):
         (["--acceleratr=cpu"], r"--acceleratr=cpu: there is no such flag; did you mean '--accelerator'\?"),
         (["--resum", "x"], r"--resum: there is no such flag; did you mean '--resume'\?"),
         (["-t", "maybe"], r"expected yes or no, found 'maybe'"),
-        (["-s", "x"], r"invalid int value: 'x'"),
+        (["-s", "x"], r"invalid int value: 'x'; --help lists all options$"),
         (["frames=3"], r"frames: nothing reads this key; accepted here: data, lightning, model, prepare"),
         (["--gpus", "one"], r'--gpus: expected card numbers with a comma \("0," or "0,1"\) or how many'),
         (["--gpus", ","], r"--gpus: expected card numbers"),
@@ -240,7 +248,11 @@ def test_why_no_card_is_seen(monkeypatch):
         (["data.params.frames=0"], r"data.params.frames: expected a whole number of at least 1, found 0"),
         (["data.params.frames=31"], r"no scene is long enough for 31 frames"),
         (["data.params.root=/nowhere"], r"/nowhere: there is no such folder"),
-        (["lightning.trainer.precision=bf17"], r"lightning.trainer: .*bf17"),
+        (["lightning.trainer.precision=bf17"], r"precision: expected one of 32-true, .*, found 'bf17'"),
+        (["--precision", "16-true"], r"precision: expected one of 32-true, 16-mixed, bf16-mixed, found '16-true'$"),
+        (["--precision", "64"], r"precision: expected one of 32-true, 16-mixed, bf16-mixed, found 64$"),
+        (["--scale_lr", "--devices", "all"], r"--devices: expected how many \(2\), .* or auto, found 'all'$"),
+        (["lightning.trainer.profiler=fast"], r"lightning.trainer: .*profiler"),
         (["model.base_learning_rate=fast"], r"model.base_learning_rate: expected a number above 0, found 'fast'"),
         (["modell.params.x=1"], r"modell: nothing reads this key; did you mean 'model'"),
         (["data=null"], r"data: the config has no such section, which training needs"),

@@ -252,6 +252,7 @@ def test_senseless_arguments(footage, tmp_path, config, encoders):
         (["--size", "big"], "--size: expected a number of pixels or HEIGHTxWIDTH, found 'big'"),
         (["--fps", "0"], "--fps: expected frames a second above 0, found 0"),
         (["--fps", "-3"], "--fps: expected frames a second above 0, found -3"),
+        (["--fps", "ten"], r"argument --fps: invalid float value: 'ten'; --help lists all options"),
         (["prepare.sise=64"], r"prepare.sise: expected the keys fps and size"),
     ]:
         with pytest.raises(UserError, match=message):

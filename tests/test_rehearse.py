@@ -322,3 +322,8 @@ def test_the_machine_is_described(monkeypatch):
     monkeypatch.setattr(measuring, "_processor_facts", lambda: facts)
     assert describe_machine().startswith("Some Processor, ")
     assert "(avx2, amx_bf16)" in describe_machine()
+
+
+def test_a_command_line_that_is_not_understood(tmp_path):
+    with pytest.raises(UserError, match="unrecognized arguments: --wrok; --help lists all options"):
+        call(tmp_path, "--wrok")
