@@ -52,7 +52,9 @@ __all__ = [
     "latent_scale",
     "load_encoders",
     "load_first_stage",
+    "load_first_stage_of",
     "load_text_encoder",
+    "load_text_encoder_of",
     "load_unet",
     "load_weights",
     "read_checkpoint",
@@ -172,19 +174,29 @@ def load_text_encoder(
     return encoder
 
 
-def load_encoders(config: DictConfig | Mapping[str, Any]) -> tuple[KLFirstStage, CLIPTextEmbedder]:
-    """Both encoders of a video config, each from its own `ckpt_path` or else from `model.params.ckpt_path`.
+def load_first_stage_of(config: DictConfig | Mapping[str, Any]) -> KLFirstStage:
+    """The image autoencoder of a video config, from its own `ckpt_path` or else from `model.params.ckpt_path`."""
+    params = _model_params(config, "first_stage_config")
+    return load_first_stage(_source(params, "first_stage_config"), params["first_stage_config"])
 
-    A text encoder with a `random_seed` and no path of its own is made from that seed.
+
+def load_text_encoder_of(config: DictConfig | Mapping[str, Any]) -> CLIPTextEmbedder:
+    """The text encoder of a video config, from its own `ckpt_path` or else from `model.params.ckpt_path`.
+
+    One with a `random_seed` and no path of its own is made from that seed.
     """
-    params = _model_params(config)
-    first_stage = load_first_stage(_source(params, "first_stage_config"), params["first_stage_config"])
+    params = _model_params(config, "cond_stage_config")
     node = params["cond_stage_config"]
     if not _is_random(node):
-        return first_stage, load_text_encoder(_source(params, "cond_stage_config"), node)
+        return load_text_encoder(_source(params, "cond_stage_config"), node)
     text_encoder = build(node, TEXT_PATH)
     _ = text_encoder.tokenizer
-    return first_stage, text_encoder
+    return text_encoder
+
+
+def load_encoders(config: DictConfig | Mapping[str, Any]) -> tuple[KLFirstStage, CLIPTextEmbedder]:
+    """Both encoders of a video config."""
+    return load_first_stage_of(config), load_text_encoder_of(config)
 
 
 def encoder_tensors(config: DictConfig | Mapping[str, Any]) -> dict[str, Tensor]:
