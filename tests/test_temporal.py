@@ -7,7 +7,7 @@ import torch
 from einops import rearrange
 
 from ldm.errors import UserError
-from ldm.modules.attention_backends import attend, check_backend
+from ldm.modules.attention_backends import attend, check_backend, num_launches
 from ldm.modules.temporal import PseudoConv3d, TemporalAttention, TemporalConv
 from tests.conftest import fill_by_rule, golden_tensor, relative_error
 
@@ -138,6 +138,14 @@ def test_attention_is_defined_for_every_length(frames):
 def test_math_back_end_agrees_with_torch():
     q, k, v = torch.randn(3, 2, 4, 6, 8, generator=torch.Generator().manual_seed(0)).unbind(0)
     assert relative_error(attend(q, k, v, "math"), attend(q, k, v, "sdpa")) <= 1e-6
+
+
+@pytest.mark.parametrize(("batch", "heads"), [(1, 8), (8191, 8), (8192, 8), (40_960, 8), (20_000, 5)])
+def test_large_batches_are_launched_in_parts_that_fit(batch, heads):
+    parts = torch.empty(batch, 0).chunk(num_launches(batch, heads))
+    assert len(parts) == num_launches(batch, heads)
+    assert all(len(part) * heads <= 65_535 for part in parts)
+    assert len(parts) == 1 or len(parts[0]) * (len(parts) - 1) * heads < batch * heads
 
 
 @pytest.mark.parametrize("backend", ["flash_attn", "xformers"])

@@ -9,6 +9,7 @@ xformers    the xformers package: NVIDIA GPU
 from __future__ import annotations
 
 import importlib
+import math
 from types import ModuleType
 
 import torch
@@ -39,12 +40,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, backend: str = "sdpa") -> Tensor:
         logits = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2))
         return torch.matmul(logits.softmax(dim=-1, dtype=torch.float32).to(v.dtype), v)
     if backend == "sdpa":
-        if q.is_cuda and q.shape[0] * q.shape[1] > _MOST_CUDA_ROWS:
-            rows = _MOST_CUDA_ROWS // q.shape[1]
-            parts = zip(q.split(rows), k.split(rows), v.split(rows), strict=True)
-            return torch.cat([F.scaled_dot_product_attention(*part) for part in parts])
-        return F.scaled_dot_product_attention(q, k, v)
+        num_parts = num_launches(q.shape[0], q.shape[1]) if q.is_cuda else 1
+        if num_parts == 1:
+            return F.scaled_dot_product_attention(q, k, v)
+        parts = zip(*(x.chunk(num_parts) for x in (q, k, v)), strict=True)
+        return torch.cat([F.scaled_dot_product_attention(*part) for part in parts])
     return _attend_on_gpu(q, k, v, backend)
+
+
+def num_launches(batch: int, num_heads: int) -> int:
+    """Into how many even parts a batch must go so that none has more rows than a fused CUDA kernel takes."""
+    return math.ceil(batch / (_MOST_CUDA_ROWS // num_heads))
 
 
 def _attend_on_gpu(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
