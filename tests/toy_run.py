@@ -11,7 +11,8 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 
-from ldm.data.clips import Batch
+from ldm.callbacks import AtomicCheckpointIO, LastCheckpoint
+from ldm.data.clips import Batch, ClipDataModule
 from ldm.data.shard_writer import ShardWriter, npy_bytes
 from ldm.data.shards import DATASET_FILE, EMPTY_FILE, INDEX_FILE, SCHEMA_VERSION, DatasetInfo
 
@@ -106,3 +107,29 @@ class ToyModel(pl.LightningModule):
         optimizer = torch.optim.SGD(trained, lr=self.learning_rate, momentum=self.momentum)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 5))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def fit(root, folder, callbacks, *, model=None, steps=4, resume=None, logger=False, **trainer):
+    """Train a toy model for a few steps, with checkpoints in `folder`; returns the model."""
+    model = model or ToyModel(learning_rate=0.05)
+    data = ClipDataModule(str(root), frames=3, batch_size=2, num_workers=0, val_share=0.2)
+    lightning = pl.Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        logger=logger,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        plugins=[AtomicCheckpointIO()],
+        callbacks=[*callbacks, LastCheckpoint(str(folder), {"name": "toy"}, every_n_steps=1000)],
+        **trainer,
+    )
+    lightning.fit(model, data, ckpt_path=resume, weights_only=True)
+    return model
+
+
+def last(folder):
+    return folder / "checkpoints" / "last.ckpt"
+
+
+def read(path):
+    return torch.load(path, weights_only=True)

@@ -63,8 +63,19 @@ class WeightAverage(pl.Callback):
             self._restore(module)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage == "fit":
-            pl_module.register_load_state_dict_pre_hook(_strip)
+        if stage != "fit":
+            return
+        if not getattr(pl_module, "keeps_averages", True):
+            raise UserError(
+                f"WeightAverage: the checkpoints of {type(pl_module).__name__} hold no averages; take the callback out "
+                "of its config"
+            )
+        if any(getattr(callback, "save_weights_only", False) for callback in trainer.checkpoint_callbacks):
+            raise UserError(
+                "lightning.modelcheckpoint.params.save_weights_only: such a file would lack the averages; leave it "
+                "out, or the averages with lightning.callbacks.average=null"
+            )
+        pl_module.register_load_state_dict_pre_hook(_strip)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.averages:  # from a checkpoint, read before the module was moved to its device

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ldm.atomic import replacing
 from ldm.callbacks.average import WeightAverage
-from ldm.checkpoint import load_encoders, load_first_stage
+from ldm.checkpoint import load_first_stage_of, load_text_encoder_of
 from ldm.data.clips import ClipDataset
 from ldm.errors import UserError
 from ldm.models.diffusion.sampling import (
@@ -83,7 +83,12 @@ class VideoLogger(pl.Callback):
                     f"VideoLogger: {type(pl_module).__name__} makes no videos; take the callback out of its config"
                 )
         set_steps(build_scheduler(self.sampler, pl_module.schedule), self.steps)
-        _, text_encoder = load_encoders(self.config)
+        if not trainer.is_global_zero:
+            return
+        text_encoder = load_text_encoder_of(self.config)
+        for prompt in self.prompts:
+            if lost := text_encoder.truncated(prompt):
+                log.warning("the prompt '%.40s...' is longer than the text encoder holds; cut: '%s'", prompt, lost)
         with torch.no_grad():
             self._context = text_encoder.encode(self.prompts).cpu()
 
@@ -129,7 +134,7 @@ class VideoLogger(pl.Callback):
                 latents = [self._sample_one(trainer, pl_module, clips, index) for index in range(len(self.prompts))]
         finally:
             pl_module.unet.train(was_training)
-        first_stage = _load_decoder(self.config).to(device)
+        first_stage = load_first_stage_of(self.config).to(device)
         videos = decode_video(first_stage, torch.cat(latents), pl_module.scale_factor, chunk=1)
         del first_stage
         gc.collect()
@@ -150,12 +155,6 @@ class VideoLogger(pl.Callback):
             return sample(
                 denoiser, build_scheduler(self.sampler, pl_module.schedule), noise.to(pl_module.device), self.steps
             )
-
-
-def _load_decoder(config: Mapping[str, Any]) -> torch.nn.Module:
-    params = config["model"]["params"]
-    node = params["first_stage_config"]
-    return load_first_stage((node.get("params") or {}).get("ckpt_path") or params.get("ckpt_path"), node)
 
 
 def _add_gif(logger: TensorBoardLogger, tag: str, gif: bytes, size: tuple[int, int], step: int) -> None:

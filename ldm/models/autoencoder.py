@@ -44,8 +44,10 @@ class AutoencoderKL(pl.LightningModule):
     config: the config of the run, kept in checkpoints.
 
     Optimisation is manual because the adversarial term needs two optimisers, so Lightning's accumulation and clipping
-    are not available.
+    are refused: `gradient_clip` and a larger batch do the same.
     """
+
+    keeps_averages = False  # the checkpoint's `state_dict` is the network alone
 
     def __init__(  # noqa: PLR0913, PLR0917 - the words of the config
         self,
@@ -60,6 +62,7 @@ class AutoencoderKL(pl.LightningModule):
         config: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        _refuse_lightnings_own(config or {})
         self.automatic_optimization = False
         self.first_stage = KLFirstStage(ddconfig, embed_dim, ckpt_path)
         self.loss = AutoencoderLoss(lossconfig)
@@ -226,6 +229,18 @@ def psnr(output: Tensor, pixels: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB of images in [-1, 1], outputs clipped to it: `b c h w`, `b c h w` -> `b`."""
     error = (output.float().clamp(-1, 1) - pixels.float()) / 2
     return -10 * error.square().mean((1, 2, 3)).clamp_min(1e-10).log10()
+
+
+def _refuse_lightnings_own(config: Mapping[str, Any]) -> None:
+    trainer = (config.get("lightning") or {}).get("trainer") or {}
+    for name, idle, instead in (
+        ("gradient_clip_val", (None, 0), "set model.params.gradient_clip, which bounds the norm of its gradient"),
+        ("accumulate_grad_batches", (None, 1), "make data.params.batch_size larger"),
+    ):
+        if trainer.get(name) not in idle:
+            raise UserError(
+                f"lightning.trainer.{name}: the autoencoder cannot use it, found {trainer[name]}; {instead} instead"
+            )
 
 
 def _start_precise(first_stage: KLFirstStage) -> None:
