@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import av
@@ -264,21 +265,33 @@ def test_held_out_frames_are_the_end_cropped_in_the_middle(footage):
 
 def test_more_frames_than_memory_allows_are_thinned_out(footage, caplog):
     data = make_data(footage, max_frames=12)
-    with caplog.at_level("WARNING"):
+    with caplog.at_level("INFO", logger="ldm"):
         data.setup()
     assert len(data.train_frames) + len(data.val_frames) == 12
-    assert "more than max_frames = 12: taking 5 a second instead" in caplog.text
+    assert "more than max_frames = 12: taking 5 a second instead" in data.summary
+    assert caplog.messages == [], "the first line of a run is the model's"
 
 
-def test_damaged_files_are_left_out_and_named(footage, tmp_path, caplog):
+def test_crops_can_be_pickled_and_pinned(footage, monkeypatch):
+    data = make_data(footage)
+    data.setup()
+    crops = pickle.loads(pickle.dumps(data.train_frames))
+    for position in (39, 3, 17):
+        assert torch.equal(crops[position].pixels, data.train_frames[position].pixels)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self + 1)
+    batch = data.train_frames[3]
+    pinned = torch.utils.data._utils.pin_memory.pin_memory(batch)
+    assert torch.equal(pinned.pixels, batch.pixels + 1) and pinned.positions == [3]
+
+
+def test_damaged_files_are_left_out_and_named(footage, tmp_path):
     for name in ("a.mp4", "b.mp4"):
         (tmp_path / name).write_bytes(footage.read_bytes())
     (tmp_path / "b.mp4").write_text("not a video")
     data = make_data(tmp_path)
-    with caplog.at_level("WARNING"):
-        data.setup()
+    data.setup()
     assert len(data.train_frames) == 18
-    assert "left out" in caplog.text and "b.mp4" in caplog.text
+    assert "\nleft out: " in data.summary and "b.mp4" in data.summary
     (tmp_path / "a.mp4").unlink()
     with pytest.raises(UserError, match=r"b\.mp4: expected a video"):
         make_data(tmp_path).setup()
@@ -342,6 +355,17 @@ def test_bad_losses_are_refused(lossconfig, message):
 def test_bad_data_words_are_refused(footage, words, message):
     with pytest.raises(UserError, match=message):
         make_data(footage, **words).setup()
+
+
+@pytest.mark.parametrize(
+    ("flag", "instead"),
+    [({"gradient_clip_val": 0.5}, "model.params.gradient_clip"), ({"accumulate_grad_batches": 4}, "make .* larger")],
+)
+def test_what_lightning_cannot_do_here_is_refused(flag, instead):
+    (name,) = flag
+    with pytest.raises(UserError, match=rf"lightning.trainer.{name}: the autoencoder cannot use it, .*{instead}"):
+        make_model(config={"lightning": {"trainer": flag}})
+    make_model(config={"lightning": {"trainer": {"gradient_clip_val": None, "accumulate_grad_batches": 1}}})
 
 
 def test_half_precision_of_the_wrong_kind_is_refused(footage, tmp_path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import pickle
 import signal
 
 import numpy as np
@@ -11,8 +13,10 @@ import pytorch_lightning as pl
 import torch
 
 from ldm.callbacks import AtomicCheckpointIO, LastCheckpoint, StopRequested
+from ldm.data import clips
 from ldm.data.clips import ClipDataModule, HeldOutClips, check_prepared, split_scenes
 from ldm.data.shards import DatasetError, PreparedSet
+from ldm.data.stream import StreamOrder
 from tests.toy_run import CONTEXT_SHAPE, IDENTITIES, ToyModel, make_prepared
 
 # Lightning cannot see that the data module resumes exactly.
@@ -287,8 +291,44 @@ def test_a_flipped_byte_is_found_before_training(tmp_path):
     content[PreparedSet(root).scenes[1].latents.offset + 200] ^= 1
     shard.write_bytes(content)
     with pytest.raises(DatasetError, match=r"scene1 .* is damaged"):
-        data_module(root).setup()
-    data_module(root, verify=False).setup()
+        data_module(root).prepare_data()
+    with pytest.raises(DatasetError, match=r"scene1 .* is damaged"):
+        fit_nothing(root)
+    data_module(root, verify=False).prepare_data()
+
+
+def fit_nothing(root):
+    trainer = pl.Trainer(fast_dev_run=True, accelerator="cpu", logger=False, enable_progress_bar=False)
+    trainer.fit(ToyModel(learning_rate=0.1), data_module(root, num_workers=0))
+
+
+def test_a_long_check_is_announced(root, monkeypatch, caplog):
+    with caplog.at_level(logging.INFO, logger="ldm"):
+        data_module(root).prepare_data()
+        assert caplog.messages == []
+        monkeypatch.setattr(clips, "LONG_READ", 100)
+        data_module(root, verify=False).prepare_data()
+        assert caplog.messages == []
+        data_module(root).prepare_data()
+    assert caplog.messages == [f"{root}: checking 0.0 GB; data.params.verify=false leaves this out"]
+
+
+def test_clips_can_be_pickled(root):
+    data = data_module(root)
+    data.setup()
+    once = data.train_clips[5]
+    copy = pickle.loads(pickle.dumps(data.train_clips))
+    for position in (5, 0, 60):
+        assert torch.equal(copy[position].moments, data.train_clips[position].moments)
+    assert copy[5].keys == once.keys
+
+
+def test_the_order_of_a_pass_is_kept_while_it_is_needed():
+    order = StreamOrder(seed=5, length=40)
+    first = order(0)
+    assert order(1) is not first and order(0) is first and sorted(order(1)) == list(range(40))
+    assert len([order(turn) for turn in range(9)]) == 9 and len(order._orders) == 2
+    assert np.array_equal(order(0), first)
 
 
 def test_short_scenes_are_counted(root):

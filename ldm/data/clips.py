@@ -8,9 +8,9 @@ the positions whose gradients have reached the weights and saves that one number
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -18,7 +18,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ldm.data.shards import DatasetError, DatasetInfo, PreparedSet, SceneEntry
-from ldm.data.stream import StreamDataModule
+from ldm.data.stream import StreamDataModule, StreamOrder
+
+log = logging.getLogger(__name__)
+LONG_READ = 10**9  # bytes; checking more is announced
 
 
 @dataclass
@@ -120,7 +123,7 @@ class ClipDataset(Dataset):
         self.caption_dropout, self.seed = caption_dropout, seed
         shortest = frames_needed(frames, min(strides))
         self.slots = [part for part in parts for _ in range(max(1, (part.num_frames - shortest + 1) // frames))]
-        self._order = lru_cache(maxsize=2)(self._order)
+        self._order = StreamOrder(seed, len(self.slots))
 
     def __len__(self) -> int:
         return len(self.slots)
@@ -137,9 +140,6 @@ class ClipDataset(Dataset):
         if random.random() < self.caption_dropout:
             context = self.prepared.empty_context
         return read_clip(self.prepared, part, int(start), self.frames, stride, context, position)
-
-    def _order(self, turn: int) -> np.ndarray:
-        return np.random.default_rng((self.seed, turn, 1)).permutation(len(self))
 
 
 class HeldOutClips(Dataset):
@@ -209,7 +209,7 @@ class ClipDataModule(StreamDataModule):
         caption_dropout: share of training clips that get the empty caption.
         val_share: share of the scenes held out; 0 for none.
         seed: of the order and of every draw.
-        verify: check the checksum of every tensor at the start.
+        verify: check the checksum of every tensor at the start; each clip is checked as it is read anyhow.
 
     Raises `DatasetError` when the folder is not a prepared set or no scene is long enough.
     """
@@ -255,7 +255,7 @@ class ClipDataModule(StreamDataModule):
         """Open the prepared set and divide its scenes; a second call does nothing."""
         if self.prepared is not None:
             return
-        prepared = PreparedSet(self.root, verify=self.verify)
+        prepared = PreparedSet(self.root)
         shortest = frames_needed(self.frames, min(self.strides))
         longest = max((scene.num_frames for scene in prepared.scenes), default=0)
         if longest < shortest:
@@ -273,6 +273,17 @@ class ClipDataModule(StreamDataModule):
             f"{self.root}: {len(training)} scenes to train on ({len(self.train_clips)} clips side by side), "
             f"{len(held_out)} held out ({len(self.val_clips)} clips), {short} too short for {shortest} frames"
         )
+
+    def prepare_data(self) -> None:
+        """Read everything once and compare it with its checksums; Lightning does this in one process of a machine."""
+        if not self.verify:
+            return
+        self.setup()
+        num_bytes = sum(span.length for scene in self.prepared.scenes for span in (scene.latents, *scene.contexts))
+        if num_bytes > LONG_READ:
+            log.info("%s: checking %.1f GB; data.params.verify=false leaves this out", self.root, num_bytes / 1e9)
+        for scene in self.prepared.scenes:
+            self.prepared.verify(scene)
 
     def train_dataloader(self) -> DataLoader:
         return self.stream_loader(self.train_clips)

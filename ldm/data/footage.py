@@ -159,7 +159,7 @@ def read_frames(path: Path | str, fps: float, size: int | tuple[int, int]) -> It
 
 def _native_grid(info: VideoInfo) -> ffmpeg.nodes.FilterableStream:
     """The video with its first frame at time 0 and every frame moved to the nearest point of a regular grid."""
-    video = ffmpeg.input(f"file:{info.path}")["v:0"]
+    video = ffmpeg.input(f"file:{info.path}")["V:0"]  # V, unlike v, leaves out attached pictures
     return video.filter("setpts", "PTS-STARTPTS").filter("fps", fps=_exact(info.rate))
 
 

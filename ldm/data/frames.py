@@ -6,10 +6,8 @@ run stopped and resumed sees what a straight one sees. Captions, cuts and latent
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +16,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ldm.data.footage import FootageError, list_videos, probe, read_frames
-from ldm.data.stream import StreamDataModule
+from ldm.data.stream import StreamDataModule, StreamOrder
 from ldm.errors import UserError
 from ldm.video import from_uint8
-
-log = logging.getLogger(__name__)
 
 MAX_HELD_OUT = 64  # frames that one validation looks at
 
@@ -40,6 +36,9 @@ class FrameBatch:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> FrameBatch:
         return FrameBatch(self.pixels.to(device, non_blocking=non_blocking), self.positions)
 
+    def pin_memory(self) -> FrameBatch:
+        return FrameBatch(self.pixels.pin_memory(), self.positions)
+
     @staticmethod
     def cat(batches: Sequence[FrameBatch]) -> FrameBatch:
         pixels = torch.cat([batch.pixels for batch in batches])
@@ -55,7 +54,7 @@ class RandomCrops(Dataset):
     def __init__(self, frames: Sequence[np.ndarray], size: int, seed: int) -> None:
         self.frames, self.size, self.seed = frames, size, seed
         self.slots = [(video, t) for video, array in enumerate(frames) for t in range(len(array))]
-        self._order = lru_cache(maxsize=2)(self._order)
+        self._order = StreamOrder(seed, len(self.slots))
 
     def __len__(self) -> int:
         return len(self.slots)
@@ -70,9 +69,6 @@ class RandomCrops(Dataset):
         if random.random() < 0.5:
             crop = crop[:, ::-1]
         return FrameBatch(from_uint8(crop[None]), [position])
-
-    def _order(self, turn: int) -> np.ndarray:
-        return np.random.default_rng((self.seed, turn, 1)).permutation(len(self))
 
 
 class CentreCrops(Dataset):
@@ -138,17 +134,20 @@ class FrameDataModule(StreamDataModule):
         if self.train_frames is not None:
             return
         training, held_out = [], []
-        for frames in self._read_all():
+        arrays, notes = self._read_all()
+        for frames in arrays:
             num_held_out = round(self.val_share * len(frames))
             training.append(frames[: len(frames) - num_held_out])
             held_out.append(frames[len(frames) - num_held_out :])
         self.train_frames = RandomCrops(training, self.size, self.seed)
         self.val_frames = CentreCrops(held_out, self.size)
         num_held_out = sum(map(len, held_out))
-        self.summary = f"{len(training)} videos: {len(self.train_frames)} frames to train on, {num_held_out} held out"
+        found = f"{len(training)} videos: {len(self.train_frames)} frames to train on, {num_held_out} held out"
+        self.summary = "\n".join([found, *notes])
 
-    def _read_all(self) -> list[np.ndarray]:
-        infos, problems = [], []
+    def _read_all(self) -> tuple[list[np.ndarray], list[str]]:
+        """The frames of each video that can be used, and lines on what is left out."""
+        infos, problems, notes = [], [], []
         for path in list_videos(self.videos):
             try:
                 infos.append(probe(path))
@@ -157,10 +156,10 @@ class FrameDataModule(StreamDataModule):
         expected = sum(info.duration for info in infos) * self.fps
         thinning = max(1.0, expected / self.max_frames)
         if thinning > 1:
-            log.warning(
-                "about %d frames at %g a second are more than max_frames = %d: taking %.3g a second instead",
-                expected, self.fps, self.max_frames, self.fps / thinning,
-            )  # fmt: skip
+            notes.append(
+                f"about {expected:.0f} frames at {self.fps:g} a second are more than max_frames = {self.max_frames}: "
+                f"taking {self.fps / thinning:.3g} a second instead"
+            )
         arrays = []
         for info in infos:
             enlarge = self.size / min(info.width, info.height)
@@ -171,9 +170,7 @@ class FrameDataModule(StreamDataModule):
                 problems.append(error)
         if not arrays:
             raise problems[0]
-        for problem in problems:
-            log.warning("left out: %s", problem)
-        return arrays
+        return arrays, notes + [f"left out: {problem}" for problem in problems]
 
     def train_dataloader(self) -> DataLoader:
         return self.stream_loader(self.train_frames)

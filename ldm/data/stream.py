@@ -9,9 +9,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sized
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+
+class StreamOrder:
+    """The order of each pass over `length` samples: a function of the seed and the pass, the last two kept."""
+
+    def __init__(self, seed: int, length: int) -> None:
+        self.seed, self.length = seed, length
+        self._orders: dict[int, np.ndarray] = {}
+
+    def __call__(self, turn: int) -> np.ndarray:
+        if turn not in self._orders:
+            self._orders = dict(list(self._orders.items())[-1:])
+            self._orders[turn] = np.random.default_rng((self.seed, turn, 1)).permutation(self.length)
+        return self._orders[turn]
 
 
 class StreamSampler(DistributedSampler):
