@@ -7,6 +7,7 @@ config; the command line only says where and how long.
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 import warnings
 from argparse import Namespace
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 from lightning_fabric.utilities.warnings import PossibleUserWarning
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from rich.logging import RichHandler
 
@@ -47,13 +48,16 @@ def main(arguments: list[str] | None = None) -> None:
     config = to_container(run.config)
     data = build_with(config["data"], "data", config=config)
     data.setup("fit")
-    model = build_with(config["model"], "model", config=config, learning_rate=learning_rate(config, flags, options))
+    rate, reckoning = learning_rate(config, flags, options)
+    model = build_with(config["model"], "model", config=config, learning_rate=rate)
     log.info("%s", parameter_summary(model))
-    if hasattr(data, "summary"):
-        log.info("%s", data.summary)
+    for line in (reckoning, getattr(data, "summary", "")):
+        if line:
+            log.info("%s", line)
     if options.train:
         train(run, config, model, data, flags, options)
     else:
+        data.prepare_data()
         log.info("config, data and model are in order; add -t to train")
 
 
@@ -75,10 +79,18 @@ def train(
     except StopRequested as stop:
         log.info("%s. Go on with: python main.py -r %s -t", stop, run.folder)
         return
+    except SIGTERMException:  # after the step; what it reached is saved
+        step = trainer.global_step
+        log.info("stopped by SIGTERM after step %d. Go on with: python main.py -r %s -t", step, run.folder)
+        raise SystemExit(128 + signal.SIGTERM) from None
     except SystemExit:  # how Lightning ends after a second Ctrl-C
         raise KeyboardInterrupt from None
     except UserError as error:
         raise without_traceback(error) from error
+    except (MisconfigurationException, ValueError) as error:
+        if isinstance(error, MisconfigurationException) or "val_check_interval" in str(error):
+            raise ConfigError(f"lightning.trainer: {' '.join(str(error).split())}") from error
+        raise
     if is_overridden("test_step", model) and not (options.no_test or trainer.fast_dev_run):
         trainer.test(model, data)
 
@@ -89,11 +101,12 @@ def build_trainer(run: Run, config: dict[str, Any], flags: dict[str, Any]) -> pl
     node = lightning.get("logger") or {"params": {"name": "", "version": "tensorboard"}}
     logger = build_with(node, "lightning.logger", config=config, save_dir=str(run.folder))
     has_bar = flags.get("enable_progress_bar", True) and sys.stdout.isatty()
+    callbacks = build_callbacks(run, config, has_bar)
     try:
         return pl.Trainer(
             **{"enable_model_summary": False, **flags, "enable_progress_bar": has_bar},
             logger=logger,
-            callbacks=build_callbacks(run, config, has_bar),
+            callbacks=callbacks,
             default_root_dir=run.folder,
             plugins=[AtomicCheckpointIO()],
         )
@@ -127,21 +140,22 @@ def build_with(node: dict[str, Any], path: str, **values: Any) -> Any:
     return build(node, path, **{name: value for name, value in values.items() if name in accepted})
 
 
-def learning_rate(config: dict[str, Any], flags: dict[str, Any], options: Namespace) -> float:
-    """The config's own rate; with --scale_lr, times accumulated batches, devices and batch size, as CompVis does it."""
+def learning_rate(config: dict[str, Any], flags: dict[str, Any], options: Namespace) -> tuple[float, str]:
+    """The config's own rate; with --scale_lr, times accumulated batches, devices and batch size, as CompVis does it.
+
+    With the latter comes a line that says how it was reckoned.
+    """
     rate = config["model"].get("base_learning_rate")
     if not isinstance(rate, (int, float)) or rate <= 0:
         raise ConfigError(f"model.base_learning_rate: expected a number above 0, found {rate!r}")
     if not options.scale_lr:
-        return float(rate)
-    accumulate = flags.get("accumulate_grad_batches", 1)
+        return float(rate), ""
+    accumulate, devices = flags.get("accumulate_grad_batches", 1), num_devices(flags)
     batch_size = (config["data"].get("params") or {}).get("batch_size", 1)
-    scaled = rate * accumulate * num_devices(flags) * batch_size
-    log.info(
-        "learning rate %g = %g x %d accumulated x %d devices x batch size %d",
-        scaled, rate, accumulate, num_devices(flags), batch_size,
-    )  # fmt: skip
-    return scaled
+    scaled = rate * accumulate * devices * batch_size
+    return scaled, (
+        f"learning rate {scaled:g} = {rate:g} x {accumulate} accumulated x {devices} devices x batch size {batch_size}"
+    )
 
 
 def parameter_summary(model: pl.LightningModule) -> str:
@@ -166,6 +180,7 @@ def set_up_logging() -> None:
     """Our lines to the terminal, above the progress bar, or plain to stderr where there is none."""
     warnings.filterwarnings("ignore", category=PossibleUserWarning)
     warnings.filterwarnings("ignore", message=".*LeafSpec", module="pytorch_lightning")
+    warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")  # nothing is held out
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     logger = logging.getLogger("ldm")
     logger.setLevel(logging.INFO)

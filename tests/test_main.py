@@ -23,7 +23,7 @@ from ldm.config import ConfigError, build, load_config, to_container
 from ldm.data.shards import DatasetError
 from ldm.errors import UserError
 from ldm.training_run import find_run, num_devices, parse_arguments, trainer_arguments
-from tests.toy_run import make_prepared
+from tests.toy_run import ToyModel, make_prepared
 
 ROOT = Path(__file__).parents[1]
 
@@ -108,6 +108,11 @@ def test_resuming_in_place_is_the_run_that_was_not_stopped(toy):
     assert one["lr_schedulers"] == other["lr_schedulers"]
 
 
+def test_nothing_held_out_is_no_reason_to_warn(toy, recwarn):
+    run(toy, "-b", str(toy), "-t", "data.params.val_share=0")
+    assert not [warning for warning in recwarn if "across ranks is zero" in str(warning.message)]
+
+
 def test_without_t_everything_is_checked_and_nothing_written(toy, caplog):
     with caplog.at_level(logging.INFO, logger="ldm"):
         assert run(toy, "-b", str(toy)) is None
@@ -128,9 +133,13 @@ def test_a_default_callback_can_be_left_out(toy, caplog):
     assert [message for message in caplog.messages if message.startswith("step 4/4")]
 
 
-def test_learning_rates_mean_what_they_say(toy):
+def test_learning_rates_mean_what_they_say(toy, caplog):
     assert last(run(toy, "-b", str(toy), "-t"))["optimizer_states"][0]["param_groups"][0]["initial_lr"] == 0.001
-    folder = run(toy, "-b", str(toy), "-t", "-n", "scaled", "--scale_lr", "--accumulate_grad_batches", "3")
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="ldm"):
+        folder = run(toy, "-b", str(toy), "-t", "-n", "scaled", "--scale_lr", "--accumulate_grad_batches", "3")
+    assert caplog.messages[0].startswith("trained: "), "what is frozen comes first"
+    assert caplog.messages[1] == "learning rate 0.006 = 0.001 x 3 accumulated x 1 devices x batch size 2"
     assert last(folder)["optimizer_states"][0]["param_groups"][0]["initial_lr"] == pytest.approx(0.001 * 3 * 2)
 
 
@@ -159,6 +168,21 @@ def test_ctrl_c_saves_says_so_and_ends_normally(toy):
     assert "Ctrl-C: finishing this step, then saving" in text and "Traceback" not in text
     folder = next((toy.parent / "logs").iterdir())
     said = re.search(r"stopped after step (\d+); saved .*last.ckpt. Go on with: python main.py -r (\S+) -t", text)
+    assert said and last(folder)["global_step"] == int(said[1]) and Path(said[2]) == folder
+
+
+def test_sigterm_saves_and_says_how_to_go_on(toy):
+    process = start("-b", toy, "-t", "-l", toy.parent / "logs", "--max_steps", "1000000")
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("step 3/"):
+            process.send_signal(signal.SIGTERM)
+            break
+    text = "".join(lines) + process.communicate(timeout=120)[0]
+    assert process.returncode == 143 and "Traceback" not in text and "Ctrl-C" not in text, text
+    folder = next((toy.parent / "logs").iterdir())
+    said = re.search(r"stopped by SIGTERM after step (\d+). Go on with: python main.py -r (\S+) -t", text)
     assert said and last(folder)["global_step"] == int(said[1]) and Path(said[2]) == folder
 
 
@@ -263,6 +287,32 @@ def test_wrong_input_is_named_before_any_work(toy, arguments, message):
     with pytest.raises(UserError, match=message):
         run(toy, "-b", str(toy), *([] if "-t" in arguments else ["-t"]), *arguments)
     assert not (toy.parent / "logs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--val_check_interval", "100"], r"^lightning.trainer: `val_check_interval` \(100\) must be less than"),
+        (["--limit_val_batches", "0.01"], r"^lightning.trainer: You requested to check 0.01 of the `val_dataloader`"),
+        (["lightning.callbacks.average.params.decay=2"], r"^WeightAverage: expected a decay"),
+    ],
+)
+def test_mistakes_that_show_only_in_training(toy, arguments, message):
+    with pytest.raises(UserError, match=message):
+        run(toy, "-b", str(toy), "-t", *arguments)
+
+
+def test_mistakes_of_ours_are_not_put_on_the_config(toy, monkeypatch):
+    def mistake(*_):
+        raise TypeError("of ours")
+
+    monkeypatch.setattr(command, "build_callbacks", mistake)
+    with pytest.raises(TypeError, match="of ours"):
+        run(toy, "-b", str(toy), "-t")
+    monkeypatch.undo()
+    monkeypatch.setattr(ToyModel, "training_step", lambda *_: int("of ours"))
+    with pytest.raises(ValueError, match="invalid literal"):
+        run(toy, "-b", str(toy), "-t")
 
 
 def test_two_runs_never_share_a_folder(toy):
