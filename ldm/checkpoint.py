@@ -17,6 +17,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from ldm.checkpoint_config import FIRST_STAGE, TEXT, UNET
 from ldm.checkpoint_names import (
     AVERAGE_COUNTERS,
     AVERAGE_PREFIX,
@@ -37,7 +38,8 @@ from ldm.checkpoint_reading import (
     text_tensors,
     unet_words,
 )
-from ldm.config import build, check_own_targets, load_config
+from ldm.config import build, load_config
+from ldm.config_values import ConfigError, fits, mapping_at
 from ldm.models.diffusion.schedule import NoiseSchedule
 from ldm.modules.encoders import CLIPTextEmbedder, KLFirstStage, position_ids
 from ldm.modules.unet import UNetModel
@@ -67,7 +69,7 @@ FIRST_STAGE_PATH = "model.params.first_stage_config"
 TEXT_PATH = "model.params.cond_stage_config"
 # What a file without a config holds: Stable Diffusion v1's own encoders.
 SD_V1_FIRST_STAGE = {
-    "target": "ldm.modules.encoders.KLFirstStage",
+    "target": FIRST_STAGE,
     "params": {
         "embed_dim": 4,
         "ddconfig": {
@@ -81,7 +83,7 @@ SD_V1_FIRST_STAGE = {
     },
 }
 SD_V1_SCALE = 0.18215
-SD_V1_TEXT = {"target": "ldm.modules.encoders.CLIPTextEmbedder", "params": {}}
+SD_V1_TEXT = {"target": TEXT, "params": {}}
 
 Config = str | Path | DictConfig | Mapping[str, Any]
 
@@ -120,11 +122,25 @@ def load_unet(path: str | Path | Checkpoint, config: Config | None = None, use_a
     checkpoint = _opened(path)
     tensors = unet_tensors(checkpoint, use_average)
     refuse_linear_projections(tensors, checkpoint.path)
-    unet = build(_unet_node(checkpoint, tensors, config), UNET_PATH)
+    unet = build(unet_node(checkpoint, config), UNET_PATH)
     has_time = any(is_temporal(name) for name in tensors)
     may_miss = (lambda name: False) if has_time else is_temporal
     load_weights(unet, tensors, where=f"UNet from {checkpoint.path}", may_miss=may_miss)
     return unet
+
+
+def unet_node(checkpoint: Checkpoint, config: Config | None = None) -> dict[str, Any]:
+    """Target and params of the UNet: those of `config`, as in `load_unet`, or the checkpoint's own, or from shapes."""
+    if config is None:
+        if node := _own_node(checkpoint, "unet_config"):
+            return node
+        return _node_of_words(unet_words(unet_tensors(checkpoint), checkpoint.num_heads or 8, str(checkpoint.path)))
+    if isinstance(config, str | Path):
+        config = load_config([config])
+    config = _plain(config)
+    if "model" in config:
+        return _model_params(config, "unet_config")["unet_config"]
+    return config if "target" in config else _node_of_words(config)
 
 
 def unet_tensors(checkpoint: Checkpoint, use_average: bool = True) -> dict[str, Tensor]:
@@ -153,6 +169,12 @@ def load_first_stage(source: Checkpoint | str | Path, config_node: Mapping[str, 
     first_stage = build(_without_weights(node), FIRST_STAGE_PATH)
     first_stage.load_compvis_state_dict(first_stage_tensors(checkpoint), where=f"first stage from {checkpoint.path}")
     return first_stage.requires_grad_(False).eval()
+
+
+def outline_first_stage(config_node: Mapping[str, Any]) -> KLFirstStage:
+    """The image autoencoder that a `first_stage_config` describes, without memory or weights: for its sizes."""
+    with torch.device("meta"):
+        return build(_without_weights(config_node), FIRST_STAGE_PATH)
 
 
 def load_text_encoder(
@@ -207,8 +229,7 @@ def encoder_tensors(config: DictConfig | Mapping[str, Any]) -> dict[str, Tensor]
     """
     params = _model_params(config)
     tensors = first_stage_tensors(_opened(_source(params, "first_stage_config")))
-    with torch.device("meta"):
-        expected = build(_without_weights(params["first_stage_config"]), FIRST_STAGE_PATH).compvis_state_dict()
+    expected = outline_first_stage(params["first_stage_config"]).compvis_state_dict()
     account(expected, tensors, where=f"first stage from {_source(params, 'first_stage_config')}")
     node = params["cond_stage_config"]
     if _is_random(node):
@@ -229,6 +250,8 @@ def latent_scale(config: DictConfig | Mapping[str, Any]) -> float:
     params = _model_params(config, "first_stage_config")
     scale = params.get("scale_factor", SD_V1_SCALE)
     if scale is not None:
+        if not fits(scale, float) or not 0 < scale < float("inf"):
+            raise ConfigError(f"model.params.scale_factor: expected a number above 0 or null, found {scale!r}")
         return float(scale)
     path = _source(params, "first_stage_config")
     scale = read_checkpoint(path).scale_factor
@@ -266,21 +289,8 @@ def identity(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _unet_node(checkpoint: Checkpoint, tensors: Mapping[str, Tensor], config: Config | None) -> dict[str, Any]:
-    """{target, params} of the UNet, from what was given, or from the checkpoint, or from its tensors."""
-    if config is None:
-        node = _own_node(checkpoint, "unet_config")
-        return node or _node_of_words(unet_words(tensors, checkpoint.num_heads or 8, str(checkpoint.path)))
-    if isinstance(config, str | Path):
-        config = load_config([config])
-    config = _plain(config)
-    if "model" in config:
-        return _model_params(config, "unet_config")["unet_config"]
-    return config if "target" in config else _node_of_words(config)
-
-
 def _node_of_words(words: Mapping[str, Any]) -> dict[str, Any]:
-    return {"target": "ldm.modules.unet.UNetModel", "params": dict(words)}
+    return {"target": UNET, "params": dict(words)}
 
 
 def _opened(source: Checkpoint | str | Path) -> Checkpoint:
@@ -295,16 +305,14 @@ def _plain(config: DictConfig | Mapping[str, Any] | None) -> Any:
 
 
 def _own_node(checkpoint: Checkpoint, name: str) -> dict[str, Any] | None:
-    """The node of the config inside the checkpoint, where there is one; it may build classes of ours alone."""
-    params = (_plain(checkpoint.config) or {}).get("model", {}).get("params") or {}
-    if params.get(name) is None:
-        return None
-    check_own_targets({name: params[name]})
-    return params[name]
+    """The node of the config inside the checkpoint, where there is one."""
+    config = _plain(checkpoint.config)
+    return config and config["model"]["params"].get(name)
 
 
 def _model_params(config: DictConfig | Mapping[str, Any], *needed: str) -> dict[str, Any]:
-    params = _plain(config).get("model", {}).get("params", {})
+    model = mapping_at("model", _plain(config).get("model"))
+    params = mapping_at("model.params", model.get("params"))
     for name in needed or ("first_stage_config", "cond_stage_config"):
         if not isinstance(params.get(name), Mapping):
             raise CheckpointError(

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm.checkpoint_config import confined
 from ldm.checkpoint_files import CheckpointError, few, read_file
 from ldm.checkpoint_names import (
     AVERAGE_PREFIX,
@@ -48,7 +49,8 @@ class Checkpoint:
 
     path: where it was read from.
     tensors: every tensor under its full CompVis name (`model.diffusion_model.*`, ...), on the CPU, in the file's dtype.
-    config: the whole resolved config of the run that wrote it, None where the file has none.
+    own_config: the whole resolved config of the run that wrote it, as the file has it, None where it has none. Take
+        `config` instead.
     kind: "ours" (it has a config), "compvis" or "diffusers".
     num_heads: attention heads of the UNet where a diffusers config says so; CompVis files never do.
     scale_factor: what its first stage's latents are multiplied by, where the file says so.
@@ -56,10 +58,15 @@ class Checkpoint:
 
     path: Path
     tensors: dict[str, Tensor]
-    config: dict[str, Any] | None = None
+    own_config: Mapping[str, Any] | None = None
     kind: str = "compvis"
     num_heads: int | None = None
     scale_factor: float | None = None
+
+    @property
+    def config(self) -> dict[str, Any] | None:
+        """The file's config, confined to what a stranger's may say; raises `ConfigError` where it says more."""
+        return None if self.own_config is None else confined(self.own_config, str(self.path))
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -88,7 +95,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(
         path,
         tensors,
-        config=dict(config) if is_ours else None,
+        own_config=config if is_ours else None,
         kind="ours" if is_ours else "compvis",
         scale_factor=float(scale) if isinstance(scale, int | float | Tensor) else None,
     )

@@ -20,7 +20,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import ldm
-from ldm.config_compvis import ConfigError, translate_compvis
+from ldm.config_compvis import translate_compvis
+from ldm.config_values import ConfigError, check_values, mapping_at
 
 SECTIONS = {
     "": ("model", "data", "lightning", "prepare"),
@@ -61,7 +62,7 @@ def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> D
         parts.append(OmegaConf.from_dotlist(list(overrides)))
         merged = OmegaConf.merge(*parts)
         OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
+    except (OmegaConfBaseException, yaml.YAMLError, TypeError) as error:  # TypeError: a list over a mapping
         raise ConfigError(f"{_sources(paths, overrides)}: {error}") from error
     _check_keys(merged, SECTIONS[""], "")
     return translate_compvis(merged)
@@ -76,6 +77,11 @@ def build(node: Mapping[str, Any], path: str, **given: Any) -> Any:
     return target(**params, **given)
 
 
+def check_node(node: Mapping[str, Any], path: str) -> None:
+    """Refuse what `build` would refuse before it constructs anything."""
+    _check_node(node, path, given=(), optional=())
+
+
 def accepted_names(node: Mapping[str, Any], path: str) -> tuple[str, ...]:
     """The argument names that the target of `node` takes."""
     return tuple(_parameters(_import_target(_target_name(node, path), path)))
@@ -85,35 +91,18 @@ def check(config: DictConfig) -> None:
     """Check every key of every section and of every `target` node at any depth, without building anything."""
     tree = to_container(config)
     _check_keys(tree, SECTIONS[""], "")
-    for section, keys in SECTIONS.items():
-        if section and tree.get(section) is not None:
-            if not isinstance(tree[section], dict):
-                raise ConfigError(f"{section}: expected a mapping with {', '.join(keys)}, found {tree[section]!r}")
-            _check_keys(tree[section], keys, section)
+    for section, part in tree.items():
+        _check_keys(mapping_at(section, part), SECTIONS.get(section, part or ()), section)
     for section in ("model", "data"):
         if tree.get(section) and "target" not in tree[section]:
             raise ConfigError(f"{section}: needs a `target`, the dotted name of the class to build")
-    trainer = (tree.get("lightning") or {}).get("trainer")
-    if trainer:
+    lightning = tree.get("lightning") or {}
+    mapping_at("lightning.callbacks", lightning.get("callbacks"))
+    if trainer := mapping_at("lightning.trainer", lightning.get("trainer")):
         accepted = set(_parameters(_import_target("pytorch_lightning.Trainer", ""))) - TRAINER_OWN
         _check_keys(trainer, {*accepted, "gpus"}, "lightning.trainer")
     for path, node in _nodes(tree):
         _check_node(node, path, given=(), optional=SUPPLIED)
-
-
-def check_own_targets(config: Mapping[str, Any]) -> None:
-    """Refuse a config, or a part of one, that names a class outside `ldm`: for configs that come inside a checkpoint,
-    which may be a stranger's and must not be able to start any program it likes.
-
-    The sections `data` and `lightning` are not looked at: nothing is ever built from those of a checkpoint.
-    """
-    tree = {key: value for key, value in to_container(config).items() if key not in ("data", "lightning")}
-    for path, node in _nodes(tree):
-        if not str(node["target"]).startswith("ldm."):
-            raise ConfigError(
-                f"{path}.target: the config inside a checkpoint may only name classes of ldm, found "
-                f"{node['target']!r}; give your own config instead"
-            )
 
 
 def to_container(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -194,25 +183,28 @@ def _check_node(
     for key in params:
         if key in supplied:
             raise ConfigError(f"{path}.params.{key}: the program sets this itself; leave it out of the config")
-    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        _check_keys(params, [key for key in parameters if key not in supplied], f"{path}.params")
-    elif target.__module__.partition(".")[0] == "ldm":
-        raise AssertionError(f"{name} takes **kwargs, so that a misspelt key would go unnoticed")
+    _check_keys(params, [key for key in parameters if key not in supplied], f"{path}.params")
     missing = [
         key
         for key, parameter in parameters.items()
-        if parameter.default is parameter.empty
-        and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
-        and key not in params
-        and key not in supplied
+        if parameter.default is parameter.empty and key not in params and key not in supplied
     ]
     if missing:
         raise ConfigError(f"{path}.params: {name} needs {', '.join(missing)}, which the config does not give")
+    annotations = {key: parameters[key].annotation for key in params}
+    values = {key: value for key, value in params.items() if value is not None or parameters[key].default is not None}
+    check_values(values, annotations, f"{path}.params")
     return target, params
 
 
 def _parameters(target: type) -> dict[str, inspect.Parameter]:
-    return dict(inspect.signature(target).parameters)
+    """The parameters that have names; what a class takes as **kwargs is not offered, since nothing could check it."""
+    try:
+        signature = inspect.signature(target, eval_str=True)
+    except NameError:  # names that its module imports for type checkers alone
+        signature = inspect.signature(target)
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {key: parameter for key, parameter in signature.parameters.items() if parameter.kind in named}
 
 
 def _import_target(name: str, path: str) -> type:
@@ -231,4 +223,7 @@ def _import_target(name: str, path: str) -> type:
     if not inspect.isclass(target):
         classes = [name for name, value in vars(module).items() if inspect.isclass(value)]
         raise ConfigError(f"{where}: {module_name} has no class {attribute!r}; {nearest(attribute, classes)}")
+    if not f"{target.__module__}.".startswith(f"{module_name}."):
+        home = f"{target.__module__}.{target.__qualname__}"
+        raise ConfigError(f"{where}: {module_name} only borrows {attribute!r}; write {home}")
     return target

@@ -7,12 +7,12 @@ ignoring it would train or sample something else.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from ldm.errors import UserError
+from ldm.config_values import ConfigError, fits, mapping_at
 
 MODELS = ("ldm.models.diffusion.ddpm.LatentDiffusion", "ldm.models.diffusion.ddpm.LatentInpaintDiffusion")
 TARGETS = {
@@ -22,10 +22,6 @@ TARGETS = {
         "ldm.modules.encoders.modules.FrozenCLIPEmbedder": "ldm.modules.encoders.CLIPTextEmbedder",
     },
 }
-
-
-class ConfigError(UserError):
-    """A config that cannot mean what its writer wanted."""
 
 
 def _anything(value: Any) -> bool:
@@ -74,7 +70,7 @@ DEAD_KEYS: dict[str, dict[str, Callable[[Any], bool]]] = {
     "first_stage_config": {
         "monitor": _anything,
         "image_key": _anything,
-        "lossconfig": lambda value: value is None or value.get("target") == "torch.nn.Identity",
+        "lossconfig": _one_of(None, {"target": "torch.nn.Identity"}),
         "colorize_nlabels": _one_of(None),
         "ignore_keys": _one_of([], None),
     },
@@ -99,7 +95,7 @@ def translate_compvis(config: DictConfig) -> DictConfig:
         return config
     tree = OmegaConf.to_container(config)
     tree["model"]["target"] = "ldm.models.diffusion.ddpm.LatentVideoDiffusion"
-    params = tree["model"].setdefault("params", {})
+    params = dict(mapping_at("model.params", tree["model"].get("params")))
     scheduler = params.pop("scheduler_config", None)
     if scheduler is not None:
         params.setdefault("warmup_steps", _warmup_steps(scheduler))
@@ -107,13 +103,14 @@ def translate_compvis(config: DictConfig) -> DictConfig:
     for part, targets in TARGETS.items():
         node = params.get(part)
         if isinstance(node, dict):
-            node["target"] = targets.get(node.get("target"), node.get("target"))
-            if "params" in node:
-                node["params"] = _drop(node["params"] or {}, part, f"model.params.{part}.params")
+            if isinstance(node.get("target"), str):
+                node["target"] = targets.get(node["target"], node["target"])
+            path = f"model.params.{part}.params"
+            node["params"] = _drop(mapping_at(path, node.get("params")), part, path)
     return OmegaConf.create(tree)
 
 
-def _drop(params: dict[str, Any], part: str, path: str) -> dict[str, Any]:
+def _drop(params: Mapping[str, Any], part: str, path: str) -> dict[str, Any]:
     kept = {}
     for key, value in params.items():
         may_go = DEAD_KEYS[part].get(key)
@@ -125,12 +122,13 @@ def _drop(params: dict[str, Any], part: str, path: str) -> dict[str, Any]:
     return kept
 
 
-def _warmup_steps(scheduler: Mapping[str, Any]) -> int:
+def _warmup_steps(scheduler: Any) -> int:
     """The one learning-rate schedule of the published configs: linear warm-up, then constant."""
-    params = scheduler.get("params") or {}
+    path = "model.params.scheduler_config"
+    scheduler = mapping_at(path, scheduler)
+    params = mapping_at(f"{path}.params", scheduler.get("params"))
     steps, low, high = (params.get(key) for key in ("warm_up_steps", "f_min", "f_max"))
-    if scheduler.get("target") != "ldm.lr_scheduler.LambdaLinearScheduler" or low != high or len(steps or ()) != 1:
-        raise ConfigError(
-            "model.params.scheduler_config: only a linear warm-up to a constant rate is done here; use warmup_steps"
-        )
+    is_linear = scheduler.get("target") == "ldm.lr_scheduler.LambdaLinearScheduler" and low == high
+    if not is_linear or not fits(steps, Sequence[float]) or len(steps) != 1:
+        raise ConfigError(f"{path}: only a linear warm-up to a constant rate is done here; use warmup_steps")
     return int(steps[0])

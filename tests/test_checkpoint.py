@@ -12,7 +12,10 @@ from omegaconf import OmegaConf
 
 from ldm.checkpoint import (
     CheckpointError,
+    encoder_tensors,
     full_state_dict,
+    latent_scale,
+    load_encoders,
     load_first_stage,
     load_text_encoder,
     load_unet,
@@ -22,6 +25,7 @@ from ldm.checkpoint import (
 from ldm.checkpoint_names import FIRST_STAGE_PREFIX, TEXT_PREFIX, UNET_PREFIX, average_names
 from ldm.checkpoint_reading import unet_words
 from ldm.config import ConfigError
+from ldm.errors import UserError
 from ldm.models.diffusion.schedule import NoiseSchedule
 from ldm.modules.encoders import CLIPTextEmbedder, KLFirstStage
 from ldm.modules.unet import UNetModel
@@ -178,18 +182,71 @@ def test_counters_left_over_from_averages_are_tolerated(tmp_path):
 def test_our_own_checkpoint_needs_nothing_else(tmp_path):
     torch.save({"state_dict": video_state(), "config": CONFIG}, tmp_path / "last.ckpt")
     checkpoint = read_checkpoint(tmp_path / "last.ckpt")
-    assert (checkpoint.kind, checkpoint.config) == ("ours", CONFIG)
+    assert (checkpoint.kind, checkpoint.own_config) == ("ours", CONFIG)
     assert_same(load_unet(tmp_path / "last.ckpt").state_dict(), part(video_state(), UNET_PREFIX))
     assert_same(load_first_stage(checkpoint).compvis_state_dict(), part(video_state(), FIRST_STAGE_PREFIX))
     assert_same(load_text_encoder(checkpoint).compvis_state_dict(), part(video_state(), TEXT_PREFIX))
 
 
-def test_a_config_inside_a_file_builds_our_classes_only(tmp_path):
+LOADERS = {
+    "unet_config": load_unet,
+    "first_stage_config": load_first_stage,
+    "cond_stage_config": load_text_encoder,
+}
+
+
+@pytest.mark.parametrize("target", ["subprocess.Popen", "ldm.data.shard_writer.TarWriter", "ldm.rehearsal.Run", None])
+@pytest.mark.parametrize("place", LOADERS)
+def test_a_config_inside_a_file_builds_three_classes_only(tmp_path, place, target):
     config = copy.deepcopy(CONFIG)
-    config["model"]["params"]["unet_config"] = {"target": "subprocess.Popen", "params": {"args": ["touch", "x"]}}
+    config["model"]["params"][place] = {"target": target, "params": {"args": ["touch", str(tmp_path / "x")]}}
     torch.save({"state_dict": video_state(), "config": config}, tmp_path / "evil.ckpt")
-    with pytest.raises(ConfigError, match=r"may only name classes of ldm, found 'subprocess.Popen'"):
-        load_unet(tmp_path / "evil.ckpt")
+    checkpoint = read_checkpoint(tmp_path / "evil.ckpt")
+    message = rf"evil.ckpt, model.params.{place}.target: expected ldm\..*, found .*; nothing was built"
+    for read in (LOADERS[place], lambda checkpoint: checkpoint.config):
+        with pytest.raises(ConfigError, match=message):
+            read(checkpoint)
+    assert not (tmp_path / "x").exists()
+    LOADERS[place](checkpoint, CONFIG["model"]["params"][place])  # with a config of one's own it can be used
+
+
+def test_a_config_inside_a_file_names_no_other_file(tmp_path):
+    config = copy.deepcopy(CONFIG)
+    params = config["model"]["params"]
+    params["ckpt_path"] = params["first_stage_config"]["params"]["ckpt_path"] = "/nowhere.ckpt"
+    params["cond_stage_config"]["params"] |= {"ckpt_path": "/nowhere.ckpt", "tokenizer": "/nowhere"}
+    torch.save({"state_dict": video_state(), "config": config}, tmp_path / "nosy.ckpt")
+    checkpoint = read_checkpoint(tmp_path / "nosy.ckpt")
+    assert "nowhere" in str(checkpoint.own_config) and "nowhere" not in str(checkpoint.config)
+    for load in LOADERS.values():
+        load(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model": "x"}, "odd.ckpt, model: expected a mapping, found 'x'"),
+        ({"model": {"params": 5}}, "odd.ckpt, model.params: expected a mapping, found 5"),
+        ({"model": {"params": {"unet_config": 5}}}, "odd.ckpt, model.params.unet_config: expected a mapping, found 5"),
+    ],
+)
+def test_a_malformed_config_inside_a_file(tmp_path, config, message):
+    torch.save({"state_dict": video_state(), "config": config}, tmp_path / "odd.ckpt")
+    with pytest.raises(ConfigError, match=message):
+        load_unet(tmp_path / "odd.ckpt")
+    load_unet(tmp_path / "odd.ckpt", UNET)
+
+
+def test_a_config_without_a_model_says_where():
+    for config, message in (
+        ({"model": None}, "model.params.first_stage_config: expected a node with target and params"),
+        ({"model": {"params": None}}, "model.params.first_stage_config: expected a node with target and params"),
+        ({"model": "x"}, "model: expected a mapping, found 'x'"),
+        ({"model": {"params": [1]}}, r"model.params: expected a mapping, found \[1\]"),
+    ):
+        for read in (encoder_tensors, load_encoders, latent_scale):
+            with pytest.raises(UserError, match=message):
+                read(config)
 
 
 @pytest.mark.parametrize("registered", [True, False])

@@ -1,0 +1,62 @@
+"""Whether the values in a config are of the right kind: what is annotated as a number, a string, a boolean, a list or
+a mapping of these, or a choice among them.
+
+An annotation of any other kind admits everything: the constructor itself must look.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin
+
+from ldm.errors import UserError
+
+_KINDS = {int: int, float: int | float, bool: bool, str: str | os.PathLike, NoneType: NoneType}
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", NoneType: "null"}
+
+
+class ConfigError(UserError):
+    """A config that cannot mean what its writer wanted."""
+
+
+def mapping_at(path: str, value: Any) -> Mapping[str, Any]:
+    """The mapping `value`, an empty one for None; `ConfigError` naming `path` for anything else."""
+    if value is not None and not isinstance(value, Mapping):
+        raise ConfigError(f"{path}: expected a mapping, found {value!r}")
+    return value or {}
+
+
+def check_values(values: Mapping[str, Any], annotations: Mapping[str, Any], path: str) -> None:
+    """Raise `ConfigError` naming the first of `values` that does not fit its annotation."""
+    for key, value in values.items():
+        if not fits(value, annotations[key]):
+            raise ConfigError(f"{path}.{key}: expected {in_words(annotations[key])}, found {value!r}")
+
+
+def fits(value: Any, annotation: Any) -> bool:
+    """True where `value` is what `annotation` asks for; a whole number is a number, true and false are neither."""
+    origin = get_origin(annotation) or annotation
+    if origin in (Union, UnionType):
+        return any(fits(value, one) for one in get_args(annotation))
+    if origin in _KINDS:
+        return isinstance(value, _KINDS[origin]) and (origin is bool or not isinstance(value, bool))
+    inner = get_args(annotation)
+    if origin in (Sequence, list):
+        return isinstance(value, list | tuple) and all(fits(one, inner[0]) for one in value if inner)
+    if origin in (Mapping, dict):
+        return isinstance(value, Mapping) and all(fits(one, inner[1]) for one in value.values() if inner)
+    return True
+
+
+def in_words(annotation: Any) -> str:
+    """What an annotation that refused a value asks for, for an error message."""
+    origin, inner = get_origin(annotation) or annotation, get_args(annotation)
+    if origin in (Union, UnionType):
+        return " or ".join(map(in_words, inner))
+    if origin in (Sequence, list):
+        return "a list" + (f", each {in_words(inner[0])}" if inner else "")
+    if origin in (Mapping, dict):
+        return "a mapping" + (f", each value {in_words(inner[1])}" if inner and inner[1] is not Any else "")
+    return _WORDS.get(origin, str(annotation))
