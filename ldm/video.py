@@ -38,6 +38,18 @@ def from_uint8(frames: np.ndarray | Sequence[np.ndarray]) -> torch.Tensor:
     return rearrange(pixels, "t h w c -> t c h w").float() / 127.5 - 1
 
 
+def parse_size(size: int | str | Sequence[int], where: str) -> tuple[int, int]:
+    """One side for a square, "HEIGHTxWIDTH", or [height, width] -> height, width in pixels, both at least 1.
+
+    Raises UserError that starts with `where` for anything else.
+    """
+    is_list = isinstance(size, Sequence) and not isinstance(size, str)
+    words = list(size) if is_list else str(size).lower().split("x")
+    if len(words) not in (1, 2) or not all(str(word).isdecimal() and int(word) > 0 for word in words):
+        raise UserError(f"{where}: expected a number of pixels or HEIGHTxWIDTH, found {size!r}")
+    return int(words[0]), int(words[-1])
+
+
 def write_mp4(path: Path | str, frames: np.ndarray, fps: float, metadata: Mapping[str, Any] | None = None) -> None:
     """Write uint8 RGB `t h w 3` as H.264 that plays everywhere (yuv420p, BT.709) and looks like the original.
 

@@ -44,7 +44,7 @@ from ldm.data.preparation import PartWriter, Preparation, Settings, VideoReport,
 from ldm.data.shards import PreparedSet
 from ldm.errors import UserError, run_command
 from ldm.modules.posterior import posterior_mean
-from ldm.video import contact_sheet, from_uint8, to_uint8
+from ldm.video import contact_sheet, from_uint8, parse_size, to_uint8
 
 DEFAULT_FPS, DEFAULT_SIZE = 10.0, 512
 SIZE_STEP = 64
@@ -112,16 +112,16 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parsed
 
 
-def parse_size(text: str | int) -> list[int]:
-    """`512` or `320x576` (height first) -> [height, width]; raises UserError unless multiples of 64."""
-    words = str(text).lower().split("x")
-    if len(words) > 2 or not all(word.isdecimal() for word in words):
-        raise UserError(f"--size: expected a number of pixels or HEIGHTxWIDTH, found {text!r}")
-    size = [int(word) for word in words] * (3 - len(words))
+def read_size(arguments: argparse.Namespace, defaults: dict[str, Any]) -> list[int]:
+    """[height, width] from --size, or the config's prepare.size; raises UserError unless multiples of 64."""
+    where, given = "--size", arguments.size
+    if given is None:
+        where, given = "prepare.size", defaults.get("size", DEFAULT_SIZE)
+    size = list(parse_size(given, where))
     nearest = [max(SIZE_STEP, round(side / SIZE_STEP) * SIZE_STEP) for side in size]
     if nearest != size:
         raise UserError(
-            f"--size: expected multiples of {SIZE_STEP}, found {text}; the nearest is {nearest[0]}x{nearest[1]} "
+            f"{where}: expected multiples of {SIZE_STEP}, found {given}; the nearest is {nearest[0]}x{nearest[1]} "
             "(height x width)"
         )
     return size
@@ -135,7 +135,7 @@ def read_settings(arguments: argparse.Namespace, config: DictConfig) -> Settings
     fps = arguments.fps if arguments.fps is not None else float(defaults.get("fps", DEFAULT_FPS))
     if not 0 < fps < float("inf"):
         raise UserError(f"--fps: expected frames a second above 0, found {fps:g}")
-    size = parse_size(arguments.size if arguments.size is not None else defaults.get("size", DEFAULT_SIZE))
+    size = read_size(arguments, defaults)
     tensors = checkpoint.encoder_tensors(config)
     parts = [
         {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -8,12 +8,13 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 
 from ldm.atomic import replacing, write_atomically
 from ldm.data.example_drive import draw_drive, write_example
 from ldm.errors import UserError
-from ldm.video import contact_sheet, from_uint8, read_metadata, read_video, to_uint8, write_gif, write_mp4
+from ldm.video import contact_sheet, from_uint8, parse_size, read_metadata, read_video, to_uint8, write_gif, write_mp4
 
 
 @pytest.fixture(scope="module")
@@ -139,3 +140,12 @@ def test_the_drive_is_deterministic_and_streams_towards_the_camera(tmp_path):
     assert min(down) > 0.5  # the ground comes closer
     write_example(tmp_path / "drive.mp4", num_frames=5, size=64)
     assert read_video(tmp_path / "drive.mp4")[0].shape == (5, 64, 64, 3)
+
+
+def test_one_meaning_of_a_size():
+    for size in (64, "64", [64, 64], (64, 64), "64x64", OmegaConf.create([64, 64])):
+        assert parse_size(size, "size") == (64, 64)
+    assert parse_size("32X48", "size") == parse_size([32, 48], "size") == (32, 48)
+    for size in ("big", "64x", "1x2x3", 0, -64, 6.5, True, None, [], [64, None], {"a": 1}):
+        with pytest.raises(UserError, match=r"prepare.size: expected a number of pixels or HEIGHTxWIDTH, found"):
+            parse_size(size, "prepare.size")
