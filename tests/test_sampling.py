@@ -251,13 +251,15 @@ def test_decoding_in_pieces_changes_nothing():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: build_scheduler("dmp++", NoiseSchedule()), r"one of ddim.*found 'dmp\+\+' \(did you mean 'dpm\+\+'"),
+        (lambda: build_scheduler("dmp++", NoiseSchedule()), r"sampler: .*found 'dmp\+\+'; did you mean 'dpm\+\+'"),
         (lambda: set_steps(build_scheduler("ddim", NoiseSchedule()), 0), "steps: expected 1 to 999, found 0"),
         (lambda: set_steps(build_scheduler("ddim", NoiseSchedule()), 1000), "expected 1 to 999, found 1000"),
         (lambda: set_steps(build_scheduler("dpm++", NoiseSchedule()), 1000), "does not fit into the 1000"),
         (lambda: initial_noise(1, 0, 4, 8, 8, torch.Generator()), "frames: expected at least 1, found 0"),
         (lambda: initial_noise(3, 2, 4, 8, 8, seeded(1, 2)), "each of the 3 samples, found 2"),
         (lambda: check_size(512, 500, 64), "width: expected a multiple of 64 pixels, found 500; the nearest is 512"),
+        (lambda: check_size(512, 4160, 64), "width: expected at most 4096 pixels, found 4160"),
+        (lambda: build_scheduler("zzz", NoiseSchedule()), "found 'zzz'; accepted here: ddim, dpm"),
         (lambda: check_size(0, 512, 64), "height: expected a multiple of 64 pixels, found 0"),
         (lambda: decode_video(Doubling(), torch.zeros(SHAPE), 1.0, chunk=0), "decode chunk: expected at least 1"),
         (

@@ -6,7 +6,6 @@ Diffusion v1 is sampled. Classifier-free guidance is that of Ho & Salimans 2022.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,8 +21,11 @@ from diffusers import (
 from einops import rearrange
 from torch import Tensor, nn
 
+from ldm.config import nearest
 from ldm.errors import UserError
 from ldm.models.diffusion.schedule import NoiseSchedule
+
+MAX_SIDE = 4096  # pixels of a clip; far beyond what any network here was trained on
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]  # noisy latents b t c h w, timesteps b -> network output b t c h w
 Generators = torch.Generator | Sequence[torch.Generator]
@@ -37,16 +39,12 @@ class PLMSScheduler(PNDMScheduler):
     class extrapolates it as it is, which is right for "eps" alone.
     """
 
-    parameterization = "eps"
+    schedule: NoiseSchedule  # on the device of the samples
 
     def step_plms(self, model_output: Tensor, timestep: Tensor, sample: Tensor, return_dict: bool = True) -> Any:
         """One step from the network's output at `timestep`, `b ...`; returns what diffusers' class returns."""
-        alpha = self.alphas_cumprod[timestep]
-        if self.parameterization == "x0":
-            model_output = (sample - alpha.sqrt() * model_output) / (1 - alpha).sqrt()
-        elif self.parameterization == "v":
-            model_output = alpha.sqrt() * model_output + (1 - alpha).sqrt() * sample
-        return super().step_plms(model_output, timestep, sample, return_dict)
+        noise = self.schedule.to_noise(model_output, sample, timestep.expand(len(sample)))
+        return super().step_plms(noise, timestep, sample, return_dict)
 
 
 # The last DDIM and PLMS step ends at alphas_cumprod[0], not at 1, and their grid starts at 1: as Stable Diffusion v1.
@@ -93,18 +91,19 @@ class GuidedDenoiser:
 
 
 def build_scheduler(name: str, schedule: NoiseSchedule) -> SchedulerMixin:
-    """The diffusers scheduler called `name` (one of `SAMPLERS`) for the betas and parameterization of `schedule`."""
+    """The diffusers scheduler called `name` (one of `SAMPLERS`) for the betas and parameterization of `schedule`.
+
+    `schedule` must be on the device where sampling will be.
+    """
     if name not in _SCHEDULERS:
-        near = difflib.get_close_matches(name, SAMPLERS, n=1, cutoff=0.3)
-        hint = f" (did you mean '{near[0]}'?)" if near else ""
-        raise UserError(f"sampler: expected one of {', '.join(SAMPLERS)}, found '{name}'{hint}")
+        raise UserError(f"sampler: expected the name of one, found {name!r}; {nearest(name, SAMPLERS)}")
     cls, settings = _SCHEDULERS[name]
     if cls is not PLMSScheduler:
         settings = {**settings, "prediction_type": _PREDICTION_TYPES[schedule.parameterization]}
     betas = schedule.betas64().tolist()
     scheduler = cls(num_train_timesteps=schedule.num_timesteps, trained_betas=betas, **settings)
     if isinstance(scheduler, PLMSScheduler):
-        scheduler.parameterization = schedule.parameterization
+        scheduler.schedule = schedule
     return scheduler
 
 
@@ -140,11 +139,13 @@ def initial_noise(num: int, frames: int, channels: int, h: int, w: int, generato
 
 
 def check_size(height: int, width: int, multiple: int) -> None:
-    """Raise UserError unless height and width, in pixels, are multiples of `multiple` (64 for Stable Diffusion)."""
+    """Raise UserError unless height and width are multiples of `multiple` pixels (SD: 64), `MAX_SIDE` at most."""
     for name, size in (("height", height), ("width", width)):
+        if size > MAX_SIDE:
+            raise UserError(f"{name}: expected at most {MAX_SIDE} pixels, found {size}")
         if size < multiple or size % multiple:
-            nearest = max(multiple, round(size / multiple) * multiple)
-            raise UserError(f"{name}: expected a multiple of {multiple} pixels, found {size}; the nearest is {nearest}")
+            near = max(multiple, round(size / multiple) * multiple)
+            raise UserError(f"{name}: expected a multiple of {multiple} pixels, found {size}; the nearest is {near}")
 
 
 def check_eta(scheduler: SchedulerMixin, eta: float) -> None:
