@@ -18,16 +18,20 @@ from torch import Tensor
 from ldm.checkpoint import (
     SD_V1_FIRST_STAGE,
     SD_V1_SCALE,
+    UNET_PATH,
     Checkpoint,
     is_temporal,
     latent_scale,
     load_first_stage,
     load_text_encoder,
     load_unet,
+    outline_first_stage,
     read_checkpoint,
+    unet_node,
     unet_tensors,
-    unet_words,
 )
+from ldm.config import build, check_node
+from ldm.config_values import check_values, mapping_at
 from ldm.errors import UserError
 from ldm.models.diffusion.sampling import (
     GuidedDenoiser,
@@ -39,11 +43,13 @@ from ldm.models.diffusion.sampling import (
     sample,
     set_steps,
 )
-from ldm.models.diffusion.schedule import NoiseSchedule
-from ldm.video import to_uint8
+from ldm.video import parse_size, to_uint8
 
 SD_V1_SIZE, DEFAULT_FRAMES, DEFAULT_FPS = 512, 5, 10.0
-SD_V1_SCHEDULE = {"timesteps": 1000, "linear_start": 0.00085, "linear_end": 0.012, "parameterization": "eps"}
+SD_V1_SCHEDULE = {
+    "target": "ldm.models.diffusion.schedule.NoiseSchedule",
+    "params": {"timesteps": 1000, "linear_start": 0.00085, "linear_end": 0.012, "parameterization": "eps"},
+}
 PRECISIONS = {"full": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 Progress = Callable[[str, int, int], None]  # called with (stage, done, total)
@@ -100,18 +106,17 @@ class ClipGenerator:
         self.checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else read_checkpoint(checkpoint)
         self.config, self.device, self.dtype = config, torch.device(device), PRECISIONS[precision]
         whole = config or self.checkpoint.config or {}
-        self._params = (whole.get("model") or {}).get("params") or {}
-        tensors = unet_tensors(self.checkpoint)
-        words = (self._params.get("unet_config") or {}).get("params") or unet_words(tensors)
-        self._check_channels(words)
-        self.training = _training(whole, any(map(is_temporal, tensors)))
-        self.schedule = NoiseSchedule(**{key: self._params.get(key, value) for key, value in SD_V1_SCHEDULE.items()})
+        self._params = mapping_at("model.params", mapping_at("model", whole.get("model")).get("params"))
+        unet = unet_node(self.checkpoint, config)
+        check_node(unet, UNET_PATH)
+        self._check_channels(unet["params"])
+        self.training = _training(whole, any(map(is_temporal, unet_tensors(self.checkpoint))))
+        schedule = {key: self._params.get(key, value) for key, value in SD_V1_SCHEDULE["params"].items()}
+        self.schedule = build({**SD_V1_SCHEDULE, "params": schedule}, "model").to(self.device)
         self.scale_factor = latent_scale(whole) if self._params else SD_V1_SCALE
-        first_stage = self._params.get("first_stage_config") or SD_V1_FIRST_STAGE
-        ddconfig = first_stage["params"]["ddconfig"]
-        self.num_channels = ddconfig["z_channels"]
-        self.downsampling = 2 ** (len(ddconfig["ch_mult"]) - 1)
-        self.size_multiple = self.downsampling * 2 ** (len(words.get("channel_mult", (1, 2, 4, 4))) - 1)
+        first_stage = outline_first_stage(self._params.get("first_stage_config") or SD_V1_FIRST_STAGE)
+        self.num_channels, self.downsampling = first_stage.num_channels, first_stage.downsampling
+        self.size_multiple = self.downsampling * 2 ** (len(unet["params"].get("channel_mult", (1, 2, 4, 4))) - 1)
         self._contexts: dict[str, Tensor] = {}
         self._unet = self._first_stage = None
 
@@ -190,19 +195,19 @@ class ClipGenerator:
 
 
 def _training(config: Mapping[str, Any], has_time: bool) -> Training:
-    data, prepare = ((config.get(name) or {}) for name in ("data", "prepare"))
-    params = data.get("params") or {}
-    fps, strides = prepare.get("fps"), params.get("strides", [1])
-    stride = min(strides) if isinstance(strides, Sequence) else strides
-    return Training(params.get("frames"), fps and fps / stride, _parse_size(prepare.get("size")), has_time)
-
-
-def _parse_size(size: Any) -> tuple[int, int] | None:
-    """`prepare.size` of a config: one number, [height, width], or "HEIGHTxWIDTH"."""
-    if size is None:
-        return None
-    sides = [int(side) for side in (size if isinstance(size, list | tuple) else str(size).lower().split("x"))]
-    return (sides * 2)[0], (sides * 2)[1]
+    data, prepare = (mapping_at(name, config.get(name)) for name in ("data", "prepare"))
+    params = mapping_at("data.params", data.get("params"))
+    found = {"frames": params.get("frames"), "strides": params.get("strides", 1)}
+    check_values(found, {"frames": int | None, "strides": int | Sequence[int]}, "data.params")
+    check_values({"fps": prepare.get("fps")}, {"fps": float | None}, "prepare")
+    strides = [found["strides"]] if isinstance(found["strides"], int) else found["strides"]
+    fps, size = prepare.get("fps"), prepare.get("size")
+    return Training(
+        found["frames"],
+        fps and fps / max(1, min(strides, default=1)),
+        None if size is None else parse_size(size, "prepare.size"),
+        has_time,
+    )
 
 
 def _staged(progress: Progress | None, stage: str) -> Callable[[int, int], None] | None:

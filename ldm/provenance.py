@@ -11,21 +11,46 @@ import hashlib
 import json
 import platform
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryFile
+from typing import Any, get_type_hints
 
 import numpy as np
 import torch
 
 from ldm.atomic import replacing, write_atomically
+from ldm.config_values import ConfigError, check_values, mapping_at
+from ldm.data.preparation import hash_file
 from ldm.errors import UserError
+from ldm.generation import PRECISIONS, ClipSettings
 from ldm.video import contact_sheet, read_metadata, write_gif, write_mp4
 
 SHEET_WIDTH = 4096  # pixels; longer clips take several rows
 PACKAGES = ("video-stable-diffusion", "torch", "diffusers", "transformers", "av", "pillow")
-WORDS = {"clip", "seed", "batch", "checkpoint", "config", "precision", "decode_chunk", "machine", "versions", "command"}
+MAX_THREADS = 4096
+# Every word of a record and what it holds.
+PARTS = {
+    "": {
+        "clip": Mapping, "seed": int, "batch": Mapping, "checkpoint": Mapping, "config": Mapping | None,
+        "precision": str, "decode_chunk": int, "machine": Mapping, "versions": Mapping[str, str], "command": str,
+    },
+    "clip": get_type_hints(ClipSettings),
+    "batch": {"seeds": Sequence[int], "index": int},
+    "checkpoint": {"path": str, "sha256": str},
+    "machine": {"device": str, "threads": int},
+}  # fmt: skip
+
+
+def open_folder(path: Path) -> None:
+    """Make the folder and see that it can be written to, before anything slow; raises UserError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise UserError(f"--outdir: expected a folder to write to, found {path} ({error.strerror})") from error
 
 
 def next_number(outdir: Path) -> int:
@@ -49,19 +74,40 @@ def write_clip(stem: Path, frames: np.ndarray, record: dict[str, Any]) -> None:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """The settings in a JSON or MP4 written by this script."""
+    """The record in a JSON or MP4 written here, every word of it checked; raises UserError."""
     if path.suffix.lower() == ".json":
         if not path.is_file():
             raise UserError(f"{path}: there is no such file")
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: expected the JSON of a clip, found something else ({error})") from error
     else:
         record = read_metadata(path)
-    if not isinstance(record, dict) or not set(record) >= WORDS:
-        raise UserError(f"{path}: expected the record of a clip made by txt2vid.py ({', '.join(sorted(WORDS))})")
+    try:
+        _check_record(record)
+    except ConfigError as error:
+        raise UserError(f"{path}: expected the record of a clip made by txt2vid.py; {error}") from None
     return record
+
+
+def _check_record(record: Any) -> None:
+    for part, words in PARTS.items():
+        found = mapping_at(part or "record", record[part] if part else record)
+        if odd := set(words) ^ set(found):
+            raise ConfigError(f"{part or 'record'}: expected the keys {', '.join(words)}, not {', '.join(sorted(odd))}")
+        check_values(found, words, part or "record")
+    seeds, index, threads = record["batch"]["seeds"], record["batch"]["index"], record["machine"]["threads"]
+    for place, value, is_sound, expected in (
+        ("batch.seeds", seeds, all(0 <= seed < 2**63 for seed in seeds), "whole numbers from 0 to 2^63"),
+        ("batch.index", index, 0 <= index < len(seeds), "a place among the seeds"),
+        ("seed", record["seed"], record["seed"] in seeds[index : index + 1], "the one of the batch at that place"),
+        ("precision", record["precision"], record["precision"] in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),
+        ("decode_chunk", record["decode_chunk"], record["decode_chunk"] >= 1, "at least 1"),
+        ("machine.threads", threads, 1 <= threads <= MAX_THREADS, f"1 to {MAX_THREADS}"),
+    ):
+        if not is_sound:
+            raise ConfigError(f"{place}: expected {expected}, found {value!r}")
 
 
 def check_same_checkpoint(record: dict[str, Any], path: Path, sha256: str) -> None:
@@ -79,7 +125,7 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
 
 
-def describe_machine(device: torch.device) -> dict[str, Any]:
+def device_and_threads(device: torch.device) -> dict[str, Any]:
     """The device and, as sums depend on it, the number of threads."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {"device": f"{device.type}: {name}", "threads": torch.get_num_threads()}
@@ -99,10 +145,9 @@ def hash_checkpoint(path: Path | str) -> str:
     """sha256 of a checkpoint in hex: of a file's bytes, or of the names and bytes of all files in a folder."""
     path = Path(path)
     if path.is_file():
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return hash_file(path)
     digest = hashlib.sha256()
     for entry in sorted(entry for entry in path.rglob("*") if entry.is_file()):
         digest.update(entry.relative_to(path).as_posix().encode() + b"\0")
-        digest.update(bytes.fromhex(hash_checkpoint(entry)))
+        digest.update(bytes.fromhex(hash_file(entry)))
     return digest.hexdigest()

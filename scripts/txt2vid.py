@@ -22,15 +22,18 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ldm.config import check, check_own_targets, load_config, to_container
+from ldm.checkpoint import latent_scale
+from ldm.checkpoint_config import confined
+from ldm.config import check, load_config, to_container
 from ldm.errors import UserError, run_command
 from ldm.generation import DEFAULT_FPS, DEFAULT_FRAMES, PRECISIONS, SD_V1_SIZE, ClipGenerator, ClipSettings
 from ldm.models.diffusion.sampling import SAMPLERS
 from ldm.provenance import (
     check_same_checkpoint,
-    describe_machine,
+    device_and_threads,
     hash_checkpoint,
     next_number,
+    open_folder,
     read_record,
     replay_notes,
     versions,
@@ -38,6 +41,7 @@ from ldm.provenance import (
 )
 
 LOGS = Path("logs")
+DECODE_CHUNK = 4
 MAX_SEED = 2**63 - 1
 
 
@@ -102,7 +106,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     machine.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     machine.add_argument("--precision", choices=PRECISIONS, help="default: bf16 on CUDA cards that have it, else full")
     machine.add_argument(
-        "--decode-chunk", type=int, default=4, metavar="N", help="frames decoded at a time (default: %(default)s)"
+        "--decode-chunk", type=int, metavar="N", help=f"frames decoded at a time (default: {DECODE_CHUNK})"
     )
     return parser.parse_args(arguments)
 
@@ -181,6 +185,8 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
+        if not re.fullmatch(r"cpu|cuda(:\d+)?|mps", name):  # torch knows others, such as "meta"
+            raise RuntimeError("there is no such device")
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -238,7 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Make the clips that the command line asks for."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     options = parse_arguments(words)
-    if options.decode_chunk < 1:
+    if options.decode_chunk is not None and options.decode_chunk < 1:
         raise UserError(f"--decode-chunk: expected at least 1 frame, found {options.decode_chunk}")
     console = Console(highlight=False, soft_wrap=True)
     record = None
@@ -248,22 +254,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = choose_device(options.device)
     path = find_checkpoint(options.ckpt)
     console.print(f"checkpoint: {path}{' (the newest run)' if options.ckpt is None else ''}", markup=False)
-    config = record["config"] if record else read_config(options.config)
+    config = read_config(options.config)
+    if record and record["config"] is not None:
+        config = confined(record["config"], str(options.replay))
     precision = choose_precision(options.precision, device)
     generator = ClipGenerator(path, config, device, precision)
     jobs = [replayed_job(record, generator)] if record else plan(options, generator)
+    open_folder(options.outdir)
     with console.status("reading the checkpoint and the prompts"):
         sha256 = hash_checkpoint(path)
         if record:
             check_same_checkpoint(record, path, sha256)
         prompts = dict.fromkeys(text for job in jobs for text in (job.settings.prompt, job.settings.negative_prompt))
         cuts = generator.read_prompts(list(prompts))
-    now = {"versions": versions(), "machine": describe_machine(device)}
+    now = {"versions": versions(), "machine": device_and_threads(device)}
     base = {
         "checkpoint": {"path": str(path), "sha256": sha256},
         "config": config,
         "precision": precision,
-        "decode_chunk": options.decode_chunk,
+        "decode_chunk": options.decode_chunk or DECODE_CHUNK,
         "command": shlex.join(["python", "scripts/txt2vid.py", *words]),
     }
     if record:
@@ -277,7 +286,6 @@ def make_clips(
     jobs: Sequence[Job], generator: ClipGenerator, base: dict[str, Any], outdir: Path, console: Console
 ) -> None:
     """Generate and write clip after clip, and print the path of each; `base` is what all their records share."""
-    outdir.mkdir(parents=True, exist_ok=True)
     num_clips = sum(len(job.wanted) for job in jobs)
     number = next_number(outdir)
     with progress_bar(console) as show:
@@ -301,25 +309,26 @@ def make_clips(
 
 
 def read_config(path: Path | None) -> dict[str, Any] | None:
-    """A checked config in plain containers, None for None."""
+    """A checked config in plain containers with its scale factor as a number; None for None."""
     if path is None:
         return None
     config = load_config([path])
     check(config)
-    return to_container(config)
+    tree = to_container(config)
+    scale = latent_scale(tree)  # a replay asks no other file for it
+    return {**tree, "model": {**tree["model"], "params": {**tree["model"]["params"], "scale_factor": scale}}}
 
 
 def adopt(options: argparse.Namespace, record: dict[str, Any]) -> argparse.Namespace:
     """The options of a replay: those of the record; only --ckpt, --device and --outdir may be given beside it."""
     clip_options = {action.dest for action in clip_parser()._actions}
     given = sorted(clip_options & set(vars(options)))
-    given += ["config"] * (options.config is not None) + ["precision"] * (options.precision is not None)
+    given += [name for name in ("config", "precision", "decode_chunk") if getattr(options, name) is not None]
     if given:
         raise UserError(
             f"--replay: takes every setting of the clip from {options.replay}, so --{given[0].replace('_', '-')} "
             "cannot be given beside it; only --ckpt, --device and --outdir can"
         )
-    check_own_targets(record["config"] or {})
     adopted = {"precision": record["precision"], "decode_chunk": record["decode_chunk"]}
     adopted["ckpt"] = options.ckpt or Path(record["checkpoint"]["path"])
     if options.device == "auto":

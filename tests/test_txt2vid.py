@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import subprocess
 import sys
+from dataclasses import asdict
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +17,11 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
-from ldm.errors import UserError
+from ldm.errors import UserError, run_command
 from ldm.generation import ClipGenerator, ClipSettings
-from ldm.video import read_metadata, read_video
+from ldm.video import read_metadata, read_video, write_mp4
 from scripts.txt2vid import main
-from tests.tiny_checkpoint import CONFIG, image_state, save_as_public, video_state
+from tests.tiny_checkpoint import CONFIG, config_for, image_state, save_as_public, video_state
 
 ROOT = Path(__file__).parents[1]
 QUICK = ["--steps", "2", "--H", "32", "--W", "48"]
@@ -137,9 +140,13 @@ def test_guidance_and_negative_prompt_matter(checkpoint):
 def test_a_public_image_checkpoint_works_and_says_that_time_is_untrained(run, tmp_path):
     public, config = tmp_path / "sd.ckpt", tmp_path / "config.yaml"
     save_as_public(image_state(), public)
-    OmegaConf.save(OmegaConf.create(CONFIG), config)
+    torch.save({"state_dict": image_state(), "scale_factor": 0.25}, tmp_path / "scaled.ckpt")
+    words = config_for(tmp_path / "scaled.ckpt", scale_factor=None)  # to be measured: the record holds the number
+    OmegaConf.save(OmegaConf.create(words), config)
     out = run("--prompt", "a road", "--ckpt", str(public), "--config", str(config), *QUICK, "--frames", "2")
     assert "has not been trained on time" in out
+    assert records(tmp_path)[0]["config"]["model"]["params"]["scale_factor"] == 0.25
+    (tmp_path / "scaled.ckpt").unlink()
     run("--replay", str(tmp_path / "00000.mp4"))  # the config travels in the record
     assert (tmp_path / "00000.mp4").read_bytes() == (tmp_path / "00001.mp4").read_bytes()
 
@@ -177,7 +184,8 @@ def test_half_precision_is_near_full(checkpoint, precision):
         (["--prompt", "x", "--frames", "0"], "frames: expected at least 1, found 0"),
         (["--prompt", "x", "--frames", "six"], "--frames: invalid int value: 'six'"),
         (["--prompt", "x", "--H", "30"], "height: expected a multiple of 4 pixels, found 30; the nearest is 32"),
-        (["--prompt", "x", "--sampler", "dmp++"], r"found 'dmp\+\+' \(did you mean 'dpm\+\+'"),
+        (["--prompt", "x", "--sampler", "dmp++"], r"found 'dmp\+\+'; did you mean 'dpm\+\+'"),
+        (["--prompt", "x", "--H", "40000"], "height: expected at most 4096 pixels, found 40000"),
         (["--prompt", "x", "--steps", "0"], "steps: expected 1 to 999, found 0"),
         (["--prompt", "x", "--steps", "1001"], "steps: expected 1 to 999, found 1001"),
         (["--prompt", "x", "--sampler", "plms", "--eta", "1"], "only the sampler ddim adds noise"),
@@ -244,13 +252,115 @@ def test_replay_says_why_bytes_may_differ(run, tmp_path):
     assert "note: made with torch 1.0, here is" in run("--replay", str(tmp_path / "old.json"))
 
 
-def test_replay_of_a_strangers_record_builds_only_our_classes(run, tmp_path):
+def evil(place: str, folder: Path) -> dict:
+    """A config that would write a file in `folder` if it were built."""
+    config = training_config()
+    config["model"]["params"][place] = {"target": "subprocess.Popen", "params": {"args": ["touch", str(folder / "x")]}}
+    return config
+
+
+@pytest.mark.parametrize("place", ["unet_config", "first_stage_config", "cond_stage_config"])
+def test_a_strangers_checkpoint_and_record_start_nothing(run, tmp_path, place):
+    torch.save({"state_dict": video_state(), "config": evil(place, tmp_path)}, tmp_path / "evil.ckpt")
+    with pytest.raises(UserError, match=rf"evil.ckpt, model.params.{place}.target: expected ldm"):
+        run("--prompt", "a road", *QUICK, "--ckpt", str(tmp_path / "evil.ckpt"))
     run("--prompt", "a road", *QUICK, "--frames", "1")
     record = records(tmp_path)[0]
-    record["config"] = {"model": {"target": "subprocess.Popen", "params": {"args": ["touch", "x"]}}}
+    record["config"] = evil(place, tmp_path)
     (tmp_path / "bad.json").write_text(json.dumps(record))
-    with pytest.raises(UserError, match="may only name classes of ldm"):
+    with pytest.raises(UserError, match=rf"bad.json, model.params.{place}.target: expected ldm"):
         run("--replay", str(tmp_path / "bad.json"))
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        ("clip.mood", "dark", "clip: expected the keys prompt, .*, not mood"),
+        ("clip.frames", "two", "clip.frames: expected a whole number, found 'two'"),
+        ("clip.prompt", None, "clip.prompt: expected a string, found None"),
+        ("checkpoint", "last.ckpt", "checkpoint: expected a mapping, found 'last.ckpt'"),
+        ("checkpoint.sha256", 5, "checkpoint.sha256: expected a string, found 5"),
+        ("batch.index", 4, "batch.index: expected a place among the seeds, found 4"),
+        ("batch.seeds", [2**64], r"batch.seeds: expected whole numbers from 0 to 2\^63"),
+        ("seed", 41, "seed: expected the one of the batch at that place, found 41"),
+        ("precision", "fp8", "precision: expected one of full, bf16, fp16, found 'fp8'"),
+        ("decode_chunk", 0, "decode_chunk: expected at least 1, found 0"),
+        ("machine.threads", 0, "machine.threads: expected 1 to 4096, found 0"),
+        ("machine.device", "meta: x", "--device: expected cpu or a device this machine has, found 'meta'"),
+        ("versions", {"torch": 2}, "versions: expected a mapping, each value a string"),
+        ("config", [], r"config: expected a mapping or null, found \[\]"),
+        ("more", 1, "record: expected the keys .*, not more"),
+    ],
+)
+def test_replay_refuses_a_malformed_record(tmp_path, checkpoint, place, value, message):
+    record = json.loads(json.dumps(a_record(checkpoint)))
+    part, _, word = place.rpartition(".")
+    (record[part] if part else record)[word] = value
+    (tmp_path / "clip.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=message):
+        main(["--replay", str(tmp_path / "clip.json")])
+
+
+def a_record(checkpoint: Path) -> dict:
+    return {
+        "clip": asdict(ClipSettings("a road", frames=1, height=32, width=48, fps=4)), "seed": 42,
+        "batch": {"seeds": [42], "index": 0}, "checkpoint": {"path": str(checkpoint), "sha256": "0" * 64},
+        "config": None, "precision": "full", "decode_chunk": 4, "machine": {"device": "cpu: x", "threads": 1},
+        "versions": {}, "command": "",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("model.params.timesteps", "x", "model.params.timesteps: expected a whole number, found 'x'"),
+        ("model.params.scale_factor", 0, "model.params.scale_factor: expected a number above 0 or null, found 0"),
+        ("model.params.unet_config.params", {}, "unet_config.params: ldm.modules.unet.UNetModel needs in_channels"),
+        ("model.params.unet_config.params.channel_mult", 3, "channel_mult: expected a list, each a whole number"),
+        ("model.params.first_stage_config.params", {}, "first_stage_config.params: .*KLFirstStage needs ddconfig"),
+        ("data.params.strides", "x", "data.params.strides: expected a whole number or a list"),
+        ("data.params.frames", "x", "data.params.frames: expected a whole number or null, found 'x'"),
+        ("prepare.fps", "x", "prepare.fps: expected a number or null, found 'x'"),
+        ("prepare.size", "x", "prepare.size: expected a number of pixels or HEIGHTxWIDTH, found 'x'"),
+        ("data", 5, "data: expected a mapping, found 5"),
+    ],
+)
+def test_a_checkpoint_with_an_odd_config_is_refused(tmp_path, path, value, message):
+    config = training_config()
+    *parts, last = path.split(".")
+    reduce(dict.__getitem__, parts, config)[last] = value
+    torch.save({"state_dict": video_state(), "config": config}, tmp_path / "odd.ckpt")
+    with pytest.raises(UserError, match=message):
+        ClipGenerator(tmp_path / "odd.ckpt")
+
+
+def test_replay_sets_the_pieces_that_are_decoded_too(tmp_path, checkpoint):
+    (tmp_path / "clip.json").write_text(json.dumps(a_record(checkpoint)))
+    for word, value in (("decode-chunk", "7"), ("precision", "bf16"), ("config", "x.yaml"), ("frames", "2")):
+        with pytest.raises(UserError, match=f"so --{word} cannot be given beside it; only --ckpt, --device and"):
+            main(["--replay", str(tmp_path / "clip.json"), f"--{word}", value])
+
+
+def test_a_folder_that_cannot_be_written_to_is_found_before_the_work(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("scripts.txt2vid.hash_checkpoint", None)  # not reached
+    (tmp_path / "file").touch()
+    for outdir in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/nowhere")):
+        with pytest.raises(UserError, match=rf"--outdir: expected a folder to write to, found {outdir} \(\w"):
+            main(["--prompt", "a road", "--ckpt", str(checkpoint), "--device", "cpu", "--outdir", str(outdir)])
+
+
+def test_a_full_disk_ends_with_a_message_and_leaves_earlier_clips(checkpoint, tmp_path, monkeypatch, capsys):
+    def write(path, *values):
+        if path.stem == "00001":
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write_mp4(path, *values)
+
+    monkeypatch.setattr("ldm.provenance.write_mp4", write)
+    words = ["--prompt", "a road", *QUICK, "--frames", "1", "--n_iter", "3", "--ckpt", str(checkpoint)]
+    assert run_command(lambda: main([*words, "--device", "cpu", "--outdir", str(tmp_path)])) == 1
+    assert "error: the disk is full while writing" in capsys.readouterr().err
+    assert len(read_video(tmp_path / "00000.mp4")[0]) == 1 and len(records(tmp_path)) == 1
 
 
 def test_numbers_that_are_not_finite_are_an_error(checkpoint):
@@ -275,8 +385,9 @@ def test_an_inpainting_network_is_refused(tmp_path):
 
 
 def test_a_device_that_is_not_there_is_refused(capsys):
-    with pytest.raises(UserError, match="expected cpu or a device this machine has, found 'cuda:99'"):
-        main(["--prompt", "a road", "--device", "cuda:99"])
+    for name in ("cuda:99", "meta", "cpu:0", "xla", ""):
+        with pytest.raises(UserError, match=f"expected cpu or a device this machine has, found '{name}'"):
+            main(["--prompt", "a road", "--device", name])
 
 
 def test_as_a_command_it_ends_with_a_message_and_a_status(tmp_path):
