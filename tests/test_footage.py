@@ -15,6 +15,7 @@ from ldm.data.footage import (
     find_cuts,
     find_scenes,
     list_videos,
+    name_videos,
     probe,
     read_frames,
 )
@@ -180,3 +181,13 @@ def test_folders_are_searched_and_sorted(tmp_path):
         list_videos([tmp_path / "none"])
     with pytest.raises(FootageError, match="nowhere: there is no such file or folder"):
         list_videos([tmp_path / "nowhere"])
+
+
+def test_videos_are_named_by_their_place_in_the_folder_given(tmp_path):
+    for name in ("a/x.mp4", "a/deep/y.mp4", "b/x.mp4"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    names = name_videos([tmp_path / "a", tmp_path / "b" / "x.mp4", tmp_path / "a" / "x.mp4"])
+    second = tmp_path / "b" / "x.mp4"
+    assert names == {tmp_path / "a" / "deep" / "y.mp4": "deep/y.mp4", tmp_path / "a" / "x.mp4": "x.mp4",
+                     second: second.as_posix()}  # fmt: skip

@@ -84,6 +84,19 @@ def list_videos(paths: Iterable[Path | str]) -> list[Path]:
     return list(videos)
 
 
+def name_videos(given: Iterable[Path | str]) -> dict[Path, str]:
+    """All videos and their names in the data set: inside a given folder the path below it, else the file's name.
+
+    A name that is taken gives way to the whole path. Raises FootageError as `list_videos` does.
+    """
+    names: dict[Path, str] = {}
+    for place in map(Path, given):
+        for path in list_videos([place]):
+            name = path.relative_to(place).as_posix() if place.is_dir() else path.name
+            names.setdefault(path, name if name not in names.values() else path.as_posix())
+    return names
+
+
 def probe(path: Path | str) -> VideoInfo:
     """Read a video's size, rate and length from its headers and first frame.
 
