@@ -39,7 +39,7 @@ from ldm.checkpoint_names import FIRST_STAGE_PREFIX, TEXT_PREFIX
 from ldm.command_line import Parser
 from ldm.config import check, load_config
 from ldm.data.captions import THREE_WAYS, find_captions
-from ldm.data.footage import FootageError, VideoInfo, find_scenes, list_videos, probe, read_frames
+from ldm.data.footage import FootageError, VideoInfo, find_scenes, name_videos, probe, read_frames
 from ldm.data.preparation import PartWriter, Preparation, Settings, VideoReport, hash_file
 from ldm.data.shards import PreparedSet
 from ldm.errors import UserError, run_command
@@ -149,16 +149,6 @@ def read_settings(arguments: argparse.Namespace, config: DictConfig) -> Settings
         size=size,
         num_tokens=int((config.model.params.cond_stage_config.get("params") or {}).get("max_length", 77)),
     )
-
-
-def name_videos(given: Sequence[str]) -> dict[Path, str]:
-    """All videos and their names in the data set: inside a given folder the path below it, else the file's name."""
-    names: dict[Path, str] = {}
-    for word in given:
-        for path in list_videos([word]):
-            name = path.relative_to(word).as_posix() if Path(word).is_dir() else path.name
-            names.setdefault(path, name if name not in names.values() else path.as_posix())
-    return names
 
 
 def plan(

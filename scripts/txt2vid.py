@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -24,6 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ldm.checkpoint import latent_scale
 from ldm.checkpoint_config import confined
+from ldm.command_line import Parser
 from ldm.config import check, load_config, to_container
 from ldm.errors import UserError, run_command
 from ldm.generation import DEFAULT_FPS, DEFAULT_FRAMES, PRECISIONS, SD_V1_SIZE, ClipGenerator, ClipSettings
@@ -52,15 +53,6 @@ class Job:
     settings: ClipSettings
     seeds: list[int]
     wanted: list[int]
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports what it does not understand as a UserError that starts with `where`."""
-
-    where = ""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{self.where}{message}{'' if self.where else '; --help lists all options'}")
 
 
 def clip_parser() -> Parser:
