@@ -114,7 +114,7 @@ def test_the_written_file_is_what_lightning_and_torch_wrote(image_file, config):
 
 
 def test_random_weights_keep_numbers_of_order_one(image_file):
-    unet = load_unet(image_file, {**load_config([CONFIG], TINY).model.params.unet_config.params})
+    unet = load_unet(image_file, load_config([CONFIG], TINY).model.params.unet_config)
     generator = torch.Generator().manual_seed(1)
     noisy, text = torch.randn(1, 5, 4, 8, 8, generator=generator), torch.randn(1, 7, 32, generator=generator)
     with torch.no_grad():
