@@ -1,4 +1,4 @@
-"""The names of Stable Diffusion v1's tensors: CompVis's, which we use everywhere, and diffusers', both directions.
+"""The names of Stable Diffusion v1's tensors: CompVis's, which we use everywhere, from diffusers'.
 
 Pure tables made of strings: no tensor is touched here. A table maps the name of a module in CompVis's naming to its
 name in diffusers'; what follows the module's name (`.weight`, `.temporal.bias`, ...) is the same in both.
@@ -142,11 +142,6 @@ def unet_from_diffusers(names: Collection[str]) -> dict[str, str]:
     return renamed(names, _inverse(unet_table(UNetLayout.of_diffusers(names))))
 
 
-def unet_to_diffusers(names: Collection[str]) -> dict[str, str]:
-    """Each CompVis name, relative to `model.diffusion_model.`, -> the name in a UNet2DConditionModel."""
-    return renamed(names, unet_table(UNetLayout.of_compvis(names)))
-
-
 def first_stage_from_diffusers(names: Collection[str]) -> dict[str, str]:
     """Each name of diffusers' AutoencoderKL, in its old or new spelling, -> CompVis's, relative to the first stage."""
     num_levels = len(_numbers_after("encoder.down_blocks.", names))
@@ -155,12 +150,6 @@ def first_stage_from_diffusers(names: Collection[str]) -> dict[str, str]:
     for side in ("encoder", "decoder"):
         old |= _nested(f"{side}.mid.attn_1", f"{side}.mid_block.attentions.0", _OLD_VAE_ATTENTION)
     return renamed(names, _inverse(table) | _inverse(old))
-
-
-def first_stage_to_diffusers(names: Collection[str]) -> dict[str, str]:
-    """Each CompVis name, relative to `first_stage_model.`, -> the name in diffusers' AutoencoderKL."""
-    num_levels = len(_numbers_after("encoder.down.", names))
-    return renamed(names, first_stage_table(num_levels, len(_numbers_after("encoder.down.0.block.", names))))
 
 
 def is_first_stage_attention_weight(name: str) -> bool:

@@ -105,11 +105,11 @@ def check(config: DictConfig) -> None:
         _check_node(node, path, given=(), optional=SUPPLIED)
 
 
-def to_container(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config as plain dicts and lists, interpolations resolved: what goes into a checkpoint."""
+def to_container(config: Any) -> Any:
+    """A config, or a value of one, as plain dicts and lists, interpolations resolved: what goes into a checkpoint."""
     if OmegaConf.is_config(config):
         return OmegaConf.to_container(config, resolve=True)
-    return {key: to_container(value) if isinstance(value, Mapping) else value for key, value in config.items()}
+    return {key: to_container(value) for key, value in config.items()} if isinstance(config, Mapping) else config
 
 
 def nearest(name: str, accepted: Iterable[str]) -> str:

@@ -167,7 +167,7 @@ def test_every_config_of_the_project_is_sound(path):
         ("lightning.callbacks.samples.params.prompt=x", r"callbacks.samples.params.prompt: nothing.*'prompts'"),
         ("lightning.callbacks.average.params.dekay=1", r"callbacks.average.params.dekay: nothing.*'decay'"),
         ("lightning.callbacks.sample.params.x=1", r"lightning.callbacks.sample: needs a `target`.*samples"),
-        ("lightning.callbacks.samples.params.folder=x", r"samples.params.folder: the program sets this itself"),
+        ("lightning.callbacks.samples.params.folder=x", r"params.folder: the program sets this itself; leave it out"),
         ("model.params.learning_rate=1", r"model.params.learning_rate: the program sets this itself"),
         ("data.target=ldm.data.clips.ClipDataModul", r"no class 'ClipDataModul'; did you mean 'ClipDataModule'"),
         ("data.target=ldm.data.clip.ClipDataModule", r"target: there is no module 'ldm.data.clip'.*ldm.data.clips"),
@@ -215,18 +215,28 @@ def test_values_of_the_right_kind_pass(write):
     words = ["dropout=0", "channel_mult=[1, 2]", "temporal=false"]
     check(load_config([write(VIDEO)], [f"model.params.unet_config.params.{word}" for word in words]))
     check(load_config([write(VIDEO)], ["lightning.modelcheckpoint.params={every_n_train_steps: 5, save_last: link}"]))
+    build(
+        {"target": "ldm.data.clips.ClipDataModule", "params": {"strides": OmegaConf.create([1])}},
+        "data",
+        root="x",
+        frames=3,
+    )
     assert fits("unknown kinds pass", Literal["link"])
 
 
 def test_missing_parameters_are_named(write):
     text = VIDEO.replace("params: {root: prepared, frames: 5, batch_size: 2}", "params: {batch_size: 2}")
-    with pytest.raises(ConfigError, match=r"data.params: ldm.data.clips.ClipDataModule needs root, frames"):
+    with pytest.raises(ConfigError, match=r"data.params: .*ClipDataModule needs root, frames, which the config does"):
         check(load_config([write(text)]))
 
 
 def test_a_section_without_a_target(write):
-    with pytest.raises(ConfigError, match="data: needs a `target`"):
+    message = "data: needs a `target`, the dotted name of the class to build"
+    with pytest.raises(ConfigError, match=message):
         check(load_config([write("data: {params: {frames: 3}}")]))
+    for node in ({"params": {"frames": 3}}, {"target": None}, {"target": 5}, 5, None):
+        with pytest.raises(ConfigError, match=message):
+            build(node, "data")
 
 
 def test_a_package_that_is_not_installed(write, tmp_path, monkeypatch):

@@ -180,7 +180,7 @@ def test_half_precision_is_near_full(checkpoint, precision):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "one of the arguments --prompt --from-file --replay is required; --help lists"),
+        ([], "one of the arguments --prompt --from-file --replay is required; --help lists all options"),
         (["--prompt", "x", "--frames", "0"], "frames: expected at least 1, found 0"),
         (["--prompt", "x", "--frames", "six"], "--frames: invalid int value: 'six'"),
         (["--prompt", "x", "--H", "30"], "height: expected a multiple of 4 pixels, found 30; the nearest is 32"),
@@ -214,7 +214,7 @@ def test_bad_options_are_refused_before_anything_is_written(run, tmp_path, words
         ("a road\n--frames 3\n", "line 2: expected a prompt before the options"),
         ("a road --frame 3\n", "line 1: unrecognized arguments: --frame 3"),
         ("a road --ckpt x\n", "line 1: unrecognized arguments: --ckpt x"),
-        ("a road --negative-prompt 'rain\n", "line 1: the options do not parse"),
+        ("a road --negative-prompt 'rain\n", r"line 1: the options do not parse \(No closing quotation\): .--neg"),
         (b"\xff\xfe\x00", "expected a text file in UTF-8"),
     ],
 )
