@@ -88,6 +88,9 @@ def test_posterior_of_clips_and_wrong_channels(goldens):
     [
         ({"z_channels": 5}, "embed_dim: expected 5"),
         ({"ch": 40}, "ddconfig.ch: expected a multiple of 32"),
+        ({"ch": "x"}, "ddconfig.ch: expected a whole number above 0, found 'x'"),
+        ({"ch_mult": 3}, "ddconfig.ch_mult: expected a list of whole numbers above 0, found 3"),
+        ({"ch_mult": []}, r"ddconfig.ch_mult: expected a list of whole numbers above 0, found \[\]"),
         ({"attn_resolutions": [8]}, r"ddconfig.attn_resolutions: expected \[\]"),
         ({"double_z": False}, "ddconfig.double_z: expected True"),
         ({"chh": 3}, "unknown: chh"),

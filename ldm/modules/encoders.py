@@ -229,6 +229,11 @@ def _check_ddconfig(ddconfig: Mapping[str, Any], embed_dim: int) -> None:
         found = ddconfig.get(word, value)
         if (list(found) if isinstance(value, list) else found) != value:
             raise UserError(f"ddconfig.{word}: expected {value}, as in Stable Diffusion, found {found}")
+    for word in sorted(DDCONFIG_WORDS):
+        sizes = ddconfig[word] if word == "ch_mult" else [ddconfig[word]]
+        if not (isinstance(sizes, Sequence) and sizes and all(isinstance(one, int) and one > 0 for one in sizes)):
+            kind = "a list of whole numbers" if word == "ch_mult" else "a whole number"
+            raise UserError(f"ddconfig.{word}: expected {kind} above 0, found {ddconfig[word]!r}")
     if embed_dim != ddconfig["z_channels"]:
         raise UserError(
             f"embed_dim: expected {ddconfig['z_channels']}, the same as ddconfig.z_channels, found {embed_dim}"
