@@ -113,7 +113,7 @@ def test_other_contents(tmp_path):
 
 def test_tensors_that_belong_to_no_part(tmp_path):
     torch.save(image_state() | {"control_model.input.weight": torch.zeros(1)}, tmp_path / "control.ckpt")
-    with pytest.raises(CheckpointError, match=r"1 of \d+ tensors belong to no part .*: control_model\S+weight\. Remove them"):
+    with pytest.raises(CheckpointError, match=r"1 of \d+ tensors belong to no .*: control_model\S+\. Remove them"):
         read_checkpoint(tmp_path / "control.ckpt")
 
 
