@@ -54,7 +54,7 @@ class VideoLogger(pl.Callback):
         self,
         config: Mapping[str, Any],
         folder: str,
-        prompts: Sequence[str],
+        prompts: str | Sequence[str],
         every_n_steps: int = 1000,
         at_start: bool = True,
         frames: int | None = None,

@@ -218,7 +218,7 @@ class ClipDataModule(StreamDataModule):
         self,
         root: str,
         frames: int,
-        strides: Sequence[int] = (1,),
+        strides: int | Sequence[int] = (1,),
         batch_size: int = 1,
         num_workers: int = 2,
         caption_dropout: float = 0.1,
