@@ -19,6 +19,7 @@ from ldm.callbacks import (
 from ldm.callbacks.reports import _tensor_bytes
 from ldm.data.clips import ClipDataModule
 from ldm.errors import UserError, run_command
+from ldm.models.diffusion.optimizers import build_optimizer
 from tests.toy_run import ToyModel, fit, last, make_prepared, read
 
 pytestmark = pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
