@@ -106,7 +106,7 @@ def load_weights(
     may_miss: says of a name whether the module may keep its own value; temporal layers may.
     """
     account(module.state_dict(), tensors, where=where, may_miss=may_miss)
-    module.load_state_dict(tensors, strict=False)
+    module.load_state_dict(tensors, strict=False)  # what may be missing was settled a line above
 
 
 def load_unet(path: str | Path | Checkpoint, config: Config | None = None, use_average: bool = True) -> UNetModel:

@@ -49,9 +49,10 @@ class NoiseSchedule(nn.Module):
         self.linear_start = linear_start
         self.linear_end = linear_end
         self.parameterization = parameterization
-        self.register_buffer("alphas_cumprod", (1 - self.betas64()).cumprod(0).float(), persistent=False)
-        self.register_buffer("signal_scale", (1 - self.betas64()).cumprod(0).sqrt().float(), persistent=False)
-        self.register_buffer("noise_scale", (1 - (1 - self.betas64()).cumprod(0)).sqrt().float(), persistent=False)
+        cumprod = (1 - self.betas64()).cumprod(0)
+        self.register_buffer("alphas_cumprod", cumprod.float(), persistent=False)
+        self.register_buffer("signal_scale", cumprod.sqrt().float(), persistent=False)
+        self.register_buffer("noise_scale", (1 - cumprod).sqrt().float(), persistent=False)
 
     def betas64(self) -> Tensor:
         """The variances beta_t of the forward process -> float64 `num_timesteps`."""
@@ -69,15 +70,6 @@ class NoiseSchedule(nn.Module):
         if self.parameterization == "x0":
             return clean
         return _over(self.signal_scale, timesteps, clean) * noise - _over(self.noise_scale, timesteps, clean) * clean
-
-    def to_clean(self, output: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
-        """The clean latents that a network output stands for (DDPM eq. 15 for "eps"): `b ...` -> `b ...`."""
-        signal, noise = _over(self.signal_scale, timesteps, noisy), _over(self.noise_scale, timesteps, noisy)
-        if self.parameterization == "eps":
-            return (noisy - noise * output) / signal
-        if self.parameterization == "x0":
-            return output
-        return signal * noisy - noise * output
 
     def to_noise(self, output: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
         """The noise that a network output stands for: `b ...` -> `b ...`."""
