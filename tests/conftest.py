@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.made_clips import contents, fill
+
 GOLDENS = Path(__file__).parent / "goldens"
 HIGHWAY = Path(__file__).parents[2] / "shared" / "data" / "highway.mp4"
 
@@ -70,3 +72,21 @@ def golden_numbers() -> dict:
 def golden_keys() -> dict:
     """Names, shapes and dtypes of the public Stable Diffusion v1 checkpoint: `keys` (1143) and `ema_keys` (688)."""
     return json.loads((GOLDENS / "sd_v1_keys.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def original(tmp_path_factory) -> Path:
+    """A prepared folder of made-up numbers, to be read only."""
+    folder = tmp_path_factory.mktemp("prepared") / "set"
+    fill(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(original, tmp_path) -> Path:
+    """A copy of it, to be damaged."""
+    copy = tmp_path / "set"
+    copy.mkdir()
+    for name, content in contents(original).items():
+        (copy / name).write_bytes(content)
+    return copy

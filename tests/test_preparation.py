@@ -6,7 +6,6 @@ import errno
 import json
 import os
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,23 +14,6 @@ from ldm.data.preparation import Preparation
 from ldm.data.shard_writer import ShardWriter
 from ldm.data.shards import DatasetError, PreparedSet
 from tests.made_clips import CAPTIONS, SETTINGS, contents, context_of, fill
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("prepared") / "set"
-    fill(folder)
-    return folder
-
-
-@pytest.fixture
-def folder(original, tmp_path) -> Path:
-    """A copy to be damaged."""
-    copy = tmp_path / "set"
-    copy.mkdir()
-    for name, content in contents(original).items():
-        (copy / name).write_bytes(content)
-    return copy
 
 
 @pytest.mark.parametrize(

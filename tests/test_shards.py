@@ -22,23 +22,6 @@ from ldm.data.shards import DatasetError, PreparedSet, SceneEntry, Span
 from tests.made_clips import CAPTIONS, SETTINGS, contents, context_of, fill, moments_of
 
 
-@pytest.fixture(scope="module")
-def original(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("prepared") / "set"
-    fill(folder)
-    return folder
-
-
-@pytest.fixture
-def folder(original, tmp_path) -> Path:
-    """A copy to be damaged."""
-    copy = tmp_path / "set"
-    copy.mkdir()
-    for name, content in contents(original).items():
-        (copy / name).write_bytes(content)
-    return copy
-
-
 def flip(path: Path, offset: int) -> None:
     content = bytearray(path.read_bytes())
     content[offset] ^= 0x10
