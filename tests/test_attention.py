@@ -7,9 +7,9 @@ from ldm.modules.unet import Downsample, ResBlock, Upsample
 from tests.conftest import fill_by_rule, relative_error
 
 BLOCKS = {
-    "st": lambda: SpatialTransformer(64, 8, 8, depth=2, context_dim=24, temporal=False),
-    "btb": lambda: BasicTransformerBlock(32, 4, 8, context_dim=24, temporal=False),
-    "btb_self": lambda: BasicTransformerBlock(32, 4, 8, temporal=False),
+    "st": lambda: SpatialTransformer(64, 8, 8, depth=2, context_dim=24),
+    "btb": lambda: BasicTransformerBlock(32, 4, 8, context_dim=24),
+    "btb_self": lambda: BasicTransformerBlock(32, 4, 8),
     "ca": lambda: CrossAttention(32, 24, 4, 8),
     "res": lambda: ResBlock(32, 64, 96, temporal_kernel_size=None),
     "res_same": lambda: ResBlock(32, 64, 32, temporal_kernel_size=None),

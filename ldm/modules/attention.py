@@ -6,6 +6,9 @@ Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Mode
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -79,7 +82,8 @@ class CrossAttention(nn.Module):
 class BasicTransformerBlock(nn.Module):
     """Self-attention within the frame, cross-attention to the text, attention over time, feed-forward; all residual.
 
-    temporal: whether the block owns `temporal`, the attention over frames.
+    temporal: words of `TemporalAttention` besides dim and back end, for the block to own `temporal`, the attention over
+        frames; None for none.
     """
 
     def __init__(
@@ -88,7 +92,7 @@ class BasicTransformerBlock(nn.Module):
         num_heads: int,
         dim_head: int,
         context_dim: int | None = None,
-        temporal: bool = True,
+        temporal: Mapping[str, Any] | None = None,
         use_checkpoint: bool = False,
         backend: str = "sdpa",
     ) -> None:
@@ -99,7 +103,7 @@ class BasicTransformerBlock(nn.Module):
         self.norm1 = nn.LayerNorm(dim)
         self.norm2 = nn.LayerNorm(dim)
         self.norm3 = nn.LayerNorm(dim)
-        self.temporal = TemporalAttention(dim, backend=backend) if temporal else None
+        self.temporal = None if temporal is None else TemporalAttention(dim, backend=backend, **temporal)
         self.use_checkpoint = use_checkpoint
 
     def forward(self, x: Tensor, context: Tensor | None = None, num_frames: int | None = None) -> Tensor:
@@ -124,7 +128,7 @@ class SpatialTransformer(nn.Module):
         dim_head: int,
         depth: int = 1,
         context_dim: int | None = None,
-        temporal: bool = True,
+        temporal: Mapping[str, Any] | None = None,
         use_checkpoint: bool = False,
         backend: str = "sdpa",
     ) -> None:

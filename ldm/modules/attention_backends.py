@@ -19,6 +19,7 @@ from torch import Tensor
 from ldm.errors import UserError
 
 BACKENDS = ("sdpa", "math", "flash_attn", "xformers")
+MASKED_BACKENDS = ("sdpa", "math")  # those that can leave keys out
 _MODULES = {"flash_attn": "flash_attn", "xformers": "xformers.ops"}
 _MOST_CUDA_ROWS = 65_535  # the fused CUDA kernels launch one block row per (batch, head)
 
@@ -31,20 +32,25 @@ def check_backend(name: str) -> None:
         _import(name)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, backend: str = "sdpa") -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, backend: str = "sdpa", mask: Tensor | None = None) -> Tensor:
     """softmax(q k' / sqrt(d)) v: `b heads n d`, `b heads m d`, `b heads m d` -> `b heads n d`.
+
+    mask: bool `1 heads n m` or what broadcasts to it, True where a query sees a key; only "sdpa" and "math" take one.
 
     Raises `UserError` when the back end cannot run on these tensors.
     """
     if backend == "math":
         logits = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2))
+        if mask is not None:
+            logits = logits.masked_fill(~mask, -math.inf)
         return torch.matmul(logits.softmax(dim=-1, dtype=torch.float32).to(v.dtype), v)
     if backend == "sdpa":
         num_parts = num_launches(q.shape[0], q.shape[1]) if q.is_cuda else 1
         if num_parts == 1:
-            return F.scaled_dot_product_attention(q, k, v)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         parts = zip(*(x.chunk(num_parts) for x in (q, k, v)), strict=True)
-        return torch.cat([F.scaled_dot_product_attention(*part) for part in parts])
+        return torch.cat([F.scaled_dot_product_attention(*part, attn_mask=mask) for part in parts])
+    assert mask is None, f"the back end {backend} takes no mask"
     return _attend_on_gpu(q, k, v, backend)
 
 

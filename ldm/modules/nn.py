@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from einops import reduce, repeat
+from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -29,7 +29,15 @@ class GroupNorm32(nn.GroupNorm):
     def __init__(self, channels: int, eps: float = 1e-5) -> None:
         super().__init__(32, channels, eps=eps)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, num_frames: int | None = None) -> Tensor:
+        """`num_frames`: take the statistics over that many images at a time, the frames of a clip; None: over each."""
+        if num_frames is not None:
+            height = x.shape[-2]
+            over_clip = self._normalised(rearrange(x, "(b t) c h w -> b c (t h) w", t=num_frames))
+            return rearrange(over_clip, "b c (t h) w -> (b t) c h w", h=height)
+        return self._normalised(x)
+
+    def _normalised(self, x: Tensor) -> Tensor:
         half = x.dtype in (torch.float16, torch.bfloat16)
         out = x.float() if half else x
         if x.device.type == "cpu":

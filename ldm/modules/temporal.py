@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ldm.errors import UserError
 from ldm.modules.attention_backends import attend
+from ldm.modules.local_attention import attend_locally, check_window
 from ldm.modules.nn import zeroed
 
 
@@ -94,17 +95,29 @@ class TemporalAttention(nn.Module):
     What it returns is to be added to its input. It never sees the text.
 
     dim: channels, a multiple of 2 * num_heads.  backend: see `attention_backends`.
+    local: an odd number of frames around its own that a frame sees; None: all of them.  sees_first: besides, the first
+        frame of the clip.  positions: whether it is told how far apart frames are.
     """
 
-    def __init__(self, dim: int, num_heads: int = 8, backend: str = "sdpa") -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        backend: str = "sdpa",
+        local: int | None = None,
+        sees_first: bool = False,
+        positions: bool = True,
+    ) -> None:
         super().__init__()
         if dim % (2 * num_heads):
             raise UserError(
                 f"TemporalAttention: expected a width that is a multiple of {2 * num_heads} (2 x {num_heads} heads: "
                 f"positions rotate pairs of channels), found {dim}"
             )
+        self.window = check_window(local, sees_first, backend)
         self.num_heads = num_heads
         self.backend = backend
+        self.positions = positions
         self.norm = nn.LayerNorm(dim)
         self.to_q = nn.Linear(dim, dim, bias=False)
         self.to_k = nn.Linear(dim, dim, bias=False)
@@ -118,5 +131,10 @@ class TemporalAttention(nn.Module):
             rearrange(project(x), "(b t) n (heads d) -> (b n) heads t d", t=num_frames, heads=self.num_heads)
             for project in (self.to_q, self.to_k, self.to_v)
         )
-        x = attend(rotate_by_position(q), rotate_by_position(k), v, self.backend)
+        if self.positions:
+            q, k = rotate_by_position(q), rotate_by_position(k)
+        if self.window is None or num_frames <= self.window.num_frames // 2 + 1:  # all frames see each other
+            x = attend(q, k, v, self.backend)
+        else:
+            x = attend_locally(q, k, v, self.window, self.backend)
         return self.to_out(rearrange(x, "(b n) heads t d -> (b t) n (heads d)", n=num_tokens))

@@ -8,7 +8,8 @@ out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from ldm.errors import UserError
 from ldm.modules.attention import SpatialTransformer
 from ldm.modules.attention_backends import check_backend
+from ldm.modules.conditioning import build_conditioning
 from ldm.modules.nn import GroupNorm32, run_block, timestep_embedding
 from ldm.modules.temporal import PseudoConv3d
 
@@ -55,6 +57,7 @@ class ResBlock(nn.Module):
         dropout: float = 0.0,
         temporal_kernel_size: int | None = 3,
         use_checkpoint: bool = False,
+        norm_over_clip: bool = False,
     ) -> None:
         super().__init__()
         time = {"temporal_kernel_size": temporal_kernel_size}
@@ -72,6 +75,7 @@ class ResBlock(nn.Module):
             nn.Identity() if channels == out_channels else PseudoConv3d(channels, out_channels, 1, **time)
         )
         self.use_checkpoint = use_checkpoint
+        self.norm_over_clip = norm_over_clip
 
     def forward(self, x: Tensor, emb: Tensor, num_frames: int | None = None) -> Tensor:
         """`(b t) c h w`, `b e` -> `(b t) c' h w`."""
@@ -79,16 +83,17 @@ class ResBlock(nn.Module):
 
     def _forward(self, x: Tensor, emb: Tensor, num_frames: int | None) -> Tensor:
         step = repeat(self.emb_layers(emb), "b c -> (b t) c 1 1", t=x.shape[0] // emb.shape[0])
-        out = _convolve_last(self.in_layers, x, num_frames) + step
-        out = _convolve_last(self.out_layers, out, num_frames)
+        out = _norm_to_convolution(self.in_layers, x, num_frames, self.norm_over_clip) + step
+        out = _norm_to_convolution(self.out_layers, out, num_frames, self.norm_over_clip)
         if isinstance(self.skip_connection, PseudoConv3d):
             x = self.skip_connection(x, num_frames)
         return x + out
 
 
-def _convolve_last(layers: nn.Sequential, x: Tensor, num_frames: int | None) -> Tensor:
-    """Run `layers`, of which the last is the convolution that needs to know the number of frames."""
-    for layer in layers[:-1]:
+def _norm_to_convolution(layers: nn.Sequential, x: Tensor, num_frames: int | None, norm_over_clip: bool) -> Tensor:
+    """Run `layers`: first a norm, over each frame or over the clip, last the convolution that takes all its frames."""
+    x = layers[0](x, num_frames if norm_over_clip else None)
+    for layer in layers[1:-1]:
         x = layer(x)
     return layers[-1](x, num_frames)
 
@@ -117,7 +122,9 @@ class UNetBlock(nn.Sequential):
 class UNetModel(nn.Module):
     """The denoiser: noisy latents of a clip or of images, the diffusion step and a caption -> what to remove.
 
-    in_channels, out_channels: 4 and 4 in Stable Diffusion v1; its inpainting variant has 9 in.
+    in_channels, out_channels: 4 and 4 in Stable Diffusion v1. With 2 * out + 1 = 9 in, as in its inpainting variant,
+        the network takes known frames: noisy latents, mask and known latents, as told in `conditioning.py`. The image
+        convolution keeps the first 4, the other 5 are `conditioning.temporal.known`.
     model_channels, channel_mult: width of the first level, and of each level in multiples of it; multiples of 32.
     num_res_blocks: residual blocks per level.
     attention_resolutions: downsampling factors (1, 2, 4, ...) of the levels that have transformers.
@@ -127,6 +134,9 @@ class UNetModel(nn.Module):
     temporal: False leaves out every temporal layer: the image network of Stable Diffusion v1.
     temporal_kernel_size: frames that a temporal convolution sees, odd.
     attention_backend: see `attention_backends`.
+    norm_over_clip: residual blocks and the output take the statistics of their norms over all frames of a clip.
+    temporal_attention: `local`, `sees_first`, `positions` of `TemporalAttention`.
+    fps_embedding, known_level_embedding: whether the network is told the frame rate, and the noise on known frames.
     """
 
     def __init__(  # noqa: PLR0913, PLR0917 - the words of the public config
@@ -145,23 +155,34 @@ class UNetModel(nn.Module):
         temporal: bool = True,
         temporal_kernel_size: int = 3,
         attention_backend: str = "sdpa",
+        norm_over_clip: bool = False,
+        temporal_attention: Mapping[str, Any] | None = None,
+        fps_embedding: bool = False,
+        known_level_embedding: bool = False,
     ) -> None:
         super().__init__()
         check_backend(attention_backend)
         _check_widths(model_channels, channel_mult, num_heads)
         self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.takes_known_frames = in_channels == 2 * out_channels + 1
+        self.has_fps_embedding = fps_embedding
+        self.has_known_level = known_level_embedding
+        self.norm_over_clip = norm_over_clip
         self.model_channels = model_channels
         self.context_dim = context_dim
         self.downsampling = 2 ** (len(channel_mult) - 1)
         emb_channels = 4 * model_channels
+        attention_over_frames = check_temporal_attention(temporal_attention) if temporal else None
         time = {"temporal_kernel_size": temporal_kernel_size if temporal else None}
 
         def res_block(channels: int, out_channels: int) -> ResBlock:
-            return ResBlock(channels, emb_channels, out_channels, dropout, use_checkpoint=use_checkpoint, **time)
+            switches = {"use_checkpoint": use_checkpoint, "norm_over_clip": norm_over_clip}
+            return ResBlock(channels, emb_channels, out_channels, dropout, **time, **switches)
 
         def transformer(channels: int) -> SpatialTransformer:
             heads = (num_heads, channels // num_heads, transformer_depth, context_dim)
-            return SpatialTransformer(channels, *heads, temporal, use_checkpoint, attention_backend)
+            return SpatialTransformer(channels, *heads, attention_over_frames, use_checkpoint, attention_backend)
 
         def at_level(level: int, channels: int) -> list[nn.Module]:
             """A residual block that ends in the level's width, and the level's transformer if it has one."""
@@ -173,7 +194,8 @@ class UNetModel(nn.Module):
         self.time_embed = nn.Sequential(
             nn.Linear(model_channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
         )
-        self.input_blocks = nn.ModuleList([UNetBlock(PseudoConv3d(in_channels, model_channels, 3, **time))])
+        image_channels = out_channels if self.takes_known_frames else in_channels
+        self.input_blocks = nn.ModuleList([UNetBlock(PseudoConv3d(image_channels, model_channels, 3, **time))])
         widths = [model_channels]  # of the activations that the way up takes over
         for level in levels:
             for _ in range(num_res_blocks):
@@ -198,27 +220,58 @@ class UNetModel(nn.Module):
             GroupNorm32(channels), nn.SiLU(), zeroed_image_part(PseudoConv3d(channels, out_channels, 3, **time))
         )
 
-    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor, enable_time: bool = True) -> Tensor:
-        """Images `b c h w` or clips `b t c h w`, diffusion steps `b`, captions `b n d` -> the shape of x.
+        known = out_channels if self.takes_known_frames else None
+        self.conditioning = build_conditioning(
+            known, model_channels, emb_channels, fps_embedding, known_level_embedding
+        )
 
-        A clip of one frame, or any clip with `enable_time=False`, is treated as images: time does not take part. h and
-        w are multiples of `downsampling` (8 for Stable Diffusion v1). Timesteps may be fractional.
+    def forward(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        context: Tensor,
+        enable_time: bool = True,
+        *,
+        fps: Tensor | None = None,
+        known_level: Tensor | None = None,
+    ) -> Tensor:
+        """Images `b c h w` or clips `b t c h w`, diffusion steps `b`, captions `b n d` -> latents of the same size.
+
+        c is `in_channels`, and `out_channels` in what comes back. A caption for each frame is `b t n d`. A clip of one
+        frame, or any clip with `enable_time=False`, is treated as images: time does not take part. h and w are
+        multiples of `downsampling` (8 for Stable Diffusion v1). Timesteps may be fractional.
+
+        fps, known_level: frames a second and the noise on known latents, `b`; see `ClipConditioning.embed`.
         """
         self._check_input(x, context)
         frames = x.shape[1] if x.ndim == 5 else 1
         num_frames = frames if enable_time and frames > 1 else None
+        if context.ndim == 4:
+            context = rearrange(context, "b t n d -> (b t) n d")
         h = rearrange(x, "b t c h w -> (b t) c h w") if x.ndim == 5 else x
         h = h.contiguous(memory_format=torch.channels_last)
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(x.dtype))
-        skips = []
-        for block in self.input_blocks:
+        if self.conditioning is not None:
+            emb = self.conditioning["temporal"].embed(emb, fps, known_level)
+        h = self._first_block(h, emb, context, num_frames)
+        skips = [h]
+        for block in self.input_blocks[1:]:
             h = block(h, emb, context, num_frames)
             skips.append(h)
         h = self.middle_block(h, emb, context, num_frames)
         for block in self.output_blocks:
             h = block(torch.cat([h, skips.pop()], dim=1), emb, context, num_frames)
-        h = _convolve_last(self.out, h, num_frames)
+        h = _norm_to_convolution(self.out, h, num_frames, self.norm_over_clip)
         return rearrange(h, "(b t) c h w -> b t c h w", t=frames) if x.ndim == 5 else h
+
+    def _first_block(self, x: Tensor, emb: Tensor, context: Tensor, num_frames: int | None) -> Tensor:
+        """The first convolution; what it makes of the known latents is added before time takes part."""
+        if not self.takes_known_frames:
+            return self.input_blocks[0](x, emb, context, num_frames)
+        noisy, known = x.split([self.out_channels, self.out_channels + 1], dim=1)
+        convolution = self.input_blocks[0][0]
+        h = convolution(noisy) + self.conditioning["temporal"].known(known)
+        return h if num_frames is None or convolution.temporal is None else convolution.temporal(h, num_frames)
 
     def _check_input(self, x: Tensor, context: Tensor) -> None:
         if x.ndim not in (4, 5) or x.shape[-3] != self.in_channels:
@@ -231,10 +284,11 @@ class UNetModel(nn.Module):
                 f"UNetModel: expected latents whose height and width are multiples of {self.downsampling}, found "
                 f"{x.shape[-2]}x{x.shape[-1]}"
             )
-        if context.ndim != 3 or context.shape[0] != x.shape[0] or context.shape[-1] != self.context_dim:
+        per_clip, per_frame = tuple(x.shape[:1]), tuple(x.shape[:2]) if x.ndim == 5 else None
+        if tuple(context.shape[:-2]) not in (per_clip, per_frame) or context.shape[-1] != self.context_dim:
             raise UserError(
                 f"UNetModel: expected one caption a clip, context {x.shape[0]} n {self.context_dim}, found shape "
-                f"{tuple(context.shape)}"
+                f"{tuple(context.shape)}; one caption a frame is b t n d"
             )
 
 
@@ -247,3 +301,14 @@ def _check_widths(model_channels: int, channel_mult: Sequence[int], num_heads: i
                 f"channel_mult: expected each level's width to be a multiple of 2 x num_heads = {2 * num_heads}, found "
                 f"{mult} x {model_channels}"
             )
+
+
+def check_temporal_attention(words: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The words of `temporal_attention` as arguments of `TemporalAttention`; raises `UserError` for others."""
+    words, known = dict(words or {}), ("local", "sees_first", "positions")
+    for word, value in words.items():
+        if word not in known:
+            raise UserError(f"temporal_attention.{word}: expected one of {', '.join(known)}")
+        if word != "local" and not isinstance(value, bool):
+            raise UserError(f"temporal_attention.{word}: expected true or false, found {value!r}")
+    return words
