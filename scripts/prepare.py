@@ -9,15 +9,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice, pairwise
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import (
@@ -38,56 +34,18 @@ from ldm.atomic import replacing
 from ldm.checkpoint_names import FIRST_STAGE_PREFIX, TEXT_PREFIX
 from ldm.command_line import Parser
 from ldm.config import check, load_config
-from ldm.data.captions import THREE_WAYS, find_captions
-from ldm.data.footage import FootageError, VideoInfo, find_scenes, name_videos, probe, read_frames
-from ldm.data.preparation import PartWriter, Preparation, Settings, VideoReport, hash_file
+from ldm.data.captions import find_captions
+from ldm.data.encoding import Encoders
+from ldm.data.footage import FootageError, name_videos
+from ldm.data.preparation import Preparation, Settings, VideoReport
 from ldm.data.shards import PreparedSet
+from ldm.data.sources import Plan, Source, plan_videos, prepare_source
 from ldm.errors import UserError, run_command
-from ldm.modules.posterior import posterior_mean
-from ldm.video import contact_sheet, from_uint8, parse_size, to_uint8
+from ldm.video import contact_sheet, parse_size
 
 DEFAULT_FPS, DEFAULT_SIZE = 10.0, 512
 SIZE_STEP = 64
-CHUNK_PIXELS = 2 * 512 * 512  # encoded at a time
-MAX_SCENE_FRAMES = 600  # longer scenes are stored in pieces, so that memory stays bounded
 PREVIEW_SCENES, PREVIEW_FRAMES = 4, 5
-
-
-@dataclass
-class Job:
-    """A readable video with captions, and what is known of it so far."""
-
-    path: Path
-    name: str
-    captions: list[str]
-    sha256: str
-    info: VideoInfo
-
-
-class Encoders:
-    """The two frozen encoders of the config, on the best device there is."""
-
-    def __init__(self, config: DictConfig) -> None:
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        first_stage, text_encoder = checkpoint.load_encoders(config)
-        self.first_stage, self.text_encoder = first_stage.to(self.device).eval(), text_encoder.to(self.device).eval()
-
-    @torch.inference_mode()
-    def moments(self, frames: Sequence[np.ndarray]) -> np.ndarray:
-        """Frames uint8 `h w 3` -> moments float16 `t 2c h w`."""
-        moments = self.first_stage.encode(from_uint8(frames).to(self.device))
-        return moments.half().cpu().numpy()
-
-    @torch.inference_mode()
-    def context(self, caption: str) -> np.ndarray:
-        """A caption -> its embedding, float16 `n d`."""
-        return self.text_encoder.encode([caption])[0].half().cpu().numpy()
-
-    @torch.inference_mode()
-    def pictures(self, moments: np.ndarray) -> np.ndarray:
-        """Moments `t 2c h w` -> what the autoencoder makes of them, frames uint8 `t h w 3`."""
-        means = posterior_mean(torch.from_numpy(moments.copy()).to(self.device).float())
-        return np.concatenate([to_uint8(self.first_stage.decode(mean[None])) for mean in means])
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -151,93 +109,29 @@ def read_settings(arguments: argparse.Namespace, config: DictConfig) -> Settings
     )
 
 
-def plan(
-    names: dict[Path, str], captions: dict[Path, list[str]], preparation: Preparation, progress: Progress
-) -> tuple[list[Job], dict[str, str], list[VideoReport]]:
-    """Look at every file: what is to be done, what cannot be used and why (by name), what was done before."""
-    jobs: list[Job] = []
-    unusable: dict[str, str] = {}
-    done: list[VideoReport] = []
-    seen: dict[str, str] = {}
-    for path, name in progress.track(names.items(), description="looking at the files"):
-        try:
-            info = probe(path)
-        except FootageError as error:
-            unusable[name] = str(error).removeprefix(f"{path}: ")
-            continue
-        if path not in captions:
-            unusable[name] = f"no caption: {THREE_WAYS}"
-            continue
-        sha256 = hash_file(path)
-        if sha256 in seen:
-            unusable[name] = f"the same bytes as {seen[sha256]}"
-            continue
-        seen[sha256] = name
-        report = preparation.done(sha256, name, captions[path])
-        if report is None:
-            jobs.append(Job(path, name, captions[path], sha256, info))
-        else:
-            done.append(report)
-    return jobs, unusable, done
-
-
-def prepare_video(job: Job, preparation: Preparation, encoders: Encoders, progress: Progress) -> VideoReport:
-    """Store all scenes of one video. Raises FootageError when it turns out to be unusable; nothing of it stays then."""
-    height, width = preparation.settings.size
-    fps = preparation.settings.fps
-    frames = read_frames(job.path, fps, (height, width))
-    scenes = find_scenes(job.path, fps).scenes
-    contexts = [encoders.context(caption) for caption in job.captions]
-    per_chunk = max(1, CHUNK_PIXELS // (height * width))
-    with preparation.video(job.name, job.sha256, job.captions) as part:
-        for piece in (piece for scene in scenes for piece in split(scene)):
-            moments = []
-            for first in range(0, len(piece), per_chunk):
-                chunk = list(islice(frames, min(per_chunk, len(piece) - first)))
-                assert chunk, "the second reading of a video has the frames that the first one counted"
-                moments.append(encoders.moments(chunk))
-                progress.advance(progress.task_ids[-1], len(chunk))
-            store(part, piece, np.concatenate(moments), contexts)
-        deque(frames, maxlen=0)  # lets ffmpeg come to its end and complain
-    return part.report
-
-
-def split(scene: range) -> Iterator[range]:
-    """A scene in as few equal pieces as `MAX_SCENE_FRAMES` allows."""
-    num_pieces = -(-len(scene) // MAX_SCENE_FRAMES)
-    edges = [scene.start + len(scene) * piece // num_pieces for piece in range(num_pieces + 1)]
-    return (range(start, stop) for start, stop in pairwise(edges))
-
-
-def store(part: PartWriter, frames: range, moments: np.ndarray, contexts: list[np.ndarray]) -> None:
-    """Keep a scene, or say why not."""
-    if len(moments) < 2:
-        part.drop(frames, "a single frame between two cuts")
-    elif not np.isfinite(moments).all():
-        part.drop(frames, "the autoencoder gave values that are no numbers")
-    else:
-        part.add(frames, moments, contexts)
-
-
-def prepare_all(jobs: list[Job], preparation: Preparation, encoders: Encoders, progress: Progress) -> dict[str, str]:
-    """Prepare the videos one by one; returns those that turned out to be unusable, with the reason."""
+def prepare_all(
+    sources: Sequence[Source], preparation: Preparation, encoders: Encoders, progress: Progress
+) -> dict[str, str]:
+    """Prepare the sources one by one; returns those that turned out to be unusable, with the reason."""
     unusable = {}
-    expected = [int(job.info.duration * preparation.settings.fps) for job in jobs]
+    expected = [source.num_frames for source in sources]
     task = progress.add_task("encoding", total=sum(expected))
-    before = 0
-    for number, job in enumerate(jobs):
-        progress.update(task, description=f"encoding {job.name} ({number + 1} of {len(jobs)})")
+    before, to_come = 0, sum(expected)
+    for number, source in enumerate(sources):
+        progress.update(task, description=f"encoding {source.name} ({number + 1} of {len(sources)})")
         try:
-            before += prepare_video(job, preparation, encoders, progress).num_frames
+            report = prepare_source(source, preparation, encoders, lambda count: progress.advance(task, count))
+            before += report.num_frames
         except FootageError as error:
-            unusable[job.name] = str(error).removeprefix(f"{job.path}: ")
-        progress.update(task, completed=before, total=before + sum(expected[number + 1 :]))
+            unusable[source.name] = str(error).removeprefix(f"{source.path}: ")
+        to_come -= expected[number]
+        progress.update(task, completed=before, total=before + to_come)
     return unusable
 
 
-def warn_of_cut_captions(jobs: list[Job], encoders: Encoders, console: Console) -> None:
+def warn_of_cut_captions(sources: Sequence[Source], encoders: Encoders, console: Console) -> None:
     """Say which captions are longer than the text encoder holds, and what of them is lost."""
-    for caption in dict.fromkeys(caption for job in jobs for caption in job.captions):
+    for caption in dict.fromkeys(caption for source in sources for caption in source.captions):
         if lost := encoders.text_encoder.truncated(caption):
             console.print(
                 f"warning: the caption '{caption[:40]}...' ({len(caption.split())} words) is longer than the text "
@@ -292,22 +186,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with console.status("reading the encoders' weights"):
         settings = read_settings(given, config)
     preparation = Preparation(given.out, settings)
-    encoders: Any = None
+    encoders: Encoders | None = None
     with make_progress(console) as progress:
-        jobs, unusable, done = plan(names, captions, preparation, progress)
-        if jobs:
+        tracked = progress.track(names.items(), description="looking at the files")
+        plan = plan_videos(tracked, captions, preparation)
+        if plan.sources:
             encoders = Encoders(config)
-            warn_of_cut_captions(jobs, encoders, console)
+            warn_of_cut_captions(plan.sources, encoders, console)
             if not preparation.has_empty_context:
                 preparation.store_empty_context(encoders.context(""))
-            unusable |= prepare_all(jobs, preparation, encoders, progress)
+            plan.unusable |= prepare_all(plan.sources, preparation, encoders, progress)
     prepared = preparation.finish()
-    fresh = [preparation.reports[job.sha256] for job in jobs if job.sha256 in preparation.reports]
-    print_table([*done, *fresh], unusable, console)
-    kept = sum(report.num_scenes for report in [*done, *fresh])
+    fresh = [preparation.reports[source.sha256] for source in plan.sources if source.sha256 in preparation.reports]
+    print_table([*plan.done, *fresh], plan.unusable, console)
+    kept = sum(report.num_scenes for report in [*plan.done, *fresh])
     if prepared is None or not kept:
         raise UserError("nothing was kept; the table above says why, video by video")
-    console.print(summary(prepared, done, fresh, unusable), markup=False, highlight=False, soft_wrap=True)
+    console.print(summary(prepared, plan, fresh), markup=False, highlight=False, soft_wrap=True)
     if given.preview:
         path = write_preview(prepared, encoders or Encoders(config))
         console.print(f"Look at {path} before you train.", markup=False, soft_wrap=True)
@@ -328,16 +223,14 @@ def make_progress(console: Console) -> Progress:
     return Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console)
 
 
-def summary(
-    prepared: PreparedSet, done: list[VideoReport], fresh: list[VideoReport], unusable: dict[str, str]
-) -> str:
+def summary(prepared: PreparedSet, plan: Plan, fresh: list[VideoReport]) -> str:
     """The last line: what the folder holds now."""
     info = prepared.info
-    others = info.num_videos - sum(report.num_scenes > 0 for report in [*done, *fresh])
+    others = info.num_videos - sum(report.num_scenes > 0 for report in [*plan.done, *fresh])
     earlier = f" ({others} from runs with other footage)" if others else ""
     return (
-        f"Videos: {len(fresh)} prepared, {len(done)} done before, {len(unusable)} dropped. {prepared.root} holds "
-        f"scenes: {info.num_scenes}, videos: {info.num_videos}{earlier}, frames: {info.num_frames}, "
+        f"Videos: {len(fresh)} prepared, {len(plan.done)} done before, {len(plan.unusable)} dropped. {prepared.root} "
+        f"holds scenes: {info.num_scenes}, videos: {info.num_videos}{earlier}, frames: {info.num_frames}, "
         f"{info.num_frames / info.fps:.0f} s at {info.fps:g} frames a second, {info.size[0]}x{info.size[1]} pixels."
     )
 

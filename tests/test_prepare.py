@@ -22,6 +22,7 @@ from PIL import Image
 from torch import nn
 
 from ldm import checkpoint
+from ldm.data import sources
 from ldm.data.example_drive import draw_drive, write_example
 from ldm.data.footage import FootageError, read_frames
 from ldm.data.shard_writer import ShardWriter
@@ -156,8 +157,8 @@ def test_flags_win_over_the_config_and_overrides_reach_it(footage, tmp_path, con
 
 def test_long_scenes_are_stored_in_pieces(footage, tmp_path, config, encoders, monkeypatch):
     run(footage, tmp_path / "whole", config, "--prompt", "x")
-    monkeypatch.setattr(prepare, "MAX_SCENE_FRAMES", 6)
-    monkeypatch.setattr(prepare, "CHUNK_PIXELS", 4 * 64 * 64)
+    monkeypatch.setattr(sources, "MAX_SCENE_FRAMES", 6)
+    monkeypatch.setattr(sources, "CHUNK_PIXELS", 4 * 64 * 64)
     run(footage, tmp_path / "pieces", config, "--prompt", "x")
     whole, pieces = PreparedSet(tmp_path / "whole"), PreparedSet(tmp_path / "pieces")
     assert [(scene.start, scene.num_frames) for scene in pieces.scenes[:3]] == [(0, 4), (4, 4), (8, 5)]
@@ -354,7 +355,7 @@ import pytest
 from tests import test_prepare
 patch = pytest.MonkeyPatch()
 test_prepare.stand_in(patch)
-test_prepare.prepare.CHUNK_PIXELS = 4 * 64 * 64
+test_prepare.sources.CHUNK_PIXELS = 4 * 64 * 64
 encode, left = test_prepare.MeanFirstStage.encode, [{after}]
 def dying(self, pixels):
     left[0] -= 1
@@ -375,7 +376,7 @@ def test_killed_in_the_second_video_and_repeated_gives_the_same_bytes(footage, t
     assert list((tmp_path / "killed" / ".unfinished").glob(".*.partial"))  # half of the second
     with pytest.raises(DatasetError, match=r"expected dataset.json in it, found none"):
         PreparedSet(tmp_path / "killed")
-    monkeypatch.setattr(prepare, "CHUNK_PIXELS", 4 * 64 * 64)
+    monkeypatch.setattr(sources, "CHUNK_PIXELS", 4 * 64 * 64)
     run(footage, tmp_path / "killed", config, "--prompt", "x")
     run(footage, tmp_path / "straight", config, "--prompt", "x")
     assert contents(tmp_path / "killed") == contents(tmp_path / "straight")

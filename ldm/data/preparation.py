@@ -12,7 +12,7 @@ import hashlib
 import json
 import shutil
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -99,14 +99,21 @@ class PartWriter:
         self._settings = settings
         self._shard = shard
 
-    def add(self, frames: range, moments: np.ndarray, contexts: list[np.ndarray]) -> None:
-        """Store the scene that is `frames` of the video: moments float16 `t 2c h w`, a float16 `n d` per caption."""
-        about = {
+    def add(
+        self, frames: range, moments: np.ndarray, contexts: list[np.ndarray], notes: Mapping[str, Any] | None = None
+    ) -> None:
+        """Store the scene that is `frames` of the video: moments float16 `t 2c h w`, a float16 `n d` per caption.
+
+        notes: plain values that are to be kept with the scene; they are no part of its key.
+        """
+        about: dict[str, Any] = {
             "source": self.report.source,
             "start": frames.start,
             "fps": self._settings.fps,
             "captions": self.report.captions,
         }
+        if notes:
+            about["notes"] = dict(notes)
         self.entries.append(self._shard.add(self._key(frames), about, moments, contexts))
         self.report.num_scenes += 1
         self.report.num_frames += len(moments)

@@ -6,7 +6,7 @@ import gc
 import json
 import zlib
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,6 +45,7 @@ class SceneEntry:
     latents: Span
     frames_crc32: str  # 8 hex digits for each frame
     contexts: list[Span]  # one for each caption
+    notes: dict[str, Any] = field(default_factory=dict)  # what else is known of it, such as how it was drawn
 
     @classmethod
     def from_line(cls, line: str | bytes) -> SceneEntry:
@@ -62,6 +63,8 @@ class SceneEntry:
     def to_line(self) -> str:
         """The entry as a line of the index, with its newline."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
+        if not self.notes:
+            del values["notes"]
         return json.dumps(values, ensure_ascii=False) + "\n"
 
 

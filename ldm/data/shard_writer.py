@@ -46,7 +46,8 @@ class ShardWriter:
     ) -> SceneEntry:
         """Write one scene and return its index entry.
 
-        `about` holds source, start, fps and captions; moments float16 `t 2c h w`; one float16 `n d` for each caption.
+        `about` holds source, start, fps, captions and, if there are any, notes; moments float16 `t 2c h w`; one float16
+        `n d` for each caption.
         """
         if moments.dtype != FLOAT16 or any(context.dtype != FLOAT16 for context in contexts):
             raise TypeError("prepared arrays are float16")
@@ -57,6 +58,8 @@ class ShardWriter:
     def copy(self, entry: SceneEntry, latents: bytes, contexts: Sequence[bytes]) -> SceneEntry:
         """Write a scene that lies elsewhere, from the bytes of its `.npy` files; returns its entry in this shard."""
         about = {name: getattr(entry, name) for name in ("source", "start", "fps", "captions", "num_frames")}
+        if entry.notes:
+            about["notes"] = entry.notes
         return self._write(entry.key, about, entry.frames_crc32, [latents, *contexts])
 
     def _write(self, key: str, about: dict[str, Any], crcs: str, arrays: Sequence[np.ndarray | bytes]) -> SceneEntry:

@@ -1,0 +1,142 @@
+"""What can be prepared, and how: each source gives stretches of frames, which are encoded and stored as scenes.
+
+Knows nothing of where captions come from (`captions`), nor of the folder that is written (`preparation`).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+
+from ldm.data.captions import THREE_WAYS
+from ldm.data.encoding import Encoders
+from ldm.data.footage import FootageError, find_scenes, probe, read_frames
+from ldm.data.preparation import Preparation, Settings, VideoReport, hash_file
+
+CHUNK_PIXELS = 2 * 512 * 512  # encoded at a time
+MAX_SCENE_FRAMES = 600  # longer scenes are stored in pieces, so that memory stays bounded
+
+
+class Source(Protocol):
+    """Something to prepare: a name in the data set, captions, a hash of what it shows, and its frames."""
+
+    name: str
+    captions: list[str]
+    sha256: str
+    num_frames: int  # at the prepared rate, as far as known beforehand
+    shortest: int  # shorter scenes are dropped
+
+    def frames(self, settings: Settings) -> Iterator[np.ndarray]:
+        """All its frames, uint8 `h w 3`. Raises FootageError at once or, for damage further on, there."""
+
+    def scenes(self, settings: Settings) -> Iterable[range]:
+        """Its unbroken stretches, which together are all its frames. Raises FootageError."""
+
+    def notes(self) -> dict[str, Any]:
+        """What else is to be kept with each scene."""
+
+
+@dataclass(frozen=True)
+class VideoSource:
+    """A readable video with captions."""
+
+    name: str
+    captions: list[str]
+    sha256: str
+    num_frames: int
+    path: Path
+    shortest: ClassVar[int] = 2
+
+    def frames(self, settings: Settings) -> Iterator[np.ndarray]:
+        return read_frames(self.path, settings.fps, tuple(settings.size))
+
+    def scenes(self, settings: Settings) -> Iterable[range]:
+        return find_scenes(self.path, settings.fps).scenes
+
+    def notes(self) -> dict[str, Any]:
+        return {}
+
+
+@dataclass
+class Plan:
+    """What is to be done, what cannot be used and why (by name), and what was done before."""
+
+    sources: list[Source] = field(default_factory=list)
+    unusable: dict[str, str] = field(default_factory=dict)
+    done: list[VideoReport] = field(default_factory=list)
+
+    def add(self, source: Source, preparation: Preparation) -> None:
+        """Sort a source in. Raises DatasetError when it is done, but with other captions."""
+        report = preparation.done(source.sha256, source.name, source.captions)
+        if report is None:
+            self.sources.append(source)
+        else:
+            self.done.append(report)
+
+
+def plan_videos(names: Iterable[tuple[Path, str]], captions: dict[Path, list[str]], preparation: Preparation) -> Plan:
+    """Look at every file; `names` are pairs of path and name in the data set."""
+    plan = Plan()
+    seen: dict[str, str] = {}
+    for path, name in names:
+        try:
+            info = probe(path)
+        except FootageError as error:
+            plan.unusable[name] = str(error).removeprefix(f"{path}: ")
+            continue
+        if path not in captions:
+            plan.unusable[name] = f"no caption: {THREE_WAYS}"
+            continue
+        sha256 = hash_file(path)
+        if sha256 in seen:
+            plan.unusable[name] = f"the same bytes as {seen[sha256]}"
+            continue
+        seen[sha256] = name
+        num_frames = int(info.duration * preparation.settings.fps)
+        plan.add(VideoSource(name, captions[path], sha256, num_frames, path), preparation)
+    return plan
+
+
+def prepare_source(
+    source: Source, preparation: Preparation, encoders: Encoders, advance: Callable[[int], None]
+) -> VideoReport:
+    """Store all scenes of one source; `advance` is told of frames as they are encoded.
+
+    Raises FootageError when it turns out to be unusable; nothing of it stays then.
+    """
+    settings = preparation.settings
+    frames = source.frames(settings)
+    scenes = source.scenes(settings)
+    contexts = [encoders.context(caption) for caption in source.captions]
+    height, width = settings.size
+    per_chunk = max(1, CHUNK_PIXELS // (height * width))
+    with preparation.video(source.name, source.sha256, source.captions) as part:
+        for piece in (piece for scene in scenes for piece in split(scene)):
+            moments = []
+            for first in range(0, len(piece), per_chunk):
+                chunk = list(islice(frames, min(per_chunk, len(piece) - first)))
+                assert chunk, "a source has the frames that its scenes count"
+                moments.append(encoders.moments(chunk))
+                advance(len(chunk))
+            scene = np.concatenate(moments)
+            if len(scene) < source.shortest:
+                part.drop(piece, "a single frame between two cuts")
+            elif not np.isfinite(scene).all():
+                part.drop(piece, "the autoencoder gave values that are no numbers")
+            else:
+                part.add(piece, scene, contexts, source.notes())
+        deque(frames, maxlen=0)  # lets ffmpeg come to its end and complain
+    return part.report
+
+
+def split(scene: range) -> Iterator[range]:
+    """A scene in as few equal pieces as `MAX_SCENE_FRAMES` allows."""
+    num_pieces = -(-len(scene) // MAX_SCENE_FRAMES)
+    edges = [scene.start + len(scene) * piece // num_pieces for piece in range(num_pieces + 1)]
+    return (range(start, stop) for start, stop in pairwise(edges))
