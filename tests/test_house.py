@@ -20,6 +20,8 @@ ALLOWED = {
     "ldm/modules/tokenizer.py": {"transformers", "huggingface_hub", "ldm.errors"},
     "ldm/modules/": {"torch", "einops", "ldm.errors", "ldm.modules"},
     "ldm/models/diffusion/schedule.py": {"torch", "ldm.errors"},
+    "ldm/models/diffusion/noise.py": {"torch", "ldm.errors"},
+    "ldm/models/diffusion/known_mixture.py": {"torch", "ldm.errors"},
     "ldm/errors.py": set(),
     "ldm/atomic.py": set(),
 }

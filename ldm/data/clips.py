@@ -27,13 +27,15 @@ LONG_READ = 10**9  # bytes; checking more is announced
 @dataclass
 class Batch:
     """Clips for one step. `moments` `b t 2c h w` (float16, mean and log-variance, unscaled), `context` `b n d`
-    (float16), `fps` `b` (float32, of the clip as sampled), `positions` and scene `keys` one per clip."""
+    (float16), `fps` `b` (float32, of the clip as sampled), `positions` and scene `keys` one per clip. `stills` are
+    single frames trained on beside the clips, `t` = 1."""
 
     moments: Tensor
     context: Tensor
     fps: Tensor
     positions: list[int]
     keys: list[str]
+    stills: Batch | None = None
 
     def __len__(self) -> int:
         return len(self.positions)

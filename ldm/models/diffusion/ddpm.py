@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -21,6 +22,8 @@ from ldm.checkpoint_names import FIRST_STAGE_PREFIX, TEXT_PREFIX, UNET_PREFIX
 from ldm.config import build
 from ldm.data.clips import Batch, check_prepared
 from ldm.errors import UserError
+from ldm.models.diffusion.known_mixture import KnownFrameMixture
+from ldm.models.diffusion.noise import NoiseFamily
 from ldm.models.diffusion.optimizers import build_optimizer, check_options, warm_up
 from ldm.models.diffusion.parameter_groups import ParameterGroups
 from ldm.models.diffusion.schedule import NoiseSchedule
@@ -29,6 +32,24 @@ from ldm.modules.posterior import sample_posterior
 log = logging.getLogger(__name__)
 
 NUM_BANDS = 4  # the held-out loss is taken apart by how much noise there is
+# Streams of random draws, each with a second one, the next number, for held-out clips.
+CLIP_STREAM, KNOWN_STREAM, STILL_STREAM = 0, 2, 4
+
+
+@dataclass(frozen=True)
+class Known:
+    """What the network is told of a clip's latents: mask `b t 1 h w`, 1 where they are to be made; latents `b t c h w`
+    with the noise of `level`, `b`, a diffusion step or 0 for none; of images without t."""
+
+    mask: Tensor
+    latents: Tensor
+    level: Tensor
+
+    @classmethod
+    def nothing(cls, like: Tensor) -> Known:
+        """All latents of the shape of `like` are to be made."""
+        mask = torch.ones_like(like[..., :1, :, :])
+        return cls(mask, torch.zeros_like(like), torch.zeros(len(like), dtype=torch.long, device=like.device))
 
 
 class LatentVideoDiffusion(pl.LightningModule):
@@ -43,7 +64,11 @@ class LatentVideoDiffusion(pl.LightningModule):
         `temporal`, `spatial_attention`, `time_embed`, `convolutions`, or the beginning of a parameter's name.
     optimizer: arguments of `build_optimizer`.
     warmup_steps: optimiser steps over which the learning rate rises.
-    timesteps, linear_start, linear_end, parameterization: of `NoiseSchedule`.
+    timesteps, linear_start, linear_end, parameterization, zero_terminal_snr: of `NoiseSchedule`.
+    noise: kind, share and offset of `NoiseFamily`; None: every frame has noise of its own.
+    min_snr_gamma: of `NoiseSchedule.loss_weight`.
+    known_frames: mixture and max_noise of `KnownFrameMixture`, for a network that takes known frames; None: nothing is
+        ever known.
     scale_factor: latents = scale_factor * sample of the posterior. None: the one measured with the autoencoder, from
         its checkpoint.
     seed: with a clip's position in the stream of samples it fixes every random draw made for that clip.
@@ -64,13 +89,22 @@ class LatentVideoDiffusion(pl.LightningModule):
         linear_start: float = 0.00085,
         linear_end: float = 0.012,
         parameterization: str = "eps",
+        zero_terminal_snr: bool = False,
+        noise: Mapping[str, Any] | None = None,
+        min_snr_gamma: float | None = None,
+        known_frames: Mapping[str, Any] | None = None,
         scale_factor: float | None = 0.18215,
         seed: int = 23,
         config: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.unet = build(unet_config, "model.params.unet_config")
-        self.schedule = NoiseSchedule(timesteps, linear_start, linear_end, parameterization)
+        self.schedule = NoiseSchedule(timesteps, linear_start, linear_end, parameterization, zero_terminal_snr)
+        self.noise = NoiseFamily.of_config(noise)
+        self.min_snr_gamma = _checked_gamma(min_snr_gamma)
+        self.mixture = KnownFrameMixture.of_config(known_frames)
+        if self.mixture is not None:
+            _check_takes_known_frames(self.unet, self.mixture, timesteps)
         self.learning_rate = learning_rate
         self.optimizer_options = dict(optimizer or {})
         check_options(self.optimizer_options)
@@ -114,44 +148,89 @@ class LatentVideoDiffusion(pl.LightningModule):
             first_stage=identity(_part(self._encoder_tensors, FIRST_STAGE_PREFIX)),
             text_encoder=identity(_part(self._encoder_tensors, TEXT_PREFIX)),
             scale_factor=self.scale_factor,
-            latent_channels=self.unet.in_channels,
+            latent_channels=self.unet.out_channels,
             context_dim=self.unet.context_dim,
         )
 
-    def forward(self, noisy: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
-        """The network's prediction: `b t c h w`, `b`, `b n d` -> `b t c h w`."""
-        return self.unet(noisy, timesteps, context)
+    def forward(
+        self,
+        noisy: Tensor,
+        timesteps: Tensor,
+        context: Tensor,
+        fps: Tensor | None = None,
+        known: Known | None = None,
+    ) -> Tensor:
+        """The network's prediction: `b t c h w`, `b`, `b n d`, `b` -> `b t c h w`; or of images, without t."""
+        if not self.unet.takes_known_frames:
+            return self.unet(noisy, timesteps, context, fps=fps)
+        if known is None:
+            known = Known.nothing(noisy)
+        inputs = torch.cat([noisy, known.mask, known.latents * (1 - known.mask)], dim=-3)
+        return self.unet(inputs, timesteps, context, fps=fps, known_level=known.level)
 
-    def loss(self, clean: Tensor, noise: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
-        """Mean squared error of the prediction (DDPM eq. 14), per clip: `b t c h w`, ..., `b`, `b n d` -> `b`."""
-        noisy = self.schedule.add_noise(clean, noise, timesteps)
+    def loss(
+        self,
+        clean: Tensor,
+        noise: Tensor,
+        timesteps: Tensor,
+        context: Tensor,
+        fps: Tensor | None = None,
+        known: Known | None = None,
+    ) -> Tensor:
+        """Weighted squared error of the prediction (DDPM eq. 14) where latents are to be made, its mean for each clip.
+
+        `b t c h w`, `b t c h w`, `b`, `b n d`, `b` -> `b`; or of images, without t. Known latents, too, are shown with
+        the noise of the step, as they will be when sampling.
+        """
+        shown = clean if known is None else torch.where(known.mask.bool(), clean, known.latents)
+        noisy = self.schedule.add_noise(shown, noise, timesteps)
         target = self.schedule.target(clean, noise, timesteps)
-        error = self(noisy, timesteps, context).float() - target
-        return error.square().mean(dim=(1, 2, 3, 4))
+        error = (self(noisy, timesteps, context, fps, known).float() - target).square()
+        if known is None:
+            loss = error.flatten(1).mean(dim=1)
+        else:
+            loss = (error * known.mask).flatten(1).sum(dim=1) / known.mask.expand_as(error).flatten(1).sum(dim=1)
+        return loss * self.schedule.loss_weight(timesteps, self.min_snr_gamma)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        clean, noise, timesteps = self.draw(batch)
-        loss = self.loss(clean, noise, timesteps, batch.context.float()).mean()
+        """Mean loss of the batch's samples, each a clip or as many single frames as a clip has."""
+        losses = self.batch_losses(batch)
+        loss = torch.cat(losses).sum() / len(batch)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
         return loss
+
+    def batch_losses(
+        self, batch: Batch, first: int = 0, after: int | None = None, held_out: bool = False
+    ) -> list[Tensor]:
+        """Losses of the clips, `b`, and of the single frames, weighted to be samples together."""
+        losses = []
+        if len(batch.moments):
+            drawn = self.draw(batch, first, after, CLIP_STREAM + held_out)
+            known = self.draw_known(batch, drawn[0], KNOWN_STREAM + held_out)
+            losses.append(self.loss(*drawn, batch.context.float(), batch.fps, known))
+        if batch.stills is not None:
+            clean, noise, timesteps = self.draw(batch.stills, first, after, STILL_STREAM + held_out)
+            num_samples = len(batch) - len(batch.moments)
+            share = num_samples / len(timesteps)
+            losses.append(share * self.loss(clean[:, 0], noise[:, 0], timesteps, batch.stills.context.float()))
+        return losses
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Log the held-out loss in bands from little noise to much, at the same draws every time, and their mean."""
         edges = [self.schedule.num_timesteps * band // NUM_BANDS for band in range(NUM_BANDS + 1)]
         losses = []
         for first, after in pairwise(edges):
-            clean, noise, timesteps = self.draw(batch, first, after, stream=1)
-            losses.append(self.loss(clean, noise, timesteps, batch.context.float()).mean())
+            losses.append(torch.cat(self.batch_losses(batch, first, after, held_out=True)).sum() / len(batch))
             self.log(f"val/loss_t{first:03d}-{after - 1:03d}", losses[-1], batch_size=len(batch))
         self.log("val/loss", torch.stack(losses).mean(), prog_bar=True, batch_size=len(batch))
 
     def draw(
-        self, batch: Batch, first: int = 0, after: int | None = None, stream: int = 0
+        self, batch: Batch, first: int = 0, after: int | None = None, stream: int = CLIP_STREAM
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Scaled latents `b t c h w`, noise of that shape, and diffusion steps `b` in `first` to `after` - 1.
 
         Each clip's draws come from a generator of its own, seeded by the run's seed, the clip's position and the
-        stream (0 training, 1 validation), so that they do not depend on how clips are batched, nor on any resume.
+        stream, so that they do not depend on how clips are batched, nor on any resume.
         """
         device = batch.moments.device
         after = self.schedule.num_timesteps if after is None else after
@@ -162,9 +241,26 @@ class LatentVideoDiffusion(pl.LightningModule):
             mean = moments.chunk(2, dim=-3)[0]
             sampled = sample_posterior(moments, _normal_like(mean, generator))
             clean.append(self.scale_factor * sampled)
-            noise.append(_normal_like(mean, generator))
+            noise.append(self.noise.draw(*mean.shape, generator))
             timesteps.append(torch.randint(first, after, (), generator=generator, device=device))
         return torch.stack(clean), torch.stack(noise), torch.stack(timesteps)
+
+    def draw_known(self, batch: Batch, clean: Tensor, stream: int = KNOWN_STREAM) -> Known | None:
+        """What of each clip is known, drawn from the mixture; None without a mixture. `clean`: `b t c h w`."""
+        if self.mixture is None:
+            return None
+        frames, _, h, w = clean.shape[1:]
+        on_cpu, on_device = torch.Generator(), torch.Generator(clean.device)
+        masks, levels, noise = [], [], []
+        for latents, position in zip(clean, batch.positions, strict=True):
+            seed = _mix(self.seed, stream, position)
+            mask, level = self.mixture.draw(frames, h, w, on_cpu.manual_seed(seed))
+            masks.append(mask)
+            levels.append(level)
+            noise.append(_normal_like(latents, on_device.manual_seed(seed)))
+        mask = torch.stack(masks).to(clean.device, non_blocking=True)
+        level = torch.tensor(levels).to(clean.device, non_blocking=True)
+        return Known(mask, self.schedule.with_level(clean, torch.stack(noise), level), level)
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = build_optimizer(self.groups.for_optimizer(self.learning_rate), **self.optimizer_options)
@@ -212,3 +308,22 @@ def _mix(seed: int, stream: int, position: int) -> int:
     for multiplier, shift in ((0xBF58476D1CE4E5B9, 30), (0x94D049BB133111EB, 27)):
         mixed = ((mixed ^ (mixed >> shift)) * multiplier) & 0xFFFFFFFFFFFFFFFF
     return (mixed ^ (mixed >> 31)) >> 1
+
+
+def _checked_gamma(gamma: float | None) -> float | None:
+    if gamma is not None and (isinstance(gamma, bool) or not isinstance(gamma, int | float) or gamma <= 0):
+        raise UserError(f"model.params.min_snr_gamma: expected a number above 0 or null, found {gamma!r}")
+    return gamma
+
+
+def _check_takes_known_frames(unet: torch.nn.Module, mixture: KnownFrameMixture, timesteps: int) -> None:
+    if not unet.takes_known_frames:
+        raise UserError(
+            f"model.params.known_frames: expected a network that takes known frames, unet_config.params.in_channels "
+            f"{2 * unet.out_channels + 1} for out_channels {unet.out_channels}, found in_channels {unet.in_channels}"
+        )
+    if mixture.max_noise >= timesteps:
+        raise UserError(
+            f"model.params.known_frames.max_noise: expected a diffusion step below {timesteps}, found "
+            f"{mixture.max_noise}"
+        )

@@ -1,7 +1,9 @@
-"""The noise schedule: how much noise each diffusion step adds, and what the network is asked to predict.
+"""The noise schedule: how much noise each diffusion step adds, what the network is asked to predict, and how much an
+error counts.
 
 Formulas and equation numbers: Ho et al. 2020, "Denoising Diffusion Probabilistic Models" (DDPM), and for the velocity
-target Salimans & Ho 2022, "Progressive Distillation" (section 3, appendix D). Sampling is not here.
+target Salimans & Ho 2022, "Progressive Distillation" (section 3, appendix D). What the noise is like is in `noise.py`.
+Sampling is not here.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ class NoiseSchedule(nn.Module):
     timesteps: number of diffusion steps, at least 1.
     linear_start, linear_end: first and last beta, 0 < start <= end < 1.
     parameterization: what the network predicts: "eps" the noise, "x0" the clean latents, "v" the velocity.
+    zero_terminal_snr: shift the betas so that the last step is noise alone, as sampling begins (Lin et al. 2023,
+        "Common Diffusion Noise Schedules and Sample Steps are Flawed", algorithm 1); not with "eps".
 
     Everything is computed in float64 and stored as float32. The buffers are not persistent: they follow from three
     numbers, and `compvis_buffers` gives them under their public names for a checkpoint.
@@ -33,6 +37,7 @@ class NoiseSchedule(nn.Module):
         linear_start: float = 0.00085,
         linear_end: float = 0.012,
         parameterization: str = "eps",
+        zero_terminal_snr: bool = False,
     ) -> None:
         super().__init__()
         if timesteps < 1:
@@ -45,7 +50,14 @@ class NoiseSchedule(nn.Module):
             raise UserError(
                 f"parameterization: expected one of {', '.join(PARAMETERIZATIONS)}, found '{parameterization}'"
             )
+        if zero_terminal_snr and (parameterization == "eps" or timesteps < 2):
+            raise UserError(
+                "zero_terminal_snr: expected parameterization v or x0 (the last step shows nothing but noise, so that "
+                f"to name the noise says nothing of the latents) and 2 timesteps or more, found '{parameterization}' "
+                f"and {timesteps}"
+            )
         self.num_timesteps = timesteps
+        self.zero_terminal_snr = zero_terminal_snr
         self.linear_start = linear_start
         self.linear_end = linear_end
         self.parameterization = parameterization
@@ -57,11 +69,50 @@ class NoiseSchedule(nn.Module):
     def betas64(self) -> Tensor:
         """The variances beta_t of the forward process -> float64 `num_timesteps`."""
         roots = torch.linspace(self.linear_start**0.5, self.linear_end**0.5, self.num_timesteps, dtype=torch.float64)
-        return roots**2
+        betas = roots**2
+        return _with_zero_terminal_snr(betas) if self.zero_terminal_snr else betas
+
+    def scales_at(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """What the latents and the noise are multiplied by at `timesteps`, `b` each, float32.
+
+        Between two steps, noise / signal is on the line between theirs, as in the Euler sampler. Steps beyond the first
+        or last are taken as those.
+        """
+        steps = timesteps.float().clamp(0, self.num_timesteps - 1)
+        below = steps.floor().long()
+        above = (below + 1).clamp(max=self.num_timesteps - 1)
+        part = steps - below
+        ratios = self.noise_scale / self.signal_scale.clamp_min(1e-6)
+        ratio = torch.lerp(ratios[below], ratios[above], part)
+        signal, noise = (1 + ratio.square()).rsqrt(), ratio * (1 + ratio.square()).rsqrt()
+        is_step = part == 0
+        return torch.where(is_step, self.signal_scale[below], signal), torch.where(
+            is_step, self.noise_scale[below], noise
+        )
+
+    def loss_weight(self, timesteps: Tensor, min_snr_gamma: float | None) -> Tensor:
+        """How much the squared error of the network's output counts at `timesteps`: `b` -> `b`.
+
+        min_snr_gamma: the error in the clean latents counts min(SNR, gamma) (Hang et al. 2023, "Efficient Diffusion
+            Training via Min-SNR Weighting Strategy", section 3.4); None: every output counts 1.
+        """
+        signal, noise = self.signal_scale[timesteps].square(), self.noise_scale[timesteps].square()
+        if min_snr_gamma is None:
+            return torch.ones_like(signal)
+        weight = torch.minimum(signal / noise, torch.full_like(signal, min_snr_gamma))
+        if self.parameterization == "x0":
+            return weight
+        # An error e in the output is an error e * noise / signal ("eps") or e * noise ("v") in the clean latents.
+        return weight * (noise / signal if self.parameterization == "eps" else noise)
 
     def add_noise(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """A sample of q(x_t | x_0) (DDPM eq. 4): `b ...`, `b ...`, `b` -> `b ...`."""
         return _over(self.signal_scale, timesteps, clean) * clean + _over(self.noise_scale, timesteps, clean) * noise
+
+    def with_level(self, known: Tensor, noise: Tensor, levels: Tensor) -> Tensor:
+        """Known latents with the noise of diffusion steps `levels`, 0 for none: `b ...`, `b ...`, `b` -> `b ...`."""
+        is_clean = (levels == 0).view(-1, *[1] * (known.ndim - 1))
+        return torch.where(is_clean, known, self.add_noise(known, noise, levels))
 
     def target(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """What the network is trained to return at `timesteps`: `b ...` -> `b ...`."""
@@ -107,3 +158,11 @@ class NoiseSchedule(nn.Module):
 def _over(values: Tensor, timesteps: Tensor, like: Tensor) -> Tensor:
     """Look up `values` at `timesteps` and shape the result `b 1 1 ...` to broadcast over `like`."""
     return values[timesteps].view(-1, *[1] * (like.ndim - 1))
+
+
+def _with_zero_terminal_snr(betas: Tensor) -> Tensor:
+    """Betas whose cumulative signal scale keeps its first value and ends at zero, float64 `num_timesteps`."""
+    roots = (1 - betas).cumprod(0).sqrt()
+    roots = (roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])
+    cumprod = roots**2
+    return 1 - torch.cat([cumprod[:1], cumprod[1:] / cumprod[:-1]])

@@ -1,0 +1,120 @@
+"""Which frames of a training clip are known to the network, so that one network learns every way to make frames.
+
+A mask is `t 1 h w`: 1 where latents are to be made, 0 where they are known, as the network takes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from ldm.errors import UserError
+
+SMALLEST_PATCH = 0.25  # of a side
+
+
+class KnownFrameMixture:
+    """The mixture of what is known.
+
+    mixture: kind -> its weight against the others; a kind that is left out does not happen.
+        nothing      text to video
+        first        the first frame
+        ends         the first and the last
+        every        every k-th from the first on, k drawn from 2 to t - 1
+        previous     the first k, as the last of a stretch that is continued, k from 1 to t - 1
+        random       any frames, from one to all but one
+        pixels       a rectangle of every frame, or all but a rectangle
+    max_noise: known latents get the noise of a diffusion step up to this one, half of the clips none.
+    """
+
+    def __init__(self, mixture: Mapping[str, float], max_noise: int = 0) -> None:
+        where = "model.params.known_frames"
+        for kind, weight in mixture.items():
+            if kind not in KINDS:
+                raise UserError(f"{where}.mixture.{kind}: expected one of {', '.join(KINDS)}")
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
+                raise UserError(f"{where}.mixture.{kind}: expected a weight from 0, found {weight!r}")
+        if not sum(mixture.values()):
+            raise UserError(f"{where}.mixture: expected at least one kind with a weight above 0, found none")
+        if isinstance(max_noise, bool) or not isinstance(max_noise, int) or max_noise < 0:
+            raise UserError(f"{where}.max_noise: expected a diffusion step from 0, found {max_noise!r}")
+        self.kinds = [kind for kind, weight in mixture.items() if weight]
+        self.weights = torch.tensor([mixture[kind] for kind in self.kinds], dtype=torch.float64)
+        self.max_noise = max_noise
+
+    @classmethod
+    def of_config(cls, words: Mapping[str, object] | None) -> KnownFrameMixture | None:
+        """What `model.params.known_frames` describes, None for None; raises `UserError`."""
+        if words is None:
+            return None
+        if not isinstance(words, Mapping) or set(words) - {"mixture", "max_noise"} or "mixture" not in words:
+            raise UserError(f"model.params.known_frames: expected the words mixture and max_noise, found {words!r}")
+        return cls(**words)
+
+    def draw(self, frames: int, h: int, w: int, generator: torch.Generator) -> tuple[Tensor, int]:
+        """A mask `t 1 h w` and the diffusion step of the noise on what is known, 0 for none.
+
+        generator: on the CPU. Something is always left to be made; in a clip of one frame everything but "pixels".
+        """
+        kind = self.kinds[int(torch.multinomial(self.weights, 1, generator=generator))]
+        mask = torch.ones(frames, 1, h, w)
+        if kind == "pixels":
+            mask[..., _rectangle(h, w, generator)] = 0
+            mask = 1 - mask if _below(2, generator) else mask
+        elif frames > 1:
+            mask[KINDS[kind](frames, generator)] = 0
+        is_noisy = self.max_noise > 0 and _below(2, generator)
+        return mask, 1 + _below(self.max_noise, generator) if is_noisy else 0
+
+
+def _below(stop: int, generator: torch.Generator) -> int:
+    return int(torch.randint(stop, (), generator=generator))
+
+
+def _nothing(frames: int, generator: torch.Generator) -> list[int]:
+    return []
+
+
+def _first(frames: int, generator: torch.Generator) -> list[int]:
+    return [0]
+
+
+def _ends(frames: int, generator: torch.Generator) -> list[int]:
+    return [0] if frames == 2 else [0, frames - 1]
+
+
+def _every(frames: int, generator: torch.Generator) -> list[int]:
+    return [0] if frames == 2 else list(range(0, frames, 2 + _below(frames - 2, generator)))
+
+
+def _previous(frames: int, generator: torch.Generator) -> list[int]:
+    return list(range(1 + _below(frames - 1, generator)))
+
+
+def _random(frames: int, generator: torch.Generator) -> list[int]:
+    return torch.randperm(frames, generator=generator)[: 1 + _below(frames - 1, generator)].tolist()
+
+
+def _rectangle(h: int, w: int, generator: torch.Generator) -> Tensor:
+    """True inside a rectangle of a quarter to all but a pixel of each side, `h w`."""
+    inside = torch.ones(h, w, dtype=torch.bool)
+    for size, axis in ((h, 0), (w, 1)):
+        least = max(1, int(SMALLEST_PATCH * size))
+        length = least + _below(max(1, size - least), generator)
+        start = _below(size - length + 1, generator)
+        places = torch.arange(size).view(-1, *[1] * (1 - axis))
+        inside &= (places >= start) & (places < start + length)
+    return inside
+
+
+KINDS: dict[str, Callable[[int, torch.Generator], list[int]] | None] = {
+    "nothing": _nothing,
+    "first": _first,
+    "ends": _ends,
+    "every": _every,
+    "previous": _previous,
+    "random": _random,
+    "pixels": None,  # not whole frames
+}
