@@ -7,8 +7,8 @@ import torch
 
 from ldm.data.clips import Batch
 from ldm.errors import UserError
-from ldm.models.diffusion.ddpm import Known, LatentVideoDiffusion
-from ldm.models.diffusion.known_mixture import KINDS
+from ldm.models.diffusion.ddpm import LatentVideoDiffusion
+from ldm.models.diffusion.known_mixture import KINDS, Known
 from tests.conftest import relative_error
 from tests.test_ddpm import NOT_BUILT, REFERENCE, UNET, make_batch, make_model
 
@@ -131,20 +131,21 @@ def test_single_frames_are_images_to_the_network_and_share_a_samples_weight():
     model = make_told()
     model.unet = Recorder(lambda x: torch.zeros_like(x[..., :4, :, :]))
     batch = with_stills(make_batch([0, 1]), num=1)
-    clips, stills = model.batch_losses(batch)
-    assert clips.shape == (2,) and stills.shape == (5,)
+    errors, timesteps = model.batch_errors(batch)
+    assert errors.shape == timesteps.shape == (2 + 5,)
     images, _, _, told = model.unet.calls[1]
     assert images.shape == (5, 9, 8, 8) and told["fps"] is None
     assert torch.equal(images[:, 4], torch.ones(5, 8, 8)) and not images[:, 5:].any()
     target = model.schedule.target(*model.draw(batch.stills, stream=4))
-    assert torch.allclose(stills, target.square().mean(dim=(1, 2, 3, 4)) / 5, rtol=1e-5)
+    assert torch.allclose(errors[2:], target.square().mean(dim=(1, 2, 3, 4)) / 5 / 3, rtol=1e-5)  # 1 of 3 samples
+    alone = model.batch_errors(make_batch([0, 1]))[0]
+    assert torch.allclose(errors[:2], alone * 2 / 3)
 
 
 def test_single_frames_leave_the_temporal_layers_alone():
     model = make_told()
     batch = with_stills(make_batch([]), num=2)
-    (losses,) = model.batch_losses(batch)
-    (losses.sum() / len(batch)).backward()
+    model.batch_errors(batch)[0].sum().backward()
     moved = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     over_time = {n for n, _ in model.named_parameters() if ".temporal." in n and "conditioning" not in n}
     assert moved and over_time and not moved & over_time

@@ -107,3 +107,19 @@ def test_level_zero_leaves_known_latents_as_they_are():
     out = schedule.with_level(known, noise, torch.tensor([0, 200]))
     assert torch.equal(out[0], known[0])
     assert torch.equal(out[1], schedule.add_noise(known, noise, torch.tensor([0, 200]))[1])
+
+
+@pytest.mark.parametrize("parameterization", ["eps", "x0", "v"])
+def test_an_error_of_any_output_as_an_error_of_the_velocity(parameterization):
+    schedule = NoiseSchedule(parameterization=parameterization)
+    steps = torch.tensor([0, 500, 999])
+    clean, noise = torch.randn(2, 3, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0)).double().unbind(0)
+    noisy = schedule.add_noise(clean, noise, steps)
+    noise_off = schedule.to_noise(schedule.target(clean, noise, steps) + 0.1, noisy, steps)
+    signal, scale = (
+        value[steps].double().view(-1, 1, 1, 1, 1) for value in (schedule.signal_scale, schedule.noise_scale)
+    )
+    velocity = signal * noise - scale * clean
+    velocity_off = signal * noise_off - scale * (noisy - scale * noise_off) / signal
+    error = (velocity_off - velocity).square().mean(dim=(1, 2, 3, 4))
+    assert torch.allclose(error.float(), 0.1**2 * schedule.velocity_factor(steps), rtol=1e-3)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -22,7 +21,7 @@ from ldm.checkpoint_names import FIRST_STAGE_PREFIX, TEXT_PREFIX, UNET_PREFIX
 from ldm.config import build
 from ldm.data.clips import Batch, check_prepared
 from ldm.errors import UserError
-from ldm.models.diffusion.known_mixture import KnownFrameMixture
+from ldm.models.diffusion.known_mixture import Known, KnownFrameMixture
 from ldm.models.diffusion.noise import NoiseFamily
 from ldm.models.diffusion.optimizers import build_optimizer, check_options, warm_up
 from ldm.models.diffusion.parameter_groups import ParameterGroups
@@ -34,22 +33,6 @@ log = logging.getLogger(__name__)
 NUM_BANDS = 4  # the held-out loss is taken apart by how much noise there is
 # Streams of random draws, each with a second one, the next number, for held-out clips.
 CLIP_STREAM, KNOWN_STREAM, STILL_STREAM = 0, 2, 4
-
-
-@dataclass(frozen=True)
-class Known:
-    """What the network is told of a clip's latents: mask `b t 1 h w`, 1 where they are to be made; latents `b t c h w`
-    with the noise of `level`, `b`, a diffusion step or 0 for none; of images without t."""
-
-    mask: Tensor
-    latents: Tensor
-    level: Tensor
-
-    @classmethod
-    def nothing(cls, like: Tensor) -> Known:
-        """All latents of the shape of `like` are to be made."""
-        mask = torch.ones_like(like[..., :1, :, :])
-        return cls(mask, torch.zeros_like(like), torch.zeros(len(like), dtype=torch.long, device=like.device))
 
 
 class LatentVideoDiffusion(pl.LightningModule):
@@ -177,7 +160,20 @@ class LatentVideoDiffusion(pl.LightningModule):
         fps: Tensor | None = None,
         known: Known | None = None,
     ) -> Tensor:
-        """Weighted squared error of the prediction (DDPM eq. 14) where latents are to be made, its mean for each clip.
+        """`error`, weighted as the schedule says, for each clip."""
+        weight = self.schedule.loss_weight(timesteps, self.min_snr_gamma)
+        return weight * self.error(clean, noise, timesteps, context, fps, known)
+
+    def error(
+        self,
+        clean: Tensor,
+        noise: Tensor,
+        timesteps: Tensor,
+        context: Tensor,
+        fps: Tensor | None = None,
+        known: Known | None = None,
+    ) -> Tensor:
+        """Squared error of the prediction (DDPM eq. 14) where latents are to be made, its mean for each clip.
 
         `b t c h w`, `b t c h w`, `b`, `b n d`, `b` -> `b`; or of images, without t. Known latents, too, are shown with
         the noise of the step, as they will be when sampling.
@@ -187,42 +183,52 @@ class LatentVideoDiffusion(pl.LightningModule):
         target = self.schedule.target(clean, noise, timesteps)
         error = (self(noisy, timesteps, context, fps, known).float() - target).square()
         if known is None:
-            loss = error.flatten(1).mean(dim=1)
-        else:
-            loss = (error * known.mask).flatten(1).sum(dim=1) / known.mask.expand_as(error).flatten(1).sum(dim=1)
-        return loss * self.schedule.loss_weight(timesteps, self.min_snr_gamma)
+            return error.flatten(1).mean(dim=1)
+        return (error * known.mask).flatten(1).sum(dim=1) / known.mask.expand_as(error).flatten(1).sum(dim=1)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss of the batch's samples, each a clip or as many single frames as a clip has."""
-        losses = self.batch_losses(batch)
-        loss = torch.cat(losses).sum() / len(batch)
+        errors, timesteps = self.batch_errors(batch)
+        loss = (errors * self.schedule.loss_weight(timesteps, self.min_snr_gamma)).sum()
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
         return loss
 
-    def batch_losses(
+    def batch_errors(
         self, batch: Batch, first: int = 0, after: int | None = None, held_out: bool = False
-    ) -> list[Tensor]:
-        """Losses of the clips, `b`, and of the single frames, weighted to be samples together."""
-        losses = []
+    ) -> tuple[Tensor, Tensor]:
+        """Errors of the clips and of the single frames, whose sum is the mean over samples, and their diffusion steps.
+
+        Diffusion steps are drawn from `first` to `after` - 1, by streams of their own for clips that are `held_out`.
+        """
+        errors, timesteps = [], []
         if len(batch.moments):
             drawn = self.draw(batch, first, after, CLIP_STREAM + held_out)
             known = self.draw_known(batch, drawn[0], KNOWN_STREAM + held_out)
-            losses.append(self.loss(*drawn, batch.context.float(), batch.fps, known))
+            errors.append(self.error(*drawn, batch.context.float(), batch.fps, known) / len(batch))
+            timesteps.append(drawn[2])
         if batch.stills is not None:
-            clean, noise, timesteps = self.draw(batch.stills, first, after, STILL_STREAM + held_out)
+            clean, noise, steps = self.draw(batch.stills, first, after, STILL_STREAM + held_out)
             num_samples = len(batch) - len(batch.moments)
-            share = num_samples / len(timesteps)
-            losses.append(share * self.loss(clean[:, 0], noise[:, 0], timesteps, batch.stills.context.float()))
-        return losses
+            weight = num_samples / len(steps) / len(batch)
+            errors.append(weight * self.error(clean[:, 0], noise[:, 0], steps, batch.stills.context.float()))
+            timesteps.append(steps)
+        return torch.cat(errors), torch.cat(timesteps)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Log the held-out loss in bands from little noise to much, at the same draws every time, and their mean."""
+        """Log the held-out loss in bands from little noise to much, at the same draws every time, and their mean.
+
+        And the same as errors of the velocity, whatever is predicted and however errors are weighted, to compare runs.
+        """
         edges = [self.schedule.num_timesteps * band // NUM_BANDS for band in range(NUM_BANDS + 1)]
-        losses = []
+        means = {"loss": [], "velocity_error": []}
         for first, after in pairwise(edges):
-            losses.append(torch.cat(self.batch_losses(batch, first, after, held_out=True)).sum() / len(batch))
-            self.log(f"val/loss_t{first:03d}-{after - 1:03d}", losses[-1], batch_size=len(batch))
-        self.log("val/loss", torch.stack(losses).mean(), prog_bar=True, batch_size=len(batch))
+            errors, timesteps = self.batch_errors(batch, first, after, held_out=True)
+            means["loss"].append((errors * self.schedule.loss_weight(timesteps, self.min_snr_gamma)).sum())
+            means["velocity_error"].append((errors * self.schedule.velocity_factor(timesteps)).sum())
+            for name, values in means.items():
+                self.log(f"val/{name}_t{first:03d}-{after - 1:03d}", values[-1], batch_size=len(batch))
+        self.log("val/loss", torch.stack(means["loss"]).mean(), prog_bar=True, batch_size=len(batch))
+        self.log("val/velocity_error", torch.stack(means["velocity_error"]).mean(), batch_size=len(batch))
 
     def draw(
         self, batch: Batch, first: int = 0, after: int | None = None, stream: int = CLIP_STREAM

@@ -6,6 +6,7 @@ A mask is `t 1 h w`: 1 where latents are to be made, 0 where they are known, as 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,6 +14,22 @@ from torch import Tensor
 from ldm.errors import UserError
 
 SMALLEST_PATCH = 0.25  # of a side
+
+
+@dataclass(frozen=True)
+class Known:
+    """What the network is told of a clip's latents: mask `b t 1 h w`, 1 where they are to be made; latents `b t c h w`
+    with the noise of `level`, `b`, a diffusion step or 0 for none; of images without t."""
+
+    mask: Tensor
+    latents: Tensor
+    level: Tensor
+
+    @classmethod
+    def nothing(cls, like: Tensor) -> Known:
+        """All latents of the shape of `like` are to be made."""
+        mask = torch.ones_like(like[..., :1, :, :])
+        return cls(mask, torch.zeros_like(like), torch.zeros(len(like), dtype=torch.long, device=like.device))
 
 
 class KnownFrameMixture:

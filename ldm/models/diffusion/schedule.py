@@ -109,6 +109,13 @@ class NoiseSchedule(nn.Module):
         """A sample of q(x_t | x_0) (DDPM eq. 4): `b ...`, `b ...`, `b` -> `b ...`."""
         return _over(self.signal_scale, timesteps, clean) * clean + _over(self.noise_scale, timesteps, clean) * noise
 
+    def velocity_factor(self, timesteps: Tensor) -> Tensor:
+        """Squared error of the velocity for a squared error 1 of the network's output at `timesteps`: `b` -> `b`."""
+        if self.parameterization == "v":
+            return torch.ones_like(self.signal_scale[timesteps])
+        scale = self.signal_scale if self.parameterization == "eps" else self.noise_scale
+        return scale[timesteps].square().reciprocal()
+
     def with_level(self, known: Tensor, noise: Tensor, levels: Tensor) -> Tensor:
         """Known latents with the noise of diffusion steps `levels`, 0 for none: `b ...`, `b ...`, `b` -> `b ...`."""
         is_clean = (levels == 0).view(-1, *[1] * (known.ndim - 1))
