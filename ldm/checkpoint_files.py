@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from torch import Tensor
 
 from ldm.errors import UserError
 
@@ -63,7 +62,10 @@ STAND_INS = (
 
 
 def read_file(path: Path) -> Mapping[str, Any]:
-    """The dict in a PyTorch or safetensors file, told apart by content; raises `CheckpointError`."""
+    """The dict in a PyTorch or safetensors file, told apart by content; raises `CheckpointError`.
+
+    That of a safetensors file has the tensors at `state_dict`, and its strings at `metadata`.
+    """
     try:
         with path.open("rb") as file:
             start = file.read(64)
@@ -81,9 +83,11 @@ def read_file(path: Path) -> Mapping[str, Any]:
     )
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def _read_safetensors(path: Path) -> dict[str, Any]:
     try:
-        return load_file(path)
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        return {"state_dict": load_file(path), "metadata": metadata}
     except SafetensorError as error:
         raise _damaged(path, "safetensors", error) from None
 

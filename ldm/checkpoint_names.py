@@ -1,4 +1,4 @@
-"""The names of Stable Diffusion v1's tensors: CompVis's, which we use everywhere, from diffusers'.
+"""The names of Stable Diffusion v1's tensors: CompVis's, which we use everywhere, and diffusers'.
 
 Pure tables made of strings: no tensor is touched here. A table maps the name of a module in CompVis's naming to its
 name in diffusers'; what follows the module's name (`.weight`, `.temporal.bias`, ...) is the same in both.
@@ -6,6 +6,7 @@ name in diffusers'; what follows the module's name (`.weight`, `.temporal.bias`,
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
@@ -58,9 +59,10 @@ class UNetLayout:
     def of_compvis(cls, names: Collection[str]) -> UNetLayout:
         """The layout that CompVis names, relative to `model.diffusion_model.`, belong to."""
         last = max(_numbers_after("input_blocks.", names), default=0)
-        downs = [index for index in range(last + 1) if f"input_blocks.{index}.0.op.weight" in names]
+        blocks = range(1, last + 1)
+        downs = [index for index in blocks if _has(f"input_blocks.{index}.0.op.", names)]
         num_res_blocks = downs[0] - 1 if downs else last
-        with_attention = {index for index in range(1, last + 1) if f"input_blocks.{index}.1.norm.weight" in names}
+        with_attention = {index for index in blocks if _has(f"input_blocks.{index}.1.", names)}
         levels = frozenset((index - 1) // (num_res_blocks + 1) for index in with_attention)
         return cls(len(downs) + 1, num_res_blocks, levels)
 
@@ -69,7 +71,7 @@ class UNetLayout:
         """The layout that the names of diffusers' UNet2DConditionModel belong to."""
         levels = _numbers_after("down_blocks.", names)
         num_res_blocks = len(_numbers_after("down_blocks.0.resnets.", names))
-        with_attention = {level for level in levels if f"down_blocks.{level}.attentions.0.norm.weight" in names}
+        with_attention = {level for level in levels if _has(f"down_blocks.{level}.attentions.", names)}
         return cls(len(levels), num_res_blocks, frozenset(with_attention))
 
     def first_block(self, level: int) -> str:
@@ -113,7 +115,7 @@ def unet_table(layout: UNetLayout) -> dict[str, str]:
 
 
 def first_stage_table(num_levels: int, num_res_blocks: int) -> dict[str, str]:
-    """Modules of CompVis's AutoencoderKL, relative to `first_stage_model.` -> modules of diffusers' AutoencoderKL."""
+    """Modules of CompVis's autoencoders, relative to `first_stage_model.` -> modules of diffusers' of the same kind."""
     table = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
     res_block = {part: part for part in ("norm1", "conv1", "norm2", "conv2")} | {"nin_shortcut": "conv_shortcut"}
     for side in ("encoder", "decoder"):
@@ -127,8 +129,12 @@ def first_stage_table(num_levels: int, num_res_blocks: int) -> dict[str, str]:
             table |= _nested(
                 f"encoder.down.{level}.block.{block}", f"encoder.down_blocks.{level}.resnets.{block}", res_block
             )
+            attention = f"encoder.down_blocks.{level}.attentions.{block}"
+            table |= _nested(f"encoder.down.{level}.attn.{block}", attention, _VAE_ATTENTION)
         for block in range(num_res_blocks + 1):
             table |= _nested(f"decoder.up.{level}.block.{block}", f"decoder.up_blocks.{up}.resnets.{block}", res_block)
+            attention = f"decoder.up_blocks.{up}.attentions.{block}"
+            table |= _nested(f"decoder.up.{level}.attn.{block}", attention, _VAE_ATTENTION)
         table[f"encoder.down.{level}.downsample.conv"] = f"encoder.down_blocks.{level}.downsamplers.0.conv"
         table[f"decoder.up.{level}.upsample.conv"] = f"decoder.up_blocks.{up}.upsamplers.0.conv"
     return table
@@ -142,6 +148,11 @@ def unet_from_diffusers(names: Collection[str]) -> dict[str, str]:
     return renamed(names, _inverse(unet_table(UNetLayout.of_diffusers(names))))
 
 
+def unet_to_diffusers(names: Collection[str]) -> dict[str, str]:
+    """Each CompVis name of a UNet, relative to `model.diffusion_model.`, -> its name in a UNet2DConditionModel."""
+    return renamed(names, unet_table(UNetLayout.of_compvis(names)))
+
+
 def first_stage_from_diffusers(names: Collection[str]) -> dict[str, str]:
     """Each name of diffusers' AutoencoderKL, in its old or new spelling, -> CompVis's, relative to the first stage."""
     num_levels = len(_numbers_after("encoder.down_blocks.", names))
@@ -153,9 +164,13 @@ def first_stage_from_diffusers(names: Collection[str]) -> dict[str, str]:
 
 
 def is_first_stage_attention_weight(name: str) -> bool:
-    """True for the four weights, by CompVis name, that are 1x1 convolutions there and linear layers in diffusers."""
-    module, _, last = name.rpartition(".")
-    return last == "weight" and module.endswith(tuple(f"mid.attn_1.{part}" for part in ("q", "k", "v", "proj_out")))
+    """True for the weights, by CompVis name, that are 1x1 convolutions there and linear layers in diffusers."""
+    return re.search(r"\.attn(_1|\.\d+)\.(q|k|v|proj_out)\.weight$", name) is not None
+
+
+def is_temporal(name: str) -> bool:
+    """True for the tensors that make a video network of an image network, which an image checkpoint lacks."""
+    return ".temporal." in name
 
 
 def text_name(name: str) -> str:
@@ -198,6 +213,10 @@ def _nested(outer: str, other_outer: str, parts: dict[str, str]) -> dict[str, st
 
 def _inverse(table: dict[str, str]) -> dict[str, str]:
     return {other: name for name, other in table.items()}
+
+
+def _has(prefix: str, names: Iterable[str]) -> bool:
+    return any(name.startswith(prefix) for name in names)
 
 
 def _numbers_after(prefix: str, names: Iterable[str]) -> set[int]:

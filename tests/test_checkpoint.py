@@ -23,7 +23,7 @@ from ldm.checkpoint import (
     read_checkpoint,
 )
 from ldm.checkpoint_names import FIRST_STAGE_PREFIX, TEXT_PREFIX, UNET_PREFIX, average_names
-from ldm.checkpoint_reading import unet_words
+from ldm.checkpoint_shapes import unet_words
 from ldm.config import ConfigError
 from ldm.errors import UserError
 from ldm.models.diffusion.schedule import NoiseSchedule
@@ -140,16 +140,6 @@ def test_load_unet_reads_the_architecture_from_the_shapes(public_ckpt):
     deeper = UNET | {"transformer_depth": 2, "num_res_blocks": 2, "channel_mult": [1, 2, 2], "temporal_kernel_size": 5}
     deeper |= {"attention_resolutions": [4, 1], "in_channels": 9, "num_heads": 8}
     assert unet_words(UNetModel(**deeper).state_dict()) == deeper
-
-
-def test_load_unet_of_the_inpainting_variant(tmp_path):
-    unet = UNetModel(**UNET | {"in_channels": 9})
-    state = {UNET_PREFIX + name: tensor for name, tensor in image_weights(unet).items()}
-    loaded = load_unet(write_safetensors(state, tmp_path / "inpainting.safetensors"))
-    assert loaded.in_channels == 9
-    assert_same(image_weights(loaded), image_weights(unet))
-    with pytest.raises(CheckpointError, match=r"1 of another shape: input_blocks.0.0.weight \(expected \[32, 4,"):
-        load_unet(tmp_path / "inpainting.safetensors", UNET)
 
 
 def with_averages(state, only=lambda name: True):

@@ -16,7 +16,8 @@ MODELS = {"diffusers", "transformers"}
 # Part of the house -> what it may import beside the standard library. The first prefix that fits counts.
 ALLOWED = {
     "ldm/modules/encoders.py": {"torch", "einops", "numpy", "diffusers", "transformers", "ldm.errors", "ldm.modules"}
-    | {"ldm.checkpoint_names", "ldm.checkpoint_reading"},  # which import torch alone: the encoders load themselves
+    | {"ldm.checkpoint_names", "ldm.checkpoint_reading", "ldm.checkpoint_folder"}  # the encoders load themselves
+    | {"taming"},
     "ldm/modules/tokenizer.py": {"transformers", "huggingface_hub", "ldm.errors"},
     "ldm/modules/": {"torch", "einops", "ldm.errors", "ldm.modules"},
     "ldm/models/diffusion/schedule.py": {"torch", "ldm.errors"},

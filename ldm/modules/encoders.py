@@ -1,7 +1,8 @@
 """The two frozen encoders of Stable Diffusion v1: the image autoencoder (first stage) and the CLIP text encoder.
 
 The networks are diffusers' AutoencoderKL and transformers' CLIPTextModel; here they get CompVis's words, names and
-units. Training never builds either: it reads what they wrote once. Where weights come from is told in `checkpoint`.
+units. The first stages of latent diffusion with a codebook are here too. Training never builds any of them: it reads
+what they wrote once. Where weights come from is told in `checkpoint`.
 """
 
 from __future__ import annotations
@@ -11,17 +12,19 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, VQModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from ldm.checkpoint_folder import as_convolution
 from ldm.checkpoint_names import (
     POSITION_IDS,
     first_stage_from_diffusers,
     text_name,
 )
-from ldm.checkpoint_reading import account, as_convolution, first_stage_tensors, read_checkpoint, text_tensors
+from ldm.checkpoint_reading import account, first_stage_tensors, read_checkpoint, text_tensors
 from ldm.errors import UserError
+from ldm.modules.posterior import LOGVAR_BOUNDS
 from ldm.modules.tokenizer import find_tokenizer
 
 # CLIP ViT-L/14's text half.
@@ -44,51 +47,20 @@ DDCONFIG_WORDS = {"z_channels", "ch", "ch_mult", "num_res_blocks", "in_channels"
 DDCONFIG_FIXED = {"double_z": True, "attn_resolutions": [], "dropout": 0.0}
 
 
-class KLFirstStage(nn.Module):
-    """The image autoencoder with a Gaussian latent, built from CompVis's words.
+class FirstStage(nn.Module):
+    """What the image autoencoders share: a network of diffusers' under CompVis's names.
 
-    ddconfig: `ch`, `ch_mult`, `num_res_blocks`, `z_channels`, `in_channels`, `out_ch` as in CompVis's config.
-    embed_dim: channels of the latents, equal to `z_channels`.
-    ckpt_path: file or folder to take the weights from; None leaves them random.
+    downsampling: pixels along a side of a latent. num_channels: of the latents.
     """
 
-    def __init__(self, ddconfig: Mapping[str, Any], embed_dim: int, ckpt_path: str | None = None) -> None:
+    def __init__(self, network: nn.Module, downsampling: int, num_channels: int) -> None:
         super().__init__()
-        _check_ddconfig(ddconfig, embed_dim)
-        widths = [ddconfig["ch"] * mult for mult in ddconfig["ch_mult"]]
-        self.downsampling = 2 ** (len(widths) - 1)
-        self.num_channels = embed_dim
-        self.network = AutoencoderKL(
-            in_channels=ddconfig["in_channels"],
-            out_channels=ddconfig["out_ch"],
-            down_block_types=("DownEncoderBlock2D",) * len(widths),
-            up_block_types=("UpDecoderBlock2D",) * len(widths),
-            block_out_channels=widths,
-            layers_per_block=ddconfig["num_res_blocks"],
-            latent_channels=embed_dim,
-        )
-        if ckpt_path is not None:
-            checkpoint = read_checkpoint(ckpt_path)
-            self.load_compvis_state_dict(first_stage_tensors(checkpoint), where=f"first stage from {ckpt_path}")
-
-    def encode(self, pixels: Tensor) -> Tensor:
-        """Images in [-1, 1] -> mean and log-variance of their latents, unclamped and unscaled.
-
-        `b c h w`, h and w multiples of `downsampling`, -> `b 2z h/f w/f`. For a sample see `posterior`.
-        """
-        if pixels.ndim != 4 or any(size % self.downsampling for size in pixels.shape[-2:]):
-            raise UserError(
-                f"first stage: expected images b c h w with h and w multiples of {self.downsampling}, found shape "
-                f"{tuple(pixels.shape)}"
-            )
-        return self.network.quant_conv(self.network.encoder(pixels))
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents, unscaled, -> images, about [-1, 1]: `b z h w` -> `b c fh fw`."""
-        return self.network.decoder(self.network.post_quant_conv(latents))
+        self.network = network
+        self.downsampling = downsampling
+        self.num_channels = num_channels
 
     def compvis_state_dict(self) -> dict[str, Tensor]:
-        """The tensors under CompVis's names (`encoder.*`, `decoder.*`, `quant_conv.*`, `post_quant_conv.*`)."""
+        """The tensors under CompVis's names (`encoder.*`, `decoder.*`, `quant_conv.*`, `post_quant_conv.*`, ...)."""
         state = self.network.state_dict()
         return {name: as_convolution(name, state[other]) for other, name in first_stage_from_diffusers(state).items()}
 
@@ -99,6 +71,108 @@ class KLFirstStage(nn.Module):
         with torch.no_grad():
             for name, tensor in expected.items():  # these share memory with the parameters
                 tensor.copy_(tensors[name])
+
+    def _load(self, ckpt_path: str | None) -> None:
+        if ckpt_path is not None:
+            checkpoint = read_checkpoint(ckpt_path)
+            self.load_compvis_state_dict(first_stage_tensors(checkpoint), where=f"first stage from {ckpt_path}")
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        if pixels.ndim != 4 or any(size % self.downsampling for size in pixels.shape[-2:]):
+            raise UserError(
+                f"first stage: expected images b c h w with h and w multiples of {self.downsampling}, found shape "
+                f"{tuple(pixels.shape)}"
+            )
+        return self.network.quant_conv(self.network.encoder(pixels))
+
+
+class KLFirstStage(FirstStage):
+    """The image autoencoder with a Gaussian latent, built from CompVis's words.
+
+    ddconfig: `ch`, `ch_mult`, `num_res_blocks`, `z_channels`, `in_channels`, `out_ch` as in CompVis's config.
+    embed_dim: channels of the latents, equal to `z_channels`.
+    ckpt_path: file or folder to take the weights from; None leaves them random.
+    """
+
+    def __init__(self, ddconfig: Mapping[str, Any], embed_dim: int, ckpt_path: str | None = None) -> None:
+        _check_ddconfig(ddconfig, DDCONFIG_FIXED)
+        if embed_dim != ddconfig["z_channels"]:
+            raise UserError(
+                f"embed_dim: expected {ddconfig['z_channels']}, the same as ddconfig.z_channels, found {embed_dim}"
+            )
+        widths = [ddconfig["ch"] * mult for mult in ddconfig["ch_mult"]]
+        network = AutoencoderKL(
+            in_channels=ddconfig["in_channels"],
+            out_channels=ddconfig["out_ch"],
+            down_block_types=("DownEncoderBlock2D",) * len(widths),
+            up_block_types=("UpDecoderBlock2D",) * len(widths),
+            block_out_channels=widths,
+            layers_per_block=ddconfig["num_res_blocks"],
+            latent_channels=embed_dim,
+        )
+        super().__init__(network, 2 ** (len(widths) - 1), embed_dim)
+        self._load(ckpt_path)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Images in [-1, 1] -> mean and log-variance of their latents, unclamped and unscaled.
+
+        `b c h w`, h and w multiples of `downsampling`, -> `b 2z h/f w/f`. For a sample see `posterior`.
+        """
+        return self._encode(pixels)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents, unscaled, -> images, about [-1, 1]: `b z h w` -> `b c fh fw`."""
+        return self.network.decoder(self.network.post_quant_conv(latents))
+
+
+class VQFirstStage(FirstStage):
+    """The image autoencoder of latent diffusion with a codebook, `vq-f4`, `vq-f8` and their like.
+
+    Van den Oord et al. 2017, "Neural Discrete Representation Learning", as in Esser et al. 2021, "Taming Transformers".
+    The quantiser is taming-transformers'. Diffusion works on what the encoder gives, and it is the decoder that takes
+    the nearest vectors of the codebook.
+
+    ddconfig: as for `KLFirstStage`, with `double_z: false`; `attn_resolutions` are heights of an image of `resolution`
+        pixels at which there is attention.
+    embed_dim, n_embed: channels of the latents, which are the width of the codebook's vectors, and how many it has.
+    ckpt_path: file or folder to take the weights from; None leaves them random.
+    """
+
+    def __init__(
+        self, ddconfig: Mapping[str, Any], embed_dim: int, n_embed: int, ckpt_path: str | None = None
+    ) -> None:
+        _check_ddconfig(ddconfig, {"double_z": False, "dropout": 0.0})
+        widths = [ddconfig["ch"] * mult for mult in ddconfig["ch_mult"]]
+        heights = [ddconfig.get("resolution", 256) // 2**level for level in range(len(widths))]
+        attends = [height in ddconfig.get("attn_resolutions", ()) for height in heights]
+        network = VQModel(
+            in_channels=ddconfig["in_channels"],
+            out_channels=ddconfig["out_ch"],
+            down_block_types=[f"{'Attn' if has else ''}DownEncoderBlock2D" for has in attends],
+            up_block_types=[f"{'Attn' if has else ''}UpDecoderBlock2D" for has in reversed(attends)],
+            block_out_channels=widths,
+            layers_per_block=ddconfig["num_res_blocks"],
+            latent_channels=ddconfig["z_channels"],
+            vq_embed_dim=embed_dim,
+            num_vq_embeddings=1,  # replaced
+        )
+        network.quantize = _quantizer(n_embed, embed_dim)
+        super().__init__(network, 2 ** (len(widths) - 1), embed_dim)
+        self._load(ckpt_path)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Images in [-1, 1] -> their latents before quantisation, unscaled, as moments: `b c h w` -> `b 2z h/f w/f`.
+
+        A log-variance of -30, the least there is, stands for certainty, so that clips are stored as those of
+        `KLFirstStage` are.
+        """
+        latents = self._encode(pixels)
+        return torch.cat([latents, torch.full_like(latents, LOGVAR_BOUNDS[0])], dim=1)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents, unscaled, -> images, about [-1, 1], by way of the codebook: `b z h w` -> `b c fh fw`."""
+        quantized = torch.cat([self.network.quantize(one[None])[0] for one in latents])  # it needs much memory for each
+        return self.network.decoder(self.network.post_quant_conv(quantized))
 
 
 class CLIPTextEmbedder(nn.Module):
@@ -217,7 +291,20 @@ def _clip_config(words: Mapping[str, Any]) -> CLIPTextConfig:
     return CLIPTextConfig(**CLIP_VIT_L14 | dict(words))
 
 
-def _check_ddconfig(ddconfig: Mapping[str, Any], embed_dim: int) -> None:
+def _quantizer(n_embed: int, embed_dim: int) -> nn.Module:
+    """taming-transformers' quantiser, whose codebook is `embedding.weight`, `n e`."""
+    try:
+        from taming.modules.vqvae.quantize import VectorQuantizer  # noqa: PLC0415 - an extra
+    except ImportError as error:
+        raise UserError(
+            "first stage: a VQ autoencoder needs taming-transformers, which is not installed here "
+            f"({error}). Install it without what it asks for, torchvision among it, none of which is needed: "
+            "pip install --no-deps taming-transformers"
+        ) from None
+    return VectorQuantizer(n_embed, embed_dim, beta=0.25)
+
+
+def _check_ddconfig(ddconfig: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
     known = DDCONFIG_WORDS | set(DDCONFIG_FIXED) | {"resolution"}
     missing, unknown = sorted(DDCONFIG_WORDS - set(ddconfig)), sorted(set(ddconfig) - known)
     if missing or unknown:
@@ -225,7 +312,7 @@ def _check_ddconfig(ddconfig: Mapping[str, Any], embed_dim: int) -> None:
             f"ddconfig: expected the words {', '.join(sorted(DDCONFIG_WORDS))}; missing: "
             f"{', '.join(missing) or 'none'}; unknown: {', '.join(unknown) or 'none'}"
         )
-    for word, value in DDCONFIG_FIXED.items():
+    for word, value in fixed.items():
         found = ddconfig.get(word, value)
         if (list(found) if isinstance(value, list) else found) != value:
             raise UserError(f"ddconfig.{word}: expected {value}, as in Stable Diffusion, found {found}")
@@ -234,9 +321,5 @@ def _check_ddconfig(ddconfig: Mapping[str, Any], embed_dim: int) -> None:
         if not (isinstance(sizes, Sequence) and sizes and all(isinstance(one, int) and one > 0 for one in sizes)):
             kind = "a list of whole numbers" if word == "ch_mult" else "a whole number"
             raise UserError(f"ddconfig.{word}: expected {kind} above 0, found {ddconfig[word]!r}")
-    if embed_dim != ddconfig["z_channels"]:
-        raise UserError(
-            f"embed_dim: expected {ddconfig['z_channels']}, the same as ddconfig.z_channels, found {embed_dim}"
-        )
     if ddconfig["ch"] % 32:
         raise UserError(f"ddconfig.ch: expected a multiple of 32 (groups of the norms), found {ddconfig['ch']}")

@@ -1,0 +1,153 @@
+"""Folders in the layout of diffusers -> tensors under CompVis's names: pipelines, and single parts of them.
+
+The author's later release comes in that layout too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ldm.checkpoint_author import CLASS_NAME, unet_from_release
+from ldm.checkpoint_files import CheckpointError, few, read_file
+from ldm.checkpoint_names import (
+    FIRST_STAGE_PREFIX,
+    TEXT_PREFIX,
+    UNET_PREFIX,
+    first_stage_from_diffusers,
+    is_first_stage_attention_weight,
+    text_name,
+    unet_from_diffusers,
+)
+
+WEIGHT_FILES = (
+    "diffusion_pytorch_model.safetensors",
+    "model.safetensors",
+    "diffusion_pytorch_model.fp16.safetensors",
+    "model.fp16.safetensors",
+    "diffusion_pytorch_model.bin",
+    "pytorch_model.bin",
+)
+# Folder of each part, and what its config may call it.
+PARTS = {
+    "unet": ("UNet2DConditionModel", CLASS_NAME),
+    "vae": ("AutoencoderKL",),
+    "text_encoder": ("CLIPTextModel",),
+}
+
+
+@dataclass
+class FolderContents:
+    """What a folder holds; see `Checkpoint`, whose fields these are."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    kind: str = "diffusers"
+    num_heads: int | None = None
+    scale_factor: float | None = None
+
+
+def read_folder(folder: Path) -> FolderContents:
+    """A diffusers pipeline, all of it or some of its parts, or the folder of one part; raises `CheckpointError`."""
+    folders = {part: folder / part for part in PARTS if (folder / part).is_dir()}
+    if not folders and (folder / "config.json").is_file():
+        kind = _read_json(folder / "config.json").get("_class_name", "CLIPTextModel")
+        folders = {part: folder for part, names in PARTS.items() if kind in names}
+    if not folders:
+        raise CheckpointError(
+            f"{folder}: expected a diffusers folder with unet/, vae/ or text_encoder/ in it, found "
+            f"{few(sorted(entry.name for entry in folder.iterdir())) or 'nothing'}. Give the folder that holds "
+            "them, or a checkpoint file."
+        )
+    contents = FolderContents()
+    for part, part_folder in folders.items():
+        config = _read_part_config(part, part_folder)
+        is_release = config.get("_class_name") == CLASS_NAME
+        contents.tensors |= compvis_tensors("author" if is_release else part, _read_weights(part, part_folder))
+        if is_release:
+            contents.kind = "author"
+        if part == "unet":
+            contents.num_heads = _num_heads(config, part_folder / "config.json")
+        elif part == "vae" and isinstance(scale := config.get("scaling_factor"), int | float):
+            contents.scale_factor = float(scale)
+    return contents
+
+
+def compvis_tensors(part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Full CompVis names for the tensors of one part.
+
+    part: "unet", "vae", "text_encoder" in diffusers' names, "author" for the release's UNet, or "compvis vae".
+    """
+    if part in ("unet", "author"):
+        names = unet_from_release(tensors) if part == "author" else unet_from_diffusers(tensors)
+        return {UNET_PREFIX + names[name]: tensor for name, tensor in tensors.items()}
+    if part == "text_encoder":
+        return {TEXT_PREFIX + text_name(name): tensor for name, tensor in tensors.items()}
+    names = {name: name for name in tensors} if part == "compvis vae" else first_stage_from_diffusers(tensors)
+    return {FIRST_STAGE_PREFIX + names[name]: as_convolution(names[name], value) for name, value in tensors.items()}
+
+
+def as_convolution(name: str, tensor: Tensor) -> Tensor:
+    """A weight of the first stage's attention in CompVis's form, a 1x1 convolution; any other tensor as it is."""
+    is_linear = is_first_stage_attention_weight(name) and tensor.ndim == 2
+    return tensor[..., None, None] if is_linear else tensor
+
+
+def _read_weights(part: str, folder: Path) -> dict[str, Tensor]:
+    weights = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+    if weights is None:
+        raise CheckpointError(
+            f"{folder}: expected the weights in {WEIGHT_FILES[part == 'text_encoder']}, found no such file. "
+            "Download the folder again."
+        )
+    contents = read_file(weights)
+    return {name: value for name, value in contents.get("state_dict", contents).items() if isinstance(value, Tensor)}
+
+
+def _read_part_config(part: str, folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{path}: expected the {part}'s config, found no such file. Download the folder again.")
+    config = _read_json(path)
+    found = config.get("_class_name", PARTS[part][0])
+    if found not in PARTS[part]:
+        raise CheckpointError(
+            f"{path}: expected _class_name {' or '.join(PARTS[part])}, found {found}. Only parts of Stable Diffusion "
+            "v1 are read."
+        )
+    return config
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        contents = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: expected JSON, found something else ({error}). Download it again.") from None
+    if not isinstance(contents, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(contents).__name__}. Download it again.")
+    return contents
+
+
+def _num_heads(config: Mapping[str, Any], path: Path) -> int:
+    """The number of heads, which diffusers calls `attention_head_dim`; raises for other families of UNets."""
+    expected = {
+        "use_linear_projection": False,
+        "class_embed_type": None,
+        "addition_embed_type": None,
+        "resnet_time_scale_shift": "default",
+        "act_fn": "silu",
+    }
+    for word, value in expected.items():
+        if config.get(word, value) != value:
+            raise CheckpointError(
+                f"{path}: expected {word} = {json.dumps(value)}, as in Stable Diffusion v1, found "
+                f"{json.dumps(config[word])}. Other families, such as SD 2 and SDXL, are not read."
+            )
+    heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
+    if not isinstance(heads, int):
+        raise CheckpointError(f"{path}: expected one number of attention heads for all levels, found {heads}.")
+    return heads
