@@ -1,0 +1,87 @@
+"""Runs that differ in one thing, side by side: what is run, and the table of what the runs logged.
+
+A plan is a YAML file:
+
+    base: [configs/tiny/video.yaml]                   # as main.py's --base
+    overrides: [lightning.trainer.max_steps=300]      # of every run
+    columns: {loss: train/loss, held out: val/loss}   # heading -> what the run logged; its last value
+    runs:
+      baseline: []                                    # name -> overrides of its own
+      more noise: [model.params.noise.offset=0.1]
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
+
+from ldm.config import nearest
+from ldm.config_values import check_values
+from ldm.errors import UserError
+
+KINDS = {
+    "base": Sequence[str],
+    "overrides": Sequence[str],
+    "columns": Mapping[str, str],
+    "runs": Mapping[str, Sequence[str]],
+}
+LAST_SHARE = 0.2  # of what a run logged of its training loss, which is noisy, to average
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The runs of a comparison; see the module's docstring."""
+
+    base: Sequence[str]
+    overrides: Sequence[str]
+    columns: Mapping[str, str]
+    runs: Mapping[str, Sequence[str]]
+
+    @classmethod
+    def of_words(cls, words: Mapping[str, Any], where: str) -> Plan:
+        """From parsed YAML; raises UserError that starts with `where`."""
+        for word in words:
+            if word not in KINDS:
+                raise UserError(f"{where}: {word}: expected {', '.join(KINDS)}; {nearest(word, KINDS)}")
+        words = {"overrides": [], **words}
+        if missing := [word for word in KINDS if not words.get(word) and word != "overrides"]:
+            raise UserError(f"{where}: expected {missing[0]}, found none of it")
+        check_values(words, KINDS, where)
+        return cls(**words)
+
+    def command(self, name: str, folder: Path, more: Sequence[str]) -> list[str]:
+        """The words of main.py's command line for a run; its folder will be `folder/<time>_<name>`."""
+        words = ["main.py", "--base", *self.base, "-t", "-n", file_name(name), "-l", str(folder)]
+        return [*words, *self.overrides, *self.runs[name], *more]
+
+
+def file_name(name: str) -> str:
+    """A run's name as part of a folder's: letters, digits and dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def read_logged(run_folder: Path) -> dict[str, float]:
+    """What a run logged to TensorBoard: tag -> its last value; of `train/*` the mean over the last fifth."""
+    events = EventAccumulator(str(run_folder / "tensorboard"), size_guidance={SCALARS: 0})
+    events.Reload()
+    found = {}
+    for tag in events.Tags()["scalars"]:
+        values = [event.value for event in events.Scalars(tag)]
+        last = max(1, round(LAST_SHARE * len(values))) if tag.startswith("train/") else 1
+        found[tag] = float(np.mean(values[-last:]))
+    return found
+
+
+def table(columns: Mapping[str, str], results: Mapping[str, Mapping[str, float]]) -> str:
+    """Markdown: a row for each run, a column for each heading; a dash where a run has not logged it."""
+    lines = [f"| | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
+    for name, logged in results.items():
+        cells = [f"{logged[tag]:.4f}" if tag in logged else "-" for tag in columns.values()]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
