@@ -1,0 +1,186 @@
+"""The author's later release: every name of it both ways, and its recorded clips."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from einops import rearrange
+
+from ldm.checkpoint import CheckpointError, load_unet, read_checkpoint, unet_node, unet_tensors
+from ldm.checkpoint_author import CLASS_NAME, WORDS, is_release, unet_from_release, unet_to_release, words_against
+from ldm.checkpoint_names import UNET_PREFIX
+from ldm.checkpoint_shapes import FIRST, KNOWN, join_known, split_known, unet_words
+from ldm.modules.unet import UNetModel
+from tests.conftest import GOLDENS, fill_by_rule, relative_error
+from tests.tiny_checkpoint import assert_same, write_bare, write_safetensors
+
+TOLERANCE = 2e-5
+FULL = {
+    "in_channels": 9,
+    "out_channels": 4,
+    "model_channels": 320,
+    "num_res_blocks": 2,
+    "attention_resolutions": [4, 2, 1],
+    "channel_mult": [1, 2, 4, 4],
+    "num_heads": 8,
+    "transformer_depth": 1,
+    "context_dim": 768,
+    "temporal_kernel_size": 3,
+}
+TINY = FULL | WORDS | {"model_channels": 32, "context_dim": 24}
+
+
+@pytest.fixture(scope="module")
+def keys() -> dict[str, list[int]]:
+    return json.loads((GOLDENS / "author_release_keys.json").read_text())
+
+
+def release(words):
+    """The tiny release with the recorded weights: its own names."""
+    with torch.device("meta"):
+        state = join_known(UNetModel(**words).state_dict())
+    names = unet_to_release(state)
+    return fill_by_rule({names[name]: tensor.shape for name, tensor in state.items()})
+
+
+def write_folder(state, folder, **changes):
+    folder.mkdir(parents=True)
+    config = {"_class_name": CLASS_NAME, "attention_head_dim": 8} | changes
+    (folder / "config.json").write_text(json.dumps(config))
+    write_safetensors(state, folder / "diffusion_pytorch_model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def states():
+    return {"v4": release(TINY | {"in_channels": 4}), "v9": release(TINY)}
+
+
+@pytest.fixture(scope="module")
+def folders(states, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("release")
+    return {name: write_folder(state, folder / name / "unet").parent for name, state in states.items()}
+
+
+def test_every_name_has_its_place_both_ways(keys):
+    with torch.device("meta"):
+        ours = UNetModel(**FULL | WORDS).state_dict()
+        theirs = {name: torch.empty(shape) for name, shape in keys.items()}
+    names = unet_from_release(keys)
+    found = {names[name]: tensor for name, tensor in theirs.items()}
+    assert len(found) == len(keys) == 930
+    shapes = {name: tensor.shape for name, tensor in split_known(found).items()}
+    assert shapes == {name: tensor.shape for name, tensor in ours.items()}
+    assert sum(tensor.numel() for tensor in found.values()) == 1_100_578_616
+    assert unet_words(split_known(found)) == FULL
+    back = unet_to_release(join_known(ours))
+    assert {back[name]: list(tensor.shape) for name, tensor in join_known(ours).items()} == keys
+    assert {back[names[name]] for name in keys} == set(keys)
+    assert is_release(keys) and not is_release(ours)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", ["v4.f5", "v4.f6", "v9.f5", "v4.img"])
+def test_recorded_clips(folders, goldens, case):
+    golden = goldens("author_release")
+    unet = load_unet(folders[case[:2]]).eval()
+    x, eps = golden[f"{case}.x"], golden[f"{case}.eps"]
+    if x.ndim == 5:
+        x, eps = (rearrange(one, "b c t h w -> b t c h w") for one in (x, eps))
+    found = unet(x, golden[f"{case}.t"], golden[f"{case}.context"])
+    assert relative_error(found, eps) < TOLERANCE
+    unet.norm_over_clip = False  # the switch is what it takes
+    for module in unet.modules():
+        if hasattr(module, "norm_over_clip"):
+            module.norm_over_clip = False
+    other = relative_error(unet(x, golden[f"{case}.t"], golden[f"{case}.context"]), eps)
+    assert (other > 0.01) == (x.ndim == 5)
+
+
+@pytest.mark.parametrize("form", ["folder", "unet folder", "safetensors", "bare"])
+def test_every_form_is_read_and_told_back_bit_for_bit(folders, states, tmp_path, form):
+    path = folders["v9"]
+    if form == "unet folder":
+        path /= "unet"
+    elif form != "folder":
+        write = write_safetensors if form == "safetensors" else write_bare
+        path = write(states["v9"], tmp_path / f"release.{form}")
+    checkpoint = read_checkpoint(path)
+    assert checkpoint.kind == "author"
+    assert unet_node(checkpoint) == {"target": "ldm.modules.unet.UNetModel", "params": TINY}
+    state = load_unet(checkpoint).state_dict()
+    assert_same(state, unet_tensors(checkpoint))
+    joined = join_known(state)
+    back = unet_to_release(joined)
+    told = {back[name]: tensor for name, tensor in joined.items()}
+    assert set(told) == set(states["v9"])
+    assert all(torch.equal(told[name], tensor) for name, tensor in states["v9"].items())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "conv_in.spatial_conv.weight",
+        "conv_in.temporal_conv.weight",
+        "conv_out.spatial_conv.bias",
+        "down_blocks.0.attentions.0.norm.weight",
+        "down_blocks.1.downsamplers.0.conv.spatial_conv.weight",
+        "down_blocks.2.resnets.0.conv_shortcut.temporal_conv.bias",
+        "mid_block.attentions.0.transformer_blocks.0.attn_temporal.to_out.0.weight",
+        "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight",
+        "up_blocks.3.attentions.2.transformer_blocks.0.norm_temporal.bias",
+        "time_embedding.linear_1.weight",
+    ],
+)
+def test_a_missing_tensor_is_named_as_the_release_names_it(states, tmp_path, name):
+    state = dict(states["v4"])
+    del state[name]
+    folder = write_folder(state, tmp_path / "torn" / "unet").parent
+    with pytest.raises(CheckpointError, match=rf"torn: (the tensors in .*1 missing|.* found one without).* ?{name}\b"):
+        load_unet(folder)
+
+
+def test_a_stranger_is_named_too(states, tmp_path):
+    state = states["v4"] | {"down_blocks.0.stranger.spatial_conv.weight": torch.zeros(1)}
+    with pytest.raises(CheckpointError, match=r"1 unexpected: down_blocks\.0\.stranger"):
+        load_unet(write_folder(state, tmp_path / "unet"))
+
+
+def test_a_config_of_another_network_is_refused(folders):
+    for words in (TINY | {"norm_over_clip": False}, TINY | {"temporal_attention": None}):
+        with pytest.raises(CheckpointError, match="expected a network with norm_over_clip: true and temporal_att"):
+            load_unet(folders["v9"], words)
+    with pytest.raises(CheckpointError, match="is told known frames"):
+        load_unet(folders["v9"], TINY | {"in_channels": 4})
+    grown = load_unet(folders["v4"], TINY).state_dict()  # four channels into nine: the others start as nothing
+    assert not grown[KNOWN].any() and list(grown[FIRST].shape) == [32, 4, 3, 3]
+
+
+def test_other_families_are_refused(states, tmp_path):
+    with pytest.raises(CheckpointError, match="expected use_linear_projection = false"):
+        load_unet(write_folder(states["v4"], tmp_path / "unet", use_linear_projection=True))
+
+
+def test_words_that_stand_against_the_form_of_the_release():
+    assert words_against(TINY) == []
+    assert words_against(TINY | {"temporal_attention": {"positions": False, "local": None}}) == []
+    assert words_against({}) == [
+        "norm_over_clip is false (there: true)",
+        "temporal_attention.positions is true (there: false)",
+    ]
+    attention = {"positions": False, "local": 5}
+    words = {"temporal_attention": attention, "fps_embedding": True, "known_level_embedding": True, "num_heads": 4}
+    assert words_against(TINY | words | {"temporal_kernel_size": 5, "temporal": False}) == [
+        "temporal is false (there: true)",
+        "temporal_attention.local is 5 (there: null)",
+        "temporal_kernel_size is 5 (there: 3)",
+        "fps_embedding is true (there: false)",
+        "known_level_embedding is true (there: false)",
+        "num_heads is 4 (there: 8)",
+    ]
+
+
+def test_full_names_of_its_tensors(folders):
+    assert all(name.startswith(UNET_PREFIX) for name in read_checkpoint(folders["v4"]).tensors)
