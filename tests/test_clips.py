@@ -14,7 +14,7 @@ import torch
 
 from ldm.callbacks import AtomicCheckpointIO, LastCheckpoint, StopRequested
 from ldm.data import clips
-from ldm.data.clips import ClipDataModule, HeldOutClips, check_prepared, split_scenes
+from ldm.data.clips import ClipDataModule, check_prepared
 from ldm.data.shards import DatasetError, PreparedSet
 from ldm.data.stream import StreamOrder
 from tests.toy_run import CONTEXT_SHAPE, IDENTITIES, ToyModel, make_prepared
@@ -75,38 +75,6 @@ def test_a_pass_visits_every_scene_long_ones_more_often(root):
     assert [keys.count(f"scene{index}") for index in range(5)] == [3, 2, 1, 9, 0]
     again = [data.train_clips[position].keys[0] for position in range(len(keys), 2 * len(keys))]
     assert sorted(again) == sorted(keys) and again != keys
-
-
-def test_held_out_clips_are_fixed_and_apart_from_training(root):
-    data = data_module(root, val_share=0.4)
-    data.setup()
-    held_out = {key for position in range(len(data.val_clips)) for key in data.val_clips[position].keys}
-    trained = {key for position in range(100) for key in data.train_clips[position].keys}
-    assert held_out and trained and not held_out & trained
-    assert data.val_clips[0].context.unique().tolist() == [1.0], "the first caption, never dropped"
-
-
-def test_one_scene_holds_out_its_last_frames(tmp_path):
-    data = data_module(make_prepared(tmp_path / "one", lengths=(40,)), val_share=0.25)
-    data.setup()
-    trained = torch.cat([data.train_clips[position].moments for position in range(200)])
-    held_out = torch.cat([data.val_clips[position].moments for position in range(len(data.val_clips))])
-    assert trained.max() == 29 and held_out.min() == 30 and held_out.max() == 38
-
-
-def test_scenes_keep_their_side_when_footage_is_added(tmp_path):
-    few = PreparedSet(make_prepared(tmp_path / "few", lengths=(9,) * 12)).scenes
-    many = PreparedSet(make_prepared(tmp_path / "many", lengths=(9,) * 30)).scenes
-    sides = [{part.scene.key for part in split_scenes(scenes, 3, 0.3)[1]} for scenes in (few, many)]
-    assert sides[0] and sides[0] <= sides[1] and not (sides[1] - sides[0]) & {scene.key for scene in few}
-
-
-def test_too_little_footage_to_hold_out_is_all_trained_on(tmp_path):
-    data = data_module(make_prepared(tmp_path / "short", lengths=(4,)), batch_size=4)
-    data.setup()
-    assert data.val_dataloader() == [] and len(data.train_clips) == 1
-    assert len(list(data.train_dataloader())) == 1, "an epoch has a batch even where footage is short"
-    assert next(iter(data.train_dataloader())).positions == [0, 1, 2, 3]
 
 
 # ---- resuming
@@ -183,7 +151,7 @@ def test_resuming_is_exact_when_validation_counts_across_epochs(root, tmp_path, 
     first = train(root, tmp_path / "run", steps=8, trainer=trainer)
     second = train(root, tmp_path / "run", steps=12, resume=last, trainer=trainer)
     assert_same_run(straight, first, second, 12)
-    assert straight.validated == [3, 6, 9, 12] and second.validated == [9, 12]
+    assert set(straight.validated) == {3, 6, 9, 12} and set(second.validated) == {9, 12}
 
 
 def test_resuming_is_exact_with_workers_and_twice(root, tmp_path):
@@ -331,12 +299,6 @@ def test_the_order_of_a_pass_is_kept_while_it_is_needed():
     assert np.array_equal(order(0), first)
 
 
-def test_short_scenes_are_counted(root):
-    data = data_module(root, val_share=0)
-    data.setup()
-    assert "4 scenes to train on" in data.summary and "1 too short for 3 frames" in data.summary
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -353,13 +315,3 @@ def test_a_set_prepared_for_another_model(root, changes, message):
     check_prepared(prepared, **fits)
     with pytest.raises(DatasetError, match=message):
         check_prepared(prepared, **{**fits, **changes})
-
-
-def test_held_out_windows_do_not_overlap(root):
-    prepared = PreparedSet(root)
-    _, held_out = split_scenes(prepared.scenes, 5, 0.4)
-    clips = HeldOutClips(prepared, held_out, frames=3, stride=2)
-    frames = np.concatenate([clips[position].moments[0, :, 0, 0, 0].numpy() for position in range(len(clips))])
-    assert len(set(frames.tolist())) == len(frames)
-    with pytest.raises(IndexError):
-        clips[len(clips)]

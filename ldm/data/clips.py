@@ -7,109 +7,27 @@ the positions whose gradients have reached the weights and saves that one number
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 
 import numpy as np
-import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ldm.data.shards import DatasetError, DatasetInfo, PreparedSet, SceneEntry
+from ldm.data.batch import Batch, SceneRange, draw_caption, frames_needed, read_clip, split_scenes
+from ldm.data.shards import DatasetError, DatasetInfo, PreparedSet
+from ldm.data.stills import StillFrames, check_same_kind
 from ldm.data.stream import StreamDataModule, StreamOrder
 
 log = logging.getLogger(__name__)
 LONG_READ = 10**9  # bytes; checking more is announced
 
 
-@dataclass
-class Batch:
-    """Clips for one step. `moments` `b t 2c h w` (float16, mean and log-variance, unscaled), `context` `b n d`
-    (float16), `fps` `b` (float32, of the clip as sampled), `positions` and scene `keys` one per clip. `stills` are
-    single frames trained on beside the clips, `t` = 1."""
-
-    moments: Tensor
-    context: Tensor
-    fps: Tensor
-    positions: list[int]
-    keys: list[str]
-    stills: Batch | None = None
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> Batch:
-        return self._map(Tensor.pin_memory)
-
-    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
-        return replace(self, moments=function(self.moments), context=function(self.context), fps=function(self.fps))
-
-    @staticmethod
-    def cat(batches: Sequence[Batch]) -> Batch:
-        return Batch(
-            moments=torch.cat([batch.moments for batch in batches]),
-            context=torch.cat([batch.context for batch in batches]),
-            fps=torch.cat([batch.fps for batch in batches]),
-            positions=[position for batch in batches for position in batch.positions],
-            keys=[key for batch in batches for key in batch.keys],
-        )
-
-
-@dataclass(frozen=True)
-class SceneRange:
-    """Frames `start` to `stop` (not included) of a scene."""
-
-    scene: SceneEntry
-    start: int
-    stop: int
-
-    @property
-    def num_frames(self) -> int:
-        return self.stop - self.start
-
-
-def frames_needed(frames: int, stride: int) -> int:
-    """Source frames that a clip of `frames` frames, every `stride`-th, reaches over."""
-    return (frames - 1) * stride + 1
-
-
-def split_scenes(
-    scenes: Sequence[SceneEntry], shortest: int, val_share: float
-) -> tuple[list[SceneRange], list[SceneRange]]:
-    """Training and held-out parts of at least `shortest` frames; shorter scenes are left out.
-
-    A scene is held out by the hash of its key, so that new footage never moves an old scene to the other side. Where
-    that picks nothing (few scenes), the last frames of the longest scene are held out, if enough remain to train on.
-    """
-    parts = [SceneRange(scene, 0, scene.num_frames) for scene in scenes if scene.num_frames >= shortest]
-    held_out = [part for part in parts if _hash_share(part.scene.key) < val_share]
-    training = [part for part in parts if _hash_share(part.scene.key) >= val_share]
-    if val_share == 0 or (held_out and training):
-        return training, held_out
-    longest = max(parts, key=lambda part: part.num_frames)
-    tail = max(shortest, round(val_share * longest.num_frames))
-    if longest.num_frames - tail < shortest:
-        return parts, []
-    cut = longest.stop - tail
-    training = [replace(part, stop=cut) if part is longest else part for part in parts]
-    return training, [replace(longest, start=cut)]
-
-
-def _hash_share(key: str) -> float:
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
-
-
 class ClipDataset(Dataset):
-    """The endless stream of training clips; `len` is one pass: as many clips as fit into the footage side by side.
+    """The endless stream of training samples; `len` is one pass: as many clips as fit into the footage side by side.
 
-    Item `position` is a `Batch` of one clip. Each pass goes through the scenes in an order of its own, long scenes
-    several times; start, stride and caption are drawn anew, and the caption is the empty one for `caption_dropout` of
-    the clips.
+    Item `position` is a `Batch` of one clip or, where `stills` says so, of single frames. Each pass goes through the
+    scenes in an order of its own, long scenes several times; start, stride and caption are drawn anew, and the caption
+    is the empty one for `caption_dropout` of the clips.
     """
 
     def __init__(
@@ -120,37 +38,43 @@ class ClipDataset(Dataset):
         strides: Sequence[int],
         caption_dropout: float,
         seed: int,
+        stills: StillFrames | None = None,
     ) -> None:
         self.prepared, self.frames, self.strides = prepared, frames, tuple(strides)
-        self.caption_dropout, self.seed = caption_dropout, seed
+        self.caption_dropout, self.seed, self.stills = caption_dropout, seed, stills
         shortest = frames_needed(frames, min(strides))
         self.slots = [part for part in parts for _ in range(max(1, (part.num_frames - shortest + 1) // frames))]
         self._order = StreamOrder(seed, len(self.slots))
 
     def __len__(self) -> int:
+        if self.stills is not None and self.stills.share == 1:
+            return self.stills.num_samples
         return len(self.slots)
 
     def __getitem__(self, position: int) -> Batch:
-        turn, index = divmod(position, len(self))
+        if self.stills is not None and self.stills.is_at(position):
+            return self.stills[position]
+        turn, index = divmod(position, len(self.slots))
         part = self.slots[self._order(turn)[index]]
         random = np.random.default_rng((self.seed, position))
         strides = [stride for stride in self.strides if frames_needed(self.frames, stride) <= part.num_frames]
         stride = strides[random.integers(len(strides))]
         start = part.start + random.integers(part.num_frames - frames_needed(self.frames, stride) + 1)
-        captions = self.prepared.read_context(part.scene)
-        context = captions[random.integers(len(captions))]
-        if random.random() < self.caption_dropout:
-            context = self.prepared.empty_context
+        context = draw_caption(self.prepared, part, self.caption_dropout, random)
         return read_clip(self.prepared, part, int(start), self.frames, stride, context, position)
 
 
 class HeldOutClips(Dataset):
-    """Fixed clips of the held-out parts, side by side, at the smallest stride, with their first caption."""
+    """Fixed clips of the held-out parts, side by side, once at each stride, with their first caption."""
 
-    def __init__(self, prepared: PreparedSet, parts: Sequence[SceneRange], frames: int, stride: int) -> None:
-        self.prepared, self.frames, self.stride = prepared, frames, stride
-        reach = frames_needed(frames, stride)
-        self.windows = [(part, start) for part in parts for start in range(part.start, part.stop - reach + 1, reach)]
+    def __init__(self, prepared: PreparedSet, parts: Sequence[SceneRange], frames: int, strides: Sequence[int]) -> None:
+        self.prepared, self.frames = prepared, frames
+        self.windows = []  # part, first frame, stride
+        for part in parts:
+            for stride in sorted(set(strides)):
+                reach = frames_needed(frames, stride)
+                starts = range(part.start, part.stop - reach + 1, reach)
+                self.windows += [(part, start, stride) for start in starts]
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -158,23 +82,17 @@ class HeldOutClips(Dataset):
     def __getitem__(self, position: int) -> Batch:
         if position >= len(self):
             raise IndexError(position)
-        part, start = self.windows[position]
+        part, start, stride = self.windows[position]
         context = self.prepared.read_context(part.scene)[0]
-        return read_clip(self.prepared, part, start, self.frames, self.stride, context, position)
+        return read_clip(self.prepared, part, start, self.frames, stride, context, position)
 
-
-def read_clip(
-    prepared: PreparedSet, part: SceneRange, start: int, frames: int, stride: int, context: np.ndarray, position: int
-) -> Batch:
-    """A `Batch` of one clip: `frames` frames from frame `start` of the scene, every `stride`-th."""
-    moments = prepared.read_moments(part.scene, start, frames, stride)
-    return Batch(
-        moments=torch.from_numpy(np.array(moments))[None],
-        context=torch.from_numpy(np.array(context))[None],
-        fps=torch.tensor([part.scene.fps / stride], dtype=torch.float32),
-        positions=[position],
-        keys=[part.scene.key],
-    )
+    def summary(self, strides: Sequence[int]) -> str:
+        """How many clips there are, and at which stride."""
+        found = [stride for _, _, stride in self.windows]
+        if len(set(strides)) == 1:
+            return f"{len(self)} clips"
+        counts = ", ".join(f"{found.count(stride)} at stride {stride}" for stride in sorted(set(strides)))
+        return f"{len(self)} clips: {counts}"
 
 
 def check_prepared(
@@ -200,20 +118,24 @@ def check_prepared(
 
 
 class ClipDataModule(StreamDataModule):
-    """Prepared clips for training and validation.
+    """Prepared clips, and single frames if wanted, for training and validation.
 
     Args:
         root: folder written by scripts/prepare.py.
         frames: frames per clip.
-        strides: a clip takes every n-th source frame, n drawn from these.
-        batch_size: clips per process and micro-batch.
+        strides: a clip takes every n-th source frame, n drawn from these; it is told to the network as frames per
+            second. Held-out clips are taken at each stride for which a scene is long enough.
+        batch_size: samples per process and micro-batch: clips, or groups of as many single frames.
         num_workers: reading processes; 0 reads in the training process.
-        caption_dropout: share of training clips that get the empty caption.
+        caption_dropout: share of training clips and single frames that get the empty caption.
         val_share: share of the scenes held out; 0 for none.
         seed: of the order and of every draw.
         verify: check the checksum of every tensor at the start; each clip is checked as it is read anyhow.
+        image_share: share of the training samples that are not a clip but `frames` single frames of different scenes,
+            which cost about as much; 1 trains on single frames alone, and what is held out are single frames too.
+        image_root: another prepared folder that single frames are taken from; null: the training scenes of `root`.
 
-    Raises `DatasetError` when the folder is not a prepared set or no scene is long enough.
+    Raises `DatasetError` when a folder is not a prepared set or no scene is long enough.
     """
 
     def __init__(  # noqa: PLR0913, PLR0917 - the words of the config
@@ -227,6 +149,8 @@ class ClipDataModule(StreamDataModule):
         val_share: float = 0.05,
         seed: int = 23,
         verify: bool = True,
+        image_share: float = 0.0,
+        image_root: str | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers, Batch.cat)
         strides = tuple(strides) if isinstance(strides, Sequence) else (strides,)
@@ -239,11 +163,22 @@ class ClipDataModule(StreamDataModule):
         ):
             if not isinstance(value, int) or value < least:
                 raise DatasetError(f"data.params.{name}: expected a whole number of at least {least}, found {value!r}")
-        for name, share in (("caption_dropout", caption_dropout), ("val_share", val_share)):
-            if not 0 <= share <= (1 if name == "caption_dropout" else 0.5):
-                raise DatasetError(f"data.params.{name}: expected a share from 0 to 1 (val_share: 0.5), found {share}")
+        shares = {
+            "caption_dropout": (caption_dropout, 1),
+            "val_share": (val_share, 0.5),
+            "image_share": (image_share, 1),
+        }
+        for name, (share, most) in shares.items():
+            if not 0 <= share <= most:
+                raise DatasetError(f"data.params.{name}: expected a share from 0 to {most}, found {share}")
+        if image_root is not None and image_share == 0:
+            raise DatasetError(
+                "data.params.image_root: expected data.params.image_share above 0 with it, found 0: nothing would be "
+                "taken from it"
+            )
         self.root, self.frames, self.strides = root, frames, strides
         self.caption_dropout, self.val_share, self.seed, self.verify = caption_dropout, val_share, seed, verify
+        self.image_share, self.image_root = image_share, image_root
         self.prepared: PreparedSet | None = None
         self.summary = ""
 
@@ -258,34 +193,57 @@ class ClipDataModule(StreamDataModule):
         if self.prepared is not None:
             return
         prepared = PreparedSet(self.root)
-        shortest = frames_needed(self.frames, min(self.strides))
+        frames = 1 if self.image_share == 1 else self.frames  # of a clip
+        reaches = [frames_needed(frames, stride) for stride in self.strides]
         longest = max((scene.num_frames for scene in prepared.scenes), default=0)
-        if longest < shortest:
+        if longest < min(reaches):
             raise DatasetError(
-                f"{self.root}: no scene is long enough for {self.frames} frames at stride {min(self.strides)}, which "
-                f"reach over {shortest} frames; the longest of {len(prepared.scenes)} scenes has {longest}. Ask for "
-                "fewer frames, a smaller stride or more frames per second when preparing"
+                f"{self.root}: no scene is long enough for {frames} frames at stride {min(self.strides)}, which "
+                f"reach over {min(reaches)} frames; the longest of {len(prepared.scenes)} scenes has {longest}. Ask "
+                "for fewer frames, a smaller stride or more frames per second when preparing"
             )
-        training, held_out = split_scenes(prepared.scenes, shortest, self.val_share)
-        self.train_clips = ClipDataset(prepared, training, self.frames, self.strides, self.caption_dropout, self.seed)
-        self.val_clips = HeldOutClips(prepared, held_out, self.frames, min(self.strides))
+        training, held_out = split_scenes(prepared.scenes, reaches, self.val_share)
+        self._stills = self._open_stills(prepared, training)
+        self.train_clips = ClipDataset(
+            prepared, training, self.frames, self.strides, self.caption_dropout, self.seed, self._stills
+        )
+        strides = self.strides if frames > 1 else self.strides[:1]
+        self.val_clips = HeldOutClips(prepared, held_out, frames, strides)
         self.prepared = prepared
-        short = sum(scene.num_frames < shortest for scene in prepared.scenes)
+        short = sum(scene.num_frames < min(reaches) for scene in prepared.scenes)
         self.summary = (
             f"{self.root}: {len(training)} scenes to train on ({len(self.train_clips)} clips side by side), "
-            f"{len(held_out)} held out ({len(self.val_clips)} clips), {short} too short for {shortest} frames"
+            f"{len(held_out)} held out ({self.val_clips.summary(strides)}), {short} too short for {min(reaches)} frames"
         )
+        if self._stills is not None:
+            self.summary += (
+                f"; {100 * self.image_share:g}% of the samples are {self.frames} single frames each, out of "
+                f"{len(self._stills.parts)} scenes of {self._stills.prepared.root}"
+            )
+
+    def _open_stills(self, prepared: PreparedSet, training: Sequence[SceneRange]) -> StillFrames | None:
+        if self.image_share == 0:
+            return None
+        source, parts = prepared, list(training)
+        if self.image_root is not None:
+            source = PreparedSet(self.image_root)
+            check_same_kind(source, prepared)
+            parts = [SceneRange(scene, 0, scene.num_frames) for scene in source.scenes]
+        return StillFrames(source, parts, self.frames, self.image_share, self.caption_dropout, self.seed)
 
     def prepare_data(self) -> None:
         """Read everything once and compare it with its checksums; Lightning does this in one process of a machine."""
         if not self.verify:
             return
         self.setup()
-        num_bytes = sum(span.length for scene in self.prepared.scenes for span in (scene.latents, *scene.contexts))
-        if num_bytes > LONG_READ:
-            log.info("%s: checking %.1f GB; data.params.verify=false leaves this out", self.root, num_bytes / 1e9)
-        for scene in self.prepared.scenes:
-            self.prepared.verify(scene)
+        sets = [self.prepared] if self.image_root is None else [self.prepared, self._stills.prepared]
+        for prepared in sets:
+            num_bytes = sum(span.length for scene in prepared.scenes for span in (scene.latents, *scene.contexts))
+            if num_bytes > LONG_READ:
+                size = f"{num_bytes / 1e9:.1f} GB"
+                log.info("%s: checking %s; data.params.verify=false leaves this out", prepared.root, size)
+            for scene in prepared.scenes:
+                prepared.verify(scene)
 
     def train_dataloader(self) -> DataLoader:
         return self.stream_loader(self.train_clips)
