@@ -1,12 +1,14 @@
 """From noise to video: guidance round the network, one loop over a diffusers scheduler, decoding in pieces.
 
 The schedulers are diffusers'; here they get our betas and parameterization and the settings with which Stable
-Diffusion v1 is sampled. Classifier-free guidance is that of Ho & Salimans 2022. Loading and saving are not here.
+Diffusion v1 is sampled. Classifier-free guidance is that of Ho & Salimans 2022. Known frames are in `known.py`, clips
+longer than the network makes in `stages.py` and `windows.py`. Loading and saving are not here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,17 +20,20 @@ from diffusers import (
     SchedulerMixin,
     UniPCMultistepScheduler,
 )
-from einops import rearrange
+from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
+from diffusers.utils.torch_utils import randn_tensor
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from ldm.config import nearest
 from ldm.errors import UserError
+from ldm.models.diffusion.known import Generators, KnownDenoiser, one_for_each
+from ldm.models.diffusion.noise import NoiseFamily
 from ldm.models.diffusion.schedule import NoiseSchedule
 
 MAX_SIDE = 4096  # pixels of a clip; far beyond what any network here was trained on
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]  # noisy latents b t c h w, timesteps b -> network output b t c h w
-Generators = torch.Generator | Sequence[torch.Generator]
 Progress = Callable[[int, int], None]  # called with (done, total)
 
 
@@ -47,6 +52,42 @@ class PLMSScheduler(PNDMScheduler):
         return super().step_plms(noise, timestep, sample, return_dict)
 
 
+class TrailingDDIMScheduler(DDIMScheduler):
+    """DDIM for zero terminal SNR: from the last diffusion step of training down to clean latents (Lin et al. 2023).
+
+    diffusers' own class ends each step a whole number of diffusion steps below, which on a grid that reaches the last
+    one is not where the next step begins, unless their number divides that of training.
+    """
+
+    schedule: NoiseSchedule  # on the device of the samples
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Tensor,
+        sample: Tensor,
+        eta: float = 0.0,
+        generator: Generators | None = None,
+        variance_noise: Tensor | None = None,
+    ) -> DDIMSchedulerOutput:
+        """One step from the network's output at `timestep`, `b ...` (Song et al. 2021, "DDIM", eq. 12 and 16)."""
+        place = int((self.timesteps == timestep).nonzero())
+        alpha, before = self.alphas_cumprod[timestep], self.final_alpha_cumprod
+        if place + 1 < len(self.timesteps):
+            before = self.alphas_cumprod[self.timesteps[place + 1]]
+        clean = model_output
+        if self.schedule.parameterization == "v":
+            clean = alpha.sqrt() * sample - (1 - alpha).sqrt() * model_output
+        noise = self.schedule.to_noise(model_output, sample, timestep.expand(len(sample)))
+        sigma = eta * ((1 - before) / (1 - alpha) * (1 - alpha / before)).sqrt()
+        sample = before.sqrt() * clean + (1 - before - sigma**2).sqrt() * noise
+        if eta:
+            if variance_noise is None:
+                variance_noise = randn_tensor(sample.shape, generator, sample.device, sample.dtype)
+            sample = sample + sigma * variance_noise
+        return DDIMSchedulerOutput(sample, clean)
+
+
 # The last DDIM and PLMS step ends at alphas_cumprod[0], not at 1, and their grid starts at 1: as Stable Diffusion v1.
 _COMPVIS_GRID = {"set_alpha_to_one": False, "steps_offset": 1, "timestep_spacing": "leading"}
 _SCHEDULERS: dict[str, tuple[type[SchedulerMixin], dict]] = {
@@ -63,46 +104,85 @@ _PREDICTION_TYPES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 class GuidedDenoiser:
     """A network with its captions and guidance: noisy latents `b t c h w`, timesteps `b` -> output `b t c h w`.
 
-    unet: called as unet(latents, timesteps, context).
-    context: the captions, `b n d`. Latents are given to the network in its dtype and device; what comes back is
-        float32.
-    uncond: what guidance moves away from, `b n d` or `1 n d`; None for no guidance.
+    unet: called as unet(latents, timesteps, context), with `fps` and `known_level` too if it has embeddings of them.
+    context: the captions, `b n d`, or one for each frame, `b t n d`. Latents are given to the network in its dtype and
+        device; what comes back is float32.
+    uncond: what guidance moves away from, `b n d` or `1 n d`, or one for each frame; None for no guidance.
     scale: 1 asks for no guidance either, and costs half as much.
+    fps: frames a second of the clip, `b`; a single frame has no rate.
     """
 
     def __init__(
-        self, unet: Callable[..., Tensor], context: Tensor, uncond: Tensor | None = None, scale: float = 1.0
+        self,
+        unet: Callable[..., Tensor],
+        context: Tensor,
+        uncond: Tensor | None = None,
+        scale: float = 1.0,
+        *,
+        fps: Tensor | None = None,
     ) -> None:
         self.unet = unet
         self.scale = scale
         self.is_guided = uncond is not None and scale != 1
         if self.is_guided:
+            if context.ndim > uncond.ndim:
+                uncond = rearrange(uncond, "b n d -> b 1 n d")
             context = torch.cat([uncond.to(context).expand_as(context), context])
         self.context = context
+        self.fps = fps if getattr(unet, "has_fps_embedding", False) else None
+        self.has_known_level = getattr(unet, "has_known_level", False)
 
-    def __call__(self, latents: Tensor, timesteps: Tensor) -> Tensor:
-        """One evaluation; with guidance the batch is [without caption, with caption]."""
+    def __call__(self, latents: Tensor, timesteps: Tensor, known_level: Tensor | None = None) -> Tensor:
+        """One evaluation; with guidance the batch is [without caption, with caption].
+
+        known_level: diffusion step of the noise on known latents, `b`.
+        """
+        times = 2 if self.is_guided else 1
+        numbers = {}
+        if self.fps is not None and latents.shape[1] > 1:
+            numbers["fps"] = repeat(self.fps.to(timesteps.device), "b -> (times b)", times=times)
+        if self.has_known_level and known_level is not None:
+            numbers["known_level"] = repeat(known_level, "b -> (times b)", times=times)
         inputs = latents.to(self.context.dtype)
         if not self.is_guided:
-            return self.unet(inputs, timesteps, self.context).float()
-        output = self.unet(torch.cat([inputs, inputs]), torch.cat([timesteps, timesteps]), self.context)
+            return self.unet(inputs, timesteps, self.context, **numbers).float()
+        output = self.unet(torch.cat([inputs, inputs]), torch.cat([timesteps, timesteps]), self.context, **numbers)
         without, with_caption = output.float().chunk(2)
         return without + self.scale * (with_caption - without)
+
+    def of_frames(self, frames: slice) -> GuidedDenoiser:
+        """The same for some frames of the clip, with their captions."""
+        if self.context.ndim == 3:
+            return self
+        part = copy.copy(self)
+        part.context = self.context[:, frames]
+        return part
 
 
 def build_scheduler(name: str, schedule: NoiseSchedule) -> SchedulerMixin:
     """The diffusers scheduler called `name` (one of `SAMPLERS`) for the betas and parameterization of `schedule`.
 
-    `schedule` must be on the device where sampling will be.
+    `schedule` must be on the device where sampling will be. If its last step is noise alone (zero terminal SNR), so is
+    the first one of sampling, and the grid goes down from there to clean latents. Raises UserError.
     """
     if name not in _SCHEDULERS:
         raise UserError(f"sampler: expected the name of one, found {name!r}; {nearest(name, SAMPLERS)}")
     cls, settings = _SCHEDULERS[name]
+    if schedule.zero_terminal_snr:
+        if cls is PLMSScheduler:
+            others = ", ".join(sampler for sampler in SAMPLERS if sampler != name)
+            raise UserError(
+                f"sampler: {name} cannot begin where there is nothing but noise, as this checkpoint's schedule "
+                f"(zero_terminal_snr) does; those that can: {others}"
+            )
+        settings = {**settings, "timestep_spacing": "trailing", "rescale_betas_zero_snr": True}
+        if cls is DDIMScheduler:
+            cls, settings = TrailingDDIMScheduler, {**settings, "set_alpha_to_one": True}
     if cls is not PLMSScheduler:
         settings = {**settings, "prediction_type": _PREDICTION_TYPES[schedule.parameterization]}
     betas = schedule.betas64().tolist()
     scheduler = cls(num_train_timesteps=schedule.num_timesteps, trained_betas=betas, **settings)
-    if isinstance(scheduler, PLMSScheduler):
+    if isinstance(scheduler, PLMSScheduler | TrailingDDIMScheduler):
         scheduler.schedule = schedule
     return scheduler
 
@@ -124,18 +204,19 @@ def set_steps(scheduler: SchedulerMixin, steps: int, device: torch.device | str 
     return scheduler.timesteps
 
 
-def initial_noise(num: int, frames: int, channels: int, h: int, w: int, generator: Generators) -> Tensor:
+def initial_noise(
+    num: int, frames: int, channels: int, h: int, w: int, generator: Generators, family: NoiseFamily | None = None
+) -> Tensor:
     """Unit normal noise `num frames channels h w`, h and w in latent pixels; drawn on the CPU, the same everywhere.
 
     generator: one for all samples, or one per sample, so that a sample does not depend on the batch it is made in.
         A longer clip from the same seed starts with the noise of the shorter one.
+    family: what the noise of frames has in common, as in training; None: nothing.
     """
     if frames < 1:
         raise UserError(f"frames: expected at least 1, found {frames}")
-    generators = [generator] * num if isinstance(generator, torch.Generator) else list(generator)
-    if len(generators) != num:
-        raise UserError(f"generator: expected one, or one for each of the {num} samples, found {len(generators)}")
-    return torch.stack([torch.randn(frames, channels, h, w, generator=one) for one in generators])
+    family = NoiseFamily() if family is None else family
+    return torch.stack([family.draw(frames, channels, h, w, one) for one in one_for_each(num, generator)])
 
 
 def check_size(height: int, width: int, multiple: int) -> None:
@@ -165,11 +246,14 @@ def sample(
     generator: Generators | None = None,
     progress: Progress | None = None,
     eta: float = 0.0,
+    family: NoiseFamily | None = None,
 ) -> Tensor:
     """Turn unit noise `b t c h w` into scaled latents of the same shape and device, float32.
 
+    denoiser: known latents of a `KnownDenoiser` come back as they were given, bit for bit.
     generator: for the noise that DDIM adds between steps when eta > 0; one, or one per sample.
     eta: 0 is deterministic, 1 adds as much noise as DDPM; DDIM only.
+    family: what the added noise of frames has in common, as at the start; None: nothing.
     """
     check_eta(scheduler, eta)
     if generator is not None and not isinstance(generator, torch.Generator):
@@ -180,13 +264,14 @@ def sample(
     for index, timestep in enumerate(timesteps):
         noisy = scheduler.scale_model_input(latents, timestep)
         output = denoiser(noisy, timestep.expand(len(noise)))
+        if eta and family is not None:
+            extra = {"eta": eta, "variance_noise": initial_noise(*noise.shape, generator, family).to(output)}
         latents = scheduler.step(output, timestep, latents, **extra).prev_sample
         if progress:
             progress(index + 1, len(timesteps))
-    return latents
+    return denoiser.known.restore(latents) if isinstance(denoiser, KnownDenoiser) else latents
 
 
-@torch.no_grad()
 def decode_video(
     first_stage: nn.Module, latents: Tensor, scale_factor: float, chunk: int = 4, progress: Progress | None = None
 ) -> Tensor:
@@ -195,13 +280,29 @@ def decode_video(
     chunk: frames decoded at a time; fewer need less memory.
     progress: called after every chunk.
     """
+    frames = rearrange(latents, "b t c h w -> (b t) c h w")
+    decoded = torch.cat(list(decode_chunks(first_stage, frames, scale_factor, chunk, progress)))
+    return rearrange(decoded, "(b t) c h w -> b t c h w", b=len(latents))
+
+
+def decode_chunks(
+    first_stage: nn.Module, latents: Tensor, scale_factor: float, chunk: int = 4, progress: Progress | None = None
+) -> Iterator[Tensor]:
+    """Scaled latents of frames `t c h w` -> the frames `chunk` by `chunk`, `t' 3 H W` in [-1, 1], float32, on the CPU.
+
+    Only one chunk of pixels is there at a time, however long the clip. Raises UserError for a chunk of no frames.
+    """
     if chunk < 1:
         raise UserError(f"decode chunk: expected at least 1 frame, found {chunk}")
-    frames = rearrange(latents / scale_factor, "b t c h w -> (b t) c h w")
-    decoded = []
-    for start in range(0, len(frames), chunk):
-        pixels = first_stage.decode(frames[start : start + chunk])
-        decoded.append(pixels.float().clamp(-1, 1).cpu())
+    return _decode_chunks(first_stage, latents, scale_factor, chunk, progress)
+
+
+@torch.no_grad()
+def _decode_chunks(
+    first_stage: nn.Module, latents: Tensor, scale_factor: float, chunk: int, progress: Progress | None
+) -> Iterator[Tensor]:
+    for start in range(0, len(latents), chunk):
+        pixels = first_stage.decode(latents[start : start + chunk] / scale_factor)
+        yield pixels.float().clamp(-1, 1).cpu()
         if progress:
-            progress(min(start + chunk, len(frames)), len(frames))
-    return rearrange(torch.cat(decoded), "(b t) c h w -> b t c h w", b=len(latents))
+            progress(min(start + chunk, len(latents)), len(latents))
