@@ -1,0 +1,252 @@
+"""A drawn world to drive through: every look has a road in true perspective whose motion is known exactly.
+
+A camera drives along a road with bends and hills; whatever stands beside it has a place in the world, so it streams
+outward as it does in footage. Clips of any size and frame rate depend on look, seed and settings alone: the same seed
+gives the same bytes. `LOOKS` are the names of the looks. NumPy only.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ldm.data import world_looks
+from ldm.data.world_backdrop import Cylinder, draw_hills, draw_sky
+from ldm.data.world_captions import write_captions
+from ldm.data.world_looks import Look
+from ldm.data.world_painting import (
+    GROUND,
+    SKY,
+    Canvas,
+    Falling,
+    draw_weather,
+    paint_cylinder,
+    paint_facing,
+    paint_ground,
+    paint_wall,
+    paint_weather,
+)
+from ldm.data.world_scene import LANE, Camera, Cars, Road, Standing, build_world, camera_at, draw_cars, draw_road
+from ldm.errors import UserError
+
+LOOKS: tuple[str, ...] = tuple(world_looks.LOOKS)
+SIZES = (16, 1024)  # pixels of either side
+SPEEDS = (0.0, 30.0)  # metres a second
+RATES = (0.5, 240.0)  # frames a second
+MOST_FRAMES = 10_000
+USUAL_SPEEDS = (4.0, 10.0)
+
+
+@dataclass(frozen=True)
+class WorldClip:
+    """A clip of the drawn world; the arrays of ground truth are None unless asked for.
+
+    frames: uint8 RGB `t h w 3`. caption: look, road and speed in words; captions: that one and others that fit as well.
+    speed `t` in metres a second and yaw `t` in radians to the right, of the camera. flow: float32 `t-1 h w 2`, pixels
+    right and down from where the point seen in frame t is to where it is in frame t+1. depth: float32 `t h w`, metres
+    ahead, 10,000 for the sky. occluded: bool `t-1 h w`, pixels of frame t whose point is hidden in frame t+1 or out of
+    the picture; what lies under falling weather in either frame counts as hidden, for flow and depth are those of what
+    is behind it. Other cars have flow and depth of their own.
+    """
+
+    look: str
+    caption: str
+    captions: tuple[str, ...]
+    fps: float
+    frames: np.ndarray
+    speed: np.ndarray
+    yaw: np.ndarray
+    flow: np.ndarray | None = None
+    depth: np.ndarray | None = None
+    occluded: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Everything there is in one clip before it is painted."""
+
+    look: Look
+    road: Road
+    cameras: list[Camera]
+    standing: Standing
+    cars: Cars
+    sky: Cylinder
+    hills: list[Cylinder]
+    falling: Falling | None
+    offset: tuple[float, float]
+    fps: float
+
+
+def draw_clip(
+    look: str,
+    seed: int,
+    num_frames: int,
+    size: int | Sequence[int],
+    fps: float,
+    speed: float | None = None,
+    truth: bool = False,
+) -> WorldClip:
+    """Draw a clip of a look at `fps` frames a second; `size` = (h, w) or one number, `speed` in m/s or None for a usual one.
+
+    Raises UserError for an unknown look and for a size, speed, frame rate or number of frames out of range.
+    """
+    sides = _check(look, seed, num_frames, size, fps, speed)
+    scene, speeds = plan_scene(look, seed, num_frames, sides, fps, speed)
+    captions = write_captions(
+        scene.look,
+        scene.road,
+        scene.cameras[0].z,
+        scene.cameras[-1].z,
+        float(speeds.mean()),
+        np.random.default_rng([seed, 3]),
+    )
+    frames = np.empty((num_frames, *sides, 3), np.uint8)
+    truths = []
+    for number, camera in enumerate(scene.cameras):
+        following = scene.cameras[min(number + 1, num_frames - 1)] if truth else None
+        canvas, cover = paint_frame(scene, number, camera, following)
+        frames[number] = np.clip(canvas.picture + 0.5, 0, 255).astype(np.uint8).transpose(1, 2, 0)
+        if truth:
+            truths.append((canvas.target, canvas.depth, canvas.surface, cover > 0.04))
+    yaw = np.array([camera.yaw for camera in scene.cameras])
+    clip = WorldClip(look, captions[0], tuple(captions), fps, frames, speeds, yaw)
+    return _with_truth(clip, truths) if truth else clip
+
+
+def _check(
+    look: str, seed: int, num_frames: int, size: int | Sequence[int], fps: float, speed: float | None
+) -> tuple[int, int]:
+    """Height and width, when all is well."""
+    if look not in world_looks.LOOKS:
+        near = difflib.get_close_matches(str(look), LOOKS, 1, 0.0)[0]
+        raise UserError(f"look: expected one of {', '.join(LOOKS)}, found {look!r}; did you mean {near!r}?")
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    if len(sides) != 2 or not all(
+        isinstance(side, int | np.integer) and SIZES[0] <= side <= SIZES[1] for side in sides
+    ):
+        raise UserError(
+            f"size: expected sides of {SIZES[0]} to {SIZES[1]} pixels, found {size}; choose one number or (height, width)"
+        )
+    if not isinstance(seed, int | np.integer) or seed < 0:
+        raise UserError(f"seed: expected a whole number from 0, found {seed!r}")
+    if not isinstance(num_frames, int | np.integer) or not 1 <= num_frames <= MOST_FRAMES:
+        raise UserError(f"num_frames: expected 1 to {MOST_FRAMES:,}, found {num_frames!r}")
+    if not RATES[0] <= fps <= RATES[1]:
+        raise UserError(f"fps: expected {RATES[0]:g} to {RATES[1]:g} frames a second, found {fps:g}")
+    if speed is not None and not SPEEDS[0] <= speed <= SPEEDS[1]:
+        raise UserError(f"speed: expected {SPEEDS[0]:g} to {SPEEDS[1]:g} metres a second, found {speed:g}")
+    return int(sides[0]), int(sides[1])
+
+
+def plan_scene(
+    look: str, seed: int, num_frames: int, size: tuple[int, int], fps: float, speed: float | None
+) -> tuple[Scene, np.ndarray]:
+    """What a clip will show, and the camera's speed by frame in m/s."""
+    its = world_looks.LOOKS[look]
+    rng = np.random.default_rng(seed)
+    road = draw_road(rng)
+    usual = rng.uniform(*USUAL_SPEEDS)
+    speed = usual if speed is None else float(speed)
+    seconds = np.arange(num_frames) / fps
+    speeds = speed * (1 + 0.06 * np.sin(seconds * 2 * np.pi / rng.uniform(6, 12) + rng.uniform(0, 6.28)))
+    places = [0.0]
+    for step in speeds[:-1] / fps:
+        places.append(places[-1] + step * float(np.cos(road.heading(places[-1]))))
+    cameras = [camera_at(road, z, size) for z in places]
+    resolution = int(np.clip(2 ** np.round(np.log2(min(size) * 0.8)), 32, 256))
+    return Scene(
+        look=its,
+        road=road,
+        cameras=cameras,
+        standing=build_world(its, road, seed, places[-1] + its.visible, resolution),
+        cars=draw_cars(its, rng, speed, num_frames / fps, resolution),
+        sky=draw_sky(its, rng, cameras[0].focal),
+        hills=draw_hills(its, rng, cameras[0].focal),
+        falling=draw_weather(its.weather, rng) if its.weather else None,
+        offset=(rng.uniform(0, 64), rng.uniform(0, 32)),
+        fps=fps,
+    ), speeds
+
+
+def paint_frame(scene: Scene, number: int, camera: Camera, following: Camera | None) -> tuple[Canvas, np.ndarray]:
+    """Paint frame `number`, with ground truth towards the camera `following`; and how much falling weather covers, `h w`."""
+    canvas = Canvas(camera, following)
+    look, standing = scene.look, scene.standing
+    last_row = min(camera.height, int(camera.row + 0.12 * camera.focal) + 2)
+    paint_cylinder(canvas, scene.sky, last_row, SKY)
+    for layer, hills in enumerate(scene.hills):
+        paint_cylinder(canvas, hills, last_row, GROUND + 1 + layer)
+    paint_ground(canvas, scene.road, look, scene.offset)
+    _paint_things(canvas, scene, number)
+    cover = np.zeros((camera.height, camera.width), np.float32)
+    if scene.falling is not None:
+        cover = paint_weather(canvas, scene.falling, number / scene.fps)
+    return canvas, cover
+
+
+def _paint_things(canvas: Canvas, scene: Scene, number: int) -> None:
+    """What stands beside the road and drives on it, far things first, and only what can be seen."""
+    camera, look, standing, cars = canvas.camera, scene.look, scene.standing, scene.cars
+    middle = (standing.start + standing.end) / 2
+    right, ahead = camera.sight(middle[:, 0], middle[:, 2])
+    reach = np.maximum(standing.wide, np.abs(standing.end - standing.start).max(1)) / 2
+    limit = camera.width / 2 / camera.focal
+    seen = np.nonzero(
+        (ahead + reach > 0.5) & (ahead < look.visible) & (np.abs(right) - reach < limit * (ahead + reach))
+    )[0]
+    moved = cars.z + cars.speed * number / scene.fps
+    on_road = np.nonzero((moved > camera.z + 1.5) & (moved < camera.z + look.visible))[0]
+    depths = np.concatenate([ahead[seen], moved[on_road] - camera.z])
+    first = GROUND + 1 + len(scene.hills)
+    is_wall = standing.is_wall
+    for place in np.argsort(-depths, kind="stable"):
+        if place < len(seen):
+            at = seen[place]
+            look_of = (standing.tint[at], standing.glow[at], look)
+            if is_wall[at]:
+                paint_wall(
+                    canvas,
+                    standing.levels[at],
+                    (standing.start[at], standing.end[at], standing.tall[at]),
+                    look_of,
+                    first + at,
+                )
+            else:
+                foot = standing.start[at]
+                paint_facing(
+                    canvas, standing.levels[at], (foot, standing.tall[at], standing.wide[at], foot), look_of, first + at
+                )
+        else:
+            at = on_road[place - len(seen)]
+            feet = [
+                _on_lane(scene.road, moved[at] + cars.speed[at] * later / scene.fps, cars.side[at]) for later in (0, 1)
+            ]
+            look_of = (cars.tint[at], 0.0, look)
+            paint_facing(canvas, cars.levels[at], (feet[0], 1.5, 2.0, feet[1]), look_of, first + len(ahead) + at)
+
+
+def _on_lane(road: Road, z: float, side: int) -> tuple[float, float, float]:
+    return float(road.centre(z)) + side * LANE, float(road.height(z)), z
+
+
+def _with_truth(clip: WorldClip, truths: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]) -> WorldClip:
+    """Flow, depth and occlusion from what each frame noted."""
+    height, width = clip.frames.shape[1:3]
+    here = np.stack(np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5))
+    flow = np.empty((len(truths) - 1, height, width, 2), np.float32)
+    occluded = np.empty((len(truths) - 1, height, width), bool)
+    for number, (target, depth, surface, covered) in enumerate(truths[:-1]):
+        _, next_depth, next_surface, next_covered = truths[number + 1]
+        flow[number] = np.moveaxis(target - here, 0, -1)
+        column, row = np.floor(target - 0.5).astype(np.int64)
+        hidden = covered | (column < 0) | (row < 0) | (column > width - 2) | (row > height - 2)
+        column, row = np.clip(column, 0, width - 2), np.clip(row, 0, height - 2)
+        for down, across in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            place = (row + down, column + across)
+            hidden |= (next_surface[place] != surface) | next_covered[place]
+        occluded[number] = hidden
+    depth = np.stack([np.minimum(depth, 1e4) for _, depth, _, _ in truths])
+    return WorldClip(**{**vars(clip), "flow": flow, "depth": depth, "occluded": occluded})
