@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.errors import UserError
 from ldm.modules.attention_backends import attend
@@ -149,6 +150,24 @@ def test_a_local_layer_changes_only_with_the_frames_it_sees():
         changed[frame] += torch.randn(4, 32)
         moved = (layer(changed, 33) - before).abs().amax(dim=(1, 2)) > 1e-5
         assert set(moved.nonzero().flatten().tolist()) == seen
+
+
+def test_local_work_and_memory_grow_with_the_frames_and_not_with_their_square():
+    work, memory = {}, {}
+    for local in (5, None):
+        layer = TemporalAttention(32, 2, "math", local=local)
+        for num_frames in (17, 257):
+            x = torch.randn(num_frames, 2, 32)
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                layer(x, num_frames)
+            work[local, num_frames] = counter.get_total_flops() / num_frames
+            kept = []  # bytes for the backward pass
+            with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.nbytes) or t, lambda t: t):
+                layer(x, num_frames)
+            memory[local, num_frames] = sum(kept) / num_frames
+    assert 0.9 < work[5, 257] / work[5, 17] < 1.05
+    assert 0.6 < memory[5, 257] / memory[5, 17] < 1.1
+    assert work[None, 257] > 1.5 * work[5, 257] and memory[None, 257] > 2 * memory[5, 257]
 
 
 def test_without_positions_frames_can_be_put_in_any_order():
