@@ -1,18 +1,19 @@
-"""A checkpoint, ready to make clips from prompts: what a clip's settings mean, and the way from prompt to pixels.
+"""A checkpoint, ready to make clips from prompts and given frames: the way from these to pixels.
 
-Files, names and the command line are the business of scripts/txt2vid.py.
+What a clip's settings mean is in `clip_settings`, how long clips are made in `long_clips`; files, names and the command
+line are the business of scripts/txt2vid.py.
 """
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from ldm.checkpoint import (
@@ -30,59 +31,29 @@ from ldm.checkpoint import (
     unet_node,
     unet_tensors,
 )
+from ldm.clip_settings import PRECISIONS, ClipSettings, Training
 from ldm.config import build, check_node
-from ldm.config_values import check_values, mapping_at
+from ldm.config_values import mapping_at
+from ldm.data.given_frames import MAX_FRAMES, GivenFrames
 from ldm.errors import UserError
-from ldm.models.diffusion.sampling import (
-    GuidedDenoiser,
-    build_scheduler,
-    check_eta,
-    check_size,
-    decode_video,
-    initial_noise,
-    sample,
-    set_steps,
-)
-from ldm.video import parse_size, to_uint8
+from ldm.long_clips import ClipSampler, plan_clip
+from ldm.models.diffusion.known import KnownLatents, check_known_level, check_takes_known_frames
+from ldm.models.diffusion.noise import NoiseFamily
+from ldm.models.diffusion.sampling import build_scheduler, check_eta, check_size, decode_chunks, set_steps
+from ldm.models.diffusion.stages import Plan
+from ldm.modules.posterior import posterior_mean
+from ldm.prompts import read_schedule
+from ldm.video import from_uint8, to_uint8
 
-SD_V1_SIZE, DEFAULT_FRAMES, DEFAULT_FPS = 512, 5, 10.0
 SD_V1_SCHEDULE = {
-    "target": "ldm.models.diffusion.schedule.NoiseSchedule",
-    "params": {"timesteps": 1000, "linear_start": 0.00085, "linear_end": 0.012, "parameterization": "eps"},
+    "timesteps": 1000,
+    "linear_start": 0.00085,
+    "linear_end": 0.012,
+    "parameterization": "eps",
+    "zero_terminal_snr": False,
 }
-PRECISIONS = {"full": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-Progress = Callable[[str, int, int], None]  # called with (stage, done, total)
-
-
-@dataclass(frozen=True)
-class ClipSettings:
-    """All that decides how a clip looks, the seed and the checkpoint aside.
-
-    height, width: pixels. fps: playback rate. scale: of the guidance, 1 for none; it pushes away from
-    `negative_prompt`. eta: noise between DDIM steps.
-    """
-
-    prompt: str
-    frames: int
-    height: int
-    width: int
-    fps: float
-    negative_prompt: str = ""
-    steps: int = 50
-    sampler: str = "ddim"
-    scale: float = 7.5
-    eta: float = 0.0
-
-
-@dataclass(frozen=True)
-class Training:
-    """What a checkpoint says of the clips it was trained on; None where it says nothing."""
-
-    frames: int | None
-    fps: float | None
-    size: tuple[int, int] | None  # height, width
-    has_time: bool
+Progress = Callable[[str, int, int], None]  # called with (what is being done, done, total)
 
 
 class ClipGenerator:
@@ -91,9 +62,10 @@ class ClipGenerator:
     checkpoint: a path, or one already read.
     config: a whole config for a checkpoint without one; None: the checkpoint's own, else Stable Diffusion v1's.
     device, precision: where the networks run, and what the UNet runs in ("full", "bf16", "fp16"); the text encoder and
-        the image decoder always run in float32.
+        the image autoencoder always run in float32.
 
-    The networks are loaded when first needed, so that `check` can refuse settings before anything slow happens.
+    The networks are loaded when first needed, so that `check` can refuse settings before anything slow happens. Noise
+    schedule, target and noise family are those the checkpoint was trained with.
     """
 
     def __init__(
@@ -109,32 +81,62 @@ class ClipGenerator:
         self._params = mapping_at("model.params", mapping_at("model", whole.get("model")).get("params"))
         unet = unet_node(self.checkpoint, config)
         check_node(unet, UNET_PATH)
-        self._check_channels(unet["params"])
-        self.training = _training(whole, any(map(is_temporal, unet_tensors(self.checkpoint))))
-        schedule = {key: self._params.get(key, value) for key, value in SD_V1_SCHEDULE["params"].items()}
-        self.schedule = build({**SD_V1_SCHEDULE, "params": schedule}, "model").to(self.device)
+        self._words = unet["params"]
+        self.takes_known_frames = self._words["in_channels"] == 2 * self._words["out_channels"] + 1
+        self._check_channels()
+        self.training = Training.of_config(whole, any(map(is_temporal, unet_tensors(self.checkpoint))))
+        schedule = {key: self._params.get(key, value) for key, value in SD_V1_SCHEDULE.items()}
+        node = {"target": "ldm.models.diffusion.schedule.NoiseSchedule", "params": schedule}
+        self.schedule = build(node, "model").to(self.device)
+        self.noise = NoiseFamily.of_config(self._params.get("noise"))
         self.scale_factor = latent_scale(whole) if self._params else SD_V1_SCALE
         first_stage = outline_first_stage(self._params.get("first_stage_config") or SD_V1_FIRST_STAGE)
         self.num_channels, self.downsampling = first_stage.num_channels, first_stage.downsampling
-        self.size_multiple = self.downsampling * 2 ** (len(unet["params"].get("channel_mult", (1, 2, 4, 4))) - 1)
+        self.size_multiple = self.downsampling * 2 ** (len(self._words.get("channel_mult", (1, 2, 4, 4))) - 1)
         self._contexts: dict[str, Tensor] = {}
         self._unet = self._first_stage = None
 
+    @property
+    def is_told_fps(self) -> bool:
+        """Whether the network has an embedding of the frame rate."""
+        return bool(self._words.get("fps_embedding"))
+
     def check(self, settings: ClipSettings) -> None:
         """Raise UserError for settings that cannot be sampled; quick."""
-        if settings.frames < 1:
-            raise UserError(f"frames: expected at least 1, found {settings.frames}")
+        if not 1 <= settings.frames <= MAX_FRAMES:
+            raise UserError(f"frames: expected 1 to {MAX_FRAMES}, found {settings.frames}")
         if not 0 < settings.fps <= 240:
             raise UserError(f"fps: expected more than 0 and at most 240 frames a second, found {settings.fps:g}")
+        if settings.window is not None and settings.window < 1:
+            raise UserError(f"window: expected at least 1 frame, found {settings.window}")
+        if settings.overlap < 0:
+            raise UserError(f"overlap: expected at least 1 frame, found {settings.overlap}")
         check_size(settings.height, settings.width, self.size_multiple)
         scheduler = build_scheduler(settings.sampler, self.schedule)
         set_steps(scheduler, settings.steps)
         check_eta(scheduler, settings.eta)
+        read_schedule(settings.prompt, settings.frames)
+        check_known_level(settings.known_noise, self.schedule)
+        if settings.known_noise and not self._words.get("known_level_embedding"):
+            raise UserError(
+                "noise on known frames: expected a network that is told of it (known_level_embedding), found one that "
+                "is not; leave out --known-noise"
+            )
+
+    def check_given(self, what: str) -> None:
+        """Raise UserError, which begins with the option `what`, unless the network takes known frames."""
+        check_takes_known_frames(self.takes_known_frames, what)
+
+    def plan(self, settings: ClipSettings, given: GivenFrames | None = None) -> Plan | None:
+        """The stages of a clip, None for one pass or overlapping windows; raises UserError for what cannot be made."""
+        self.check(settings)
+        wholly_known = [] if given is None else given.wholly_known()
+        return plan_clip(settings, self.training, self.takes_known_frames, wholly_known)
 
     def read_prompts(self, prompts: Sequence[str]) -> dict[str, str]:
         """Encode prompts for later; returns the prompts that were too long, each with the end that was cut off.
 
-        The text encoder is loaded for this and not kept.
+        The text encoder is loaded for this and not kept. Of a schedule, each prompt is one; see `prompts.prompts_in`.
         """
         encoder = load_text_encoder(self.checkpoint, self._params.get("cond_stage_config")).to(self.device)
         for prompt in prompts:
@@ -142,31 +144,86 @@ class ClipGenerator:
         return {prompt: cut for prompt in prompts if (cut := encoder.truncated(prompt)) is not None}
 
     def generate(
-        self, settings: ClipSettings, seeds: Sequence[int], decode_chunk: int = 4, progress: Progress | None = None
+        self,
+        settings: ClipSettings,
+        seeds: Sequence[int],
+        decode_chunk: int = 4,
+        progress: Progress | None = None,
+        given: GivenFrames | None = None,
     ) -> list[np.ndarray]:
         """One clip per seed, made as one batch -> uint8 frames `t h w 3` each.
 
-        A clip's noise depends on its own seed alone; what the batch changes is rounding. Both prompts must have been
-        read before. Raises UserError when the network gives numbers that are not finite.
+        A clip's noise depends on its own seed alone; what the batch changes is rounding. All prompts must have been
+        read before. progress: called with diffusion steps of all windows and decoded chunks, counted together. Raises
+        UserError when the network gives numbers that are not finite.
         """
-        self.check(settings)
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        h, w = settings.height // self.downsampling, settings.width // self.downsampling
-        noise = initial_noise(len(seeds), settings.frames, self.num_channels, h, w, generators).to(self.device)
-        context = self._contexts[settings.prompt].to(self.dtype).expand(len(seeds), -1, -1)
-        uncond = self._contexts[settings.negative_prompt].to(self.dtype) if settings.scale != 1 else None
-        denoiser = GuidedDenoiser(self.unet, context, uncond, settings.scale)
-        scheduler = build_scheduler(settings.sampler, self.schedule)
-        latents = sample(
-            denoiser, scheduler, noise, settings.steps, generators, _staged(progress, "denoising"), settings.eta
-        )
+        plan = self.plan(settings, given)
+        num_frames = len(seeds) * settings.frames
+        num_chunks = -(-num_frames // max(1, decode_chunk))
+
+        def show_steps(done: int, total: int) -> None:
+            if progress:
+                progress("denoising", done, total + num_chunks)
+
+        num_steps = settings.steps * (1 if plan is None else len(plan.windows))
+        latents = self._latents(settings, seeds, plan, given, show_steps)
         if not latents.isfinite().all():
             raise UserError(
                 "the network gave numbers that are not finite; expected are finite ones. Try --precision full, a "
                 "smaller --scale, or another checkpoint"
             )
-        video = decode_video(self.first_stage, latents, self.scale_factor, decode_chunk, _staged(progress, "decoding"))
-        return [to_uint8(clip) for clip in video]
+        flat = rearrange(latents, "b t c h w -> (b t) c h w")
+        frames = np.empty((num_frames, settings.height, settings.width, 3), np.uint8)
+        start = 0
+        for index, chunk in enumerate(decode_chunks(self.first_stage, flat, self.scale_factor, decode_chunk)):
+            frames[start : start + len(chunk)] = to_uint8(chunk)
+            start += len(chunk)
+            if progress:
+                progress("decoding", num_steps + index + 1, num_steps + num_chunks)
+        return list(rearrange(frames, "(b t) h w c -> b t h w c", b=len(seeds)))
+
+    @torch.no_grad()
+    def _latents(
+        self,
+        settings: ClipSettings,
+        seeds: Sequence[int],
+        plan: Plan | None,
+        given: GivenFrames | None,
+        show: Callable[[int, int], None],
+    ) -> Tensor:
+        """Scaled latents `b t c h w` of one clip per seed; what was given of them is there bit for bit."""
+        known = None if given is None else self._encode(given)
+        schedule = read_schedule(settings.prompt, settings.frames)
+
+        def context(frames: Sequence[int]) -> Tensor:
+            if schedule is None:
+                return self._contexts[settings.prompt].to(self.dtype)
+            return schedule.context(self._contexts, frames)[None].to(self.dtype)
+
+        sampler = ClipSampler(
+            self.unet,
+            self.schedule,
+            self.noise,
+            settings,
+            context,
+            self._contexts[settings.negative_prompt].to(self.dtype) if settings.scale != 1 else None,
+            [torch.Generator().manual_seed(seed) for seed in seeds],
+        )
+        size = (settings.height // self.downsampling, settings.width // self.downsampling)
+        return sampler.make(plan, (self.num_channels, *size), known, show)
+
+    def _encode(self, given: GivenFrames) -> KnownLatents:
+        """Given frames as scaled latents, `1 t c h w`: the most likely ones, so that the same always come of them."""
+        pictures = [
+            posterior_mean(self.first_stage.encode(from_uint8(picture[None]).to(self.device))) * self.scale_factor
+            for picture in given.pictures
+        ]
+        mask = torch.from_numpy(given.latent_mask(self.downsampling)).to(self.device)
+        latents = torch.zeros(len(given.shown), *pictures[0].shape[1:], device=self.device)
+        for frame, picture in enumerate(given.shown):
+            if picture is not None:
+                latents[frame] = pictures[picture]
+        return KnownLatents(latents[None], rearrange(mask, "t h w -> 1 t 1 h w").to(latents))
 
     @property
     def unet(self) -> torch.nn.Module:
@@ -185,30 +242,11 @@ class ClipGenerator:
             self._first_stage = first_stage.to(self.device)
         return self._first_stage
 
-    def _check_channels(self, words: Mapping[str, Any]) -> None:
-        if words["in_channels"] != words["out_channels"]:
+    def _check_channels(self) -> None:
+        inputs, outputs = self._words["in_channels"], self._words["out_channels"]
+        if inputs != outputs and not self.takes_known_frames:
             raise UserError(
-                f"{self.checkpoint.path}: expected a network that takes noisy latents alone ({words['out_channels']} "
-                f"channels), found one with {words['in_channels']} input channels, as for inpainting, which needs a "
-                "picture and a mask; choose a text-to-video checkpoint"
+                f"{self.checkpoint.path}: expected a network that takes noisy latents alone ({outputs} channels), or "
+                f"known ones and their mask besides ({2 * outputs + 1}), found one with {inputs} input channels; "
+                "choose another checkpoint"
             )
-
-
-def _training(config: Mapping[str, Any], has_time: bool) -> Training:
-    data, prepare = (mapping_at(name, config.get(name)) for name in ("data", "prepare"))
-    params = mapping_at("data.params", data.get("params"))
-    found = {"frames": params.get("frames"), "strides": params.get("strides", 1)}
-    check_values(found, {"frames": int | None, "strides": int | Sequence[int]}, "data.params")
-    check_values({"fps": prepare.get("fps")}, {"fps": float | None}, "prepare")
-    strides = [found["strides"]] if isinstance(found["strides"], int) else found["strides"]
-    fps, size = prepare.get("fps"), prepare.get("size")
-    return Training(
-        found["frames"],
-        fps and fps / max(1, min(strides, default=1)),
-        None if size is None else parse_size(size, "prepare.size"),
-        has_time,
-    )
-
-
-def _staged(progress: Progress | None, stage: str) -> Callable[[int, int], None] | None:
-    return None if progress is None else lambda done, total: progress(stage, done, total)

@@ -1,8 +1,9 @@
 """Clips on disk with everything they were made from: the four files of a clip, its record, and what a replay needs.
 
-A record is a plain dict: `clip` (the settings), `seed`, `batch` (all seeds made at once, and which of them this is),
-`checkpoint` (path, sha256), `config` (where the checkpoint has none), `precision`, `decode_chunk`, `machine`,
-`versions`, `command`. It holds no time of day, so that the same clip made again is the same file.
+A record is a plain dict: `clip` (the settings), `given` (path and sha256 of each file of given frames), `seed`, `batch`
+(all seeds made at once, and which of them this is), `checkpoint` (path, sha256), `config` (where the checkpoint has
+none), `precision`, `decode_chunk`, `machine`, `versions`, `command`. It holds no time of day, so that the same clip
+made again is the same file.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import platform
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -19,28 +21,34 @@ from typing import Any, get_type_hints
 
 import numpy as np
 import torch
+from PIL import Image
 
 from ldm.atomic import replacing, write_atomically
+from ldm.clip_settings import PRECISIONS, ClipSettings, GivenFiles
 from ldm.config_values import ConfigError, check_values, mapping_at
 from ldm.data.preparation import hash_file
 from ldm.errors import UserError
-from ldm.generation import PRECISIONS, ClipSettings
 from ldm.video import contact_sheet, read_metadata, write_gif, write_mp4
 
 SHEET_WIDTH = 4096  # pixels; longer clips take several rows
+SHEET_FRAMES = 64  # of longer clips as many are shown, evenly spaced
 PACKAGES = ("video-stable-diffusion", "torch", "diffusers", "transformers", "av", "pillow")
 MAX_THREADS = 4096
 # Every word of a record and what it holds.
 PARTS = {
     "": {
-        "clip": Mapping, "seed": int, "batch": Mapping, "checkpoint": Mapping, "config": Mapping | None,
-        "precision": str, "decode_chunk": int, "machine": Mapping, "versions": Mapping[str, str], "command": str,
+        "clip": Mapping, "given": Mapping, "seed": int, "batch": Mapping, "checkpoint": Mapping,
+        "config": Mapping | None, "precision": str, "decode_chunk": int, "machine": Mapping,
+        "versions": Mapping[str, str], "command": str,
     },
     "clip": get_type_hints(ClipSettings),
     "batch": {"seeds": Sequence[int], "index": int},
     "checkpoint": {"path": str, "sha256": str},
     "machine": {"device": str, "threads": int},
 }  # fmt: skip
+GIVEN = {"path": str, "sha256": str}
+# Words that records of earlier versions lack, and what was meant by that.
+SINCE = {"": {"given": {}}, "clip": {"window": None, "overlap": 0, "known_noise": 0, "interpolate": 1}}
 
 
 def open_folder(path: Path) -> None:
@@ -63,14 +71,20 @@ def write_clip(stem: Path, frames: np.ndarray, record: dict[str, Any]) -> None:
     """Write the four files of a clip."""
     fps = record["clip"]["fps"]
     write_gif(stem.with_suffix(".gif"), frames, fps)
-    per_row = max(1, SHEET_WIDTH // frames.shape[2])
-    rows = [frames[start : start + per_row] for start in range(0, len(frames), per_row)]
-    label = f"{record['clip']['prompt']}   ({len(frames)} frames, seed {record['seed']})"
-    labels = [label, *(f"from frame {index * per_row + 1}" for index in range(1, len(rows)))]
     with replacing(stem.with_suffix(".png")) as partial:
-        contact_sheet(rows, labels).save(partial, format="PNG")
+        _sheet(frames, record).save(partial, format="PNG")
     write_mp4(stem.with_suffix(".mp4"), frames, fps, record)
     write_atomically(stem.with_suffix(".json"), json.dumps(record, indent=2, sort_keys=True) + "\n")
+
+
+def _sheet(frames: np.ndarray, record: dict[str, Any]) -> Image.Image:
+    shown = np.linspace(0, len(frames) - 1, min(SHEET_FRAMES, len(frames))).round().astype(int)
+    per_row = max(1, SHEET_WIDTH // frames.shape[2])
+    rows = [shown[start : start + per_row] for start in range(0, len(shown), per_row)]
+    few = "" if len(shown) == len(frames) else f", {len(shown)} of them shown, evenly spaced"
+    label = f"{record['clip']['prompt']}   ({len(frames)} frames{few}, seed {record['seed']})"
+    labels = [label, *(f"from frame {row[0] + 1}" for row in rows[1:])]
+    return contact_sheet([frames[row] for row in rows], labels)
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -85,18 +99,30 @@ def read_record(path: Path) -> dict[str, Any]:
     else:
         record = read_metadata(path)
     try:
+        record = _with_later_words(record)
         _check_record(record)
     except ConfigError as error:
         raise UserError(f"{path}: expected the record of a clip made by txt2vid.py; {error}") from None
     return record
 
 
-def _check_record(record: Any) -> None:
+def _with_later_words(record: Any) -> dict[str, Any]:
+    record = {**SINCE[""], **mapping_at("record", record)}
+    if isinstance(record.get("clip"), Mapping):
+        record["clip"] = {**SINCE["clip"], **record["clip"]}
+    return record
+
+
+def _check_record(record: Mapping[str, Any]) -> None:
     for part, words in PARTS.items():
         found = mapping_at(part or "record", record[part] if part else record)
         if odd := set(words) ^ set(found):
             raise ConfigError(f"{part or 'record'}: expected the keys {', '.join(words)}, not {', '.join(sorted(odd))}")
         check_values(found, words, part or "record")
+    for kind, file in record["given"].items():
+        if kind not in get_type_hints(GivenFiles) or set(mapping_at(f"given.{kind}", file)) != set(GIVEN):
+            raise ConfigError(f"given.{kind}: expected {', '.join(get_type_hints(GivenFiles))} with path and sha256")
+        check_values(file, GIVEN, f"given.{kind}")
     seeds, index, threads = record["batch"]["seeds"], record["batch"]["index"], record["machine"]["threads"]
     for place, value, is_sound, expected in (
         ("batch.seeds", seeds, all(0 <= seed < 2**63 for seed in seeds), "whole numbers from 0 to 2^63"),
@@ -118,6 +144,27 @@ def check_same_checkpoint(record: dict[str, Any], path: Path, sha256: str) -> No
             f"{path}: expected the checkpoint that the clip was made with, sha256 {wanted} "
             f"({record['checkpoint']['path']}), found sha256 {sha256}; give the right one with --ckpt"
         )
+
+
+def hash_given(files: GivenFiles) -> dict[str, dict[str, str]]:
+    """The `given` of a record."""
+    return {kind: {"path": str(path), "sha256": hash_file(path)} for kind, path in asdict(files).items() if path}
+
+
+def given_again(record: dict[str, Any]) -> GivenFiles:
+    """The files of given frames that a clip was made with; raises UserError where one is gone or has changed."""
+    for kind, file in record["given"].items():
+        path, option = Path(file["path"]), f"--{kind.replace('_', '-')}"
+        if not path.is_file():
+            raise UserError(
+                f"{path}: expected the file that the clip was made with ({option}), found none; put it back"
+            )
+        if (found := hash_file(path)) != file["sha256"]:
+            raise UserError(
+                f"{path}: expected the file that the clip was made with ({option}), sha256 {file['sha256']}, found "
+                f"sha256 {found}; it has changed since, put the old one back"
+            )
+    return GivenFiles(**{kind: Path(file["path"]) for kind, file in record["given"].items()})
 
 
 def versions() -> dict[str, str]:

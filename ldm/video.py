@@ -128,15 +128,15 @@ def write_gif(path: Path | str, frames: np.ndarray, fps: float) -> None:
     samples = frames[np.linspace(0, len(frames) - 1, num_samples).round().astype(int)]
     mosaic = Image.fromarray(rearrange(samples, "t h w c -> (t h) w c"))
     palette = mosaic.quantize(256, method=Image.Quantize.MEDIANCUT, kmeans=1)
-    pictures = [
+    pictures = (
         Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG) for frame in frames
-    ]
+    )
     with replacing(path) as partial:
-        pictures[0].save(
+        next(pictures).save(
             partial,
             format="GIF",
             save_all=True,
-            append_images=pictures[1:],
+            append_images=pictures,
             duration=max(20, round(100 / fps) * 10),  # GIF counts hundredths; players ignore anything below 2 of them
             loop=0,
             optimize=False,

@@ -1,9 +1,8 @@
-"""Make video clips from prompts with one checkpoint file.
+"""Make video clips from prompts, pictures and videos with one checkpoint file.
 
     python scripts/txt2vid.py --prompt "a drive along a forest road" --frames 6
 
-Every clip becomes NNNNN.mp4, NNNNN.gif, NNNNN.png (its frames side by side) and NNNNN.json (everything it was made
-from, also inside the MP4). `--replay` takes such a JSON or MP4 and makes the same bytes again on the same machine.
+The options are in `ldm.sampling_options`, where `--help` comes from.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +23,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ldm.checkpoint import latent_scale
 from ldm.checkpoint_config import confined
-from ldm.command_line import Parser
+from ldm.clip_requests import ClipRequest, notes, read_request, repeat_request
 from ldm.config import check, load_config, to_container
 from ldm.errors import UserError, run_command
-from ldm.generation import DEFAULT_FPS, DEFAULT_FRAMES, PRECISIONS, SD_V1_SIZE, ClipGenerator, ClipSettings
-from ldm.models.diffusion.sampling import SAMPLERS
+from ldm.generation import ClipGenerator
 from ldm.provenance import (
     check_same_checkpoint,
     device_and_threads,
+    given_again,
     hash_checkpoint,
+    hash_given,
     next_number,
     open_folder,
     read_record,
@@ -40,9 +40,9 @@ from ldm.provenance import (
     versions,
     write_clip,
 )
+from ldm.sampling_options import DECODE_CHUNK, parse_arguments, read_prompt_file, refuse_beside_replay
 
 LOGS = Path("logs")
-DECODE_CHUNK = 4
 MAX_SEED = 2**63 - 1
 
 
@@ -50,101 +50,17 @@ MAX_SEED = 2**63 - 1
 class Job:
     """Clips that are made as one batch; `wanted` are the places in it that are written out."""
 
-    settings: ClipSettings
+    request: ClipRequest
     seeds: list[int]
     wanted: list[int]
 
 
-def clip_parser() -> Parser:
-    """The options that a line of a prompt file may set too."""
-    parser = Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    clip = parser.add_argument_group("the clip")
-    clip.add_argument("--negative-prompt", metavar="TEXT", help="what guidance moves away from (default: nothing)")
-    clip.add_argument("--frames", type=int, metavar="N", help="length (default: as in training)")
-    clip.add_argument("--H", type=int, metavar="PIXELS", help="height (default: as in training; SD v1: 512)")
-    clip.add_argument("--W", type=int, metavar="PIXELS", help="width (default: as in training; SD v1: 512)")
-    clip.add_argument("--fps", type=float, help="playback rate (default: as in training)")
-    clip.add_argument("--seed", type=int, metavar="N", help="of the first clip; the next ones count on (default: 42)")
-    clip.add_argument("--n_samples", type=int, metavar="N", help="clips made at a time, for one prompt (default: 1)")
-    clip.add_argument("--n_iter", type=int, metavar="N", help="how often that is done (default: 1)")
-    sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--sampler", metavar="NAME", help=f"{', '.join(SAMPLERS)} (default: ddim)")
-    sampling.add_argument("--steps", type=int, metavar="N", help="diffusion steps (default: 50)")
-    sampling.add_argument("--scale", type=float, help="guidance; 1 is none and twice as fast (default: 7.5)")
-    sampling.add_argument("--eta", type=float, help="noise between DDIM steps, 0 to 1 (default: 0)")
-    return parser
-
-
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the command line; options of the clip that were not given are absent."""
-    parser = Parser(
-        parents=[clip_parser()], allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="%(prog)s (--prompt TEXT | --from-file FILE | --replay FILE) [options]", description=__doc__,
-        epilog="Seeds belong to clips: clip i of a run has seed + i, whatever --n_samples is; making several at a\n"
-        "time changes rounding, not content. --precision is that of the UNet; text and pictures are always exact.",
-    )  # fmt: skip
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--prompt", metavar="TEXT", help="what to show")
-    what.add_argument(
-        "--from-file", type=Path, metavar="FILE",
-        help="one prompt a line, options after it: a snowy pass --seed 3 --frames 8; lines with # are skipped",
-    )  # fmt: skip
-    what.add_argument("--replay", type=Path, metavar="FILE", help="a JSON or MP4 written here: make it again")
-    files = parser.add_argument_group("files")
-    files.add_argument("--ckpt", type=Path, metavar="FILE", help="default: the newest logs/*/checkpoints/last.ckpt")
-    files.add_argument("--config", type=Path, metavar="YAML", help="for checkpoints that have no config inside")
-    files.add_argument("--outdir", type=Path, default=Path("outputs/txt2vid-samples"), help="default: %(default)s")
-    machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: the best there is)")
-    machine.add_argument("--precision", choices=PRECISIONS, help="default: bf16 on CUDA cards that have it, else full")
-    machine.add_argument(
-        "--decode-chunk", type=int, metavar="N", help=f"frames decoded at a time (default: {DECODE_CHUNK})"
-    )
-    return parser.parse_args(arguments)
-
-
-def read_prompt_file(path: Path) -> list[argparse.Namespace]:
-    """A namespace per line with `prompt` and the options that follow it; raises UserError with the line's number."""
-    if not path.is_file():
-        raise UserError(f"{path}: expected a text file with one prompt a line, found no such file")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: expected a text file in UTF-8, found other bytes ({error.reason})") from error
-    parser, jobs = clip_parser(), []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip() or line.lstrip().startswith("#"):
-            continue
-        prompt, options = re.fullmatch(r"(.*?)((?:^|\s)--[A-Za-z].*)?", line.strip()).groups()
-        parser.where = f"{path}, line {number}: "
-        if not prompt:
-            raise UserError(f"{parser.where}expected a prompt before the options, found {line.strip()!r}")
-        try:
-            words = shlex.split(options or "")
-        except ValueError as error:
-            raise UserError(f"{parser.where}the options do not parse ({error}): {options.strip()!r}") from error
-        jobs.append(parser.parse_args(words, argparse.Namespace(prompt=prompt)))
-    if not jobs:
-        raise UserError(f"{path}: expected one prompt a line, found none")
-    return jobs
-
-
 def plan(arguments: argparse.Namespace, generator: ClipGenerator) -> list[Job]:
-    """The batches that the command line asks for, with every setting checked."""
+    """The batches that the command line asks for, with every setting checked and every given file read."""
     lines = read_prompt_file(arguments.from_file) if arguments.from_file else [arguments]
     jobs = []
     for line in lines:
         options = {**vars(arguments), **vars(line)}
-        height, width = generator.training.size or (SD_V1_SIZE, SD_V1_SIZE)
-        names = {field.name for field in fields(ClipSettings)} & set(options)
-        given = {
-            "frames": generator.training.frames or DEFAULT_FRAMES,
-            "fps": generator.training.fps or DEFAULT_FPS,
-            "height": options.get("H", height),
-            "width": options.get("W", width),
-            **{name: options[name] for name in names},
-        }
-        settings = ClipSettings(**given)
         num_samples, num_iterations = options.get("n_samples", 1), options.get("n_iter", 1)
         seed = options.get("seed", 42)
         for name, value in (("--n_samples", num_samples), ("--n_iter", num_iterations)):
@@ -153,9 +69,9 @@ def plan(arguments: argparse.Namespace, generator: ClipGenerator) -> list[Job]:
         num = num_samples * num_iterations
         if not 0 <= seed <= MAX_SEED - num:
             raise UserError(f"--seed: expected a whole number from 0 to 2^63, found {seed}")
-        generator.check(settings)
+        request = read_request(options, generator)
         for first in range(seed, seed + num, num_samples):
-            jobs.append(Job(settings, list(range(first, first + num_samples)), list(range(num_samples))))
+            jobs.append(Job(request, list(range(first, first + num_samples)), list(range(num_samples))))
     return jobs
 
 
@@ -195,41 +111,14 @@ def choose_precision(given: str | None, device: torch.device) -> str:
 
 
 @contextmanager
-def progress_bar(console: Console) -> Iterator[Any]:
-    """A function `show(label, stage, done, total)` that moves a bar."""
+def progress_bar(console: Console, label: str) -> Iterator[Any]:
+    """A function `show(what, done, total)` that moves a bar."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
-        task, shown = progress.add_task("loading", total=None), ""
-
-        def show(label: str, stage: str, done: int, total: int) -> None:
-            nonlocal shown
-            if shown != stage:
-                shown = stage
-                progress.reset(task)
-            progress.update(task, description=f"{label} {stage}", completed=done, total=total)
-
-        yield show
-
-
-def notes(jobs: Sequence[Job], generator: ClipGenerator, cuts: dict[str, str]) -> Iterator[str]:
-    """What a user should know before waiting."""
-    trained = generator.training
-    if not trained.has_time:
-        yield "this checkpoint has not been trained on time: every frame is a picture of its own"
-    elif trained.frames is not None:
-        lengths = sorted({job.settings.frames for job in jobs} - {trained.frames})
-        if lengths:
-            listed = ", ".join(map(str, lengths))
-            yield f"clips of {listed} frames: trained on {trained.frames}; any length works, far ones may drift"
-    for prompt, cut in cuts.items():
-        yield f"the prompt is longer than the text encoder reads; this end of it has no effect: '{cut}' (of '{prompt}')"
-
-
-def replayed_job(record: dict[str, Any], generator: ClipGenerator) -> Job:
-    """The batch a clip was made in, with that clip alone wanted."""
-    settings = ClipSettings(**record["clip"])
-    generator.check(settings)
-    return Job(settings, record["batch"]["seeds"], [record["batch"]["index"]])
+        task = progress.add_task(f"{label} loading", total=None)
+        yield lambda what, done, total: progress.update(
+            task, description=f"{label} {what}", completed=done, total=total
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -257,8 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sha256 = hash_checkpoint(path)
         if record:
             check_same_checkpoint(record, path, sha256)
-        prompts = dict.fromkeys(text for job in jobs for text in (job.settings.prompt, job.settings.negative_prompt))
-        cuts = generator.read_prompts(list(prompts))
+        cuts = generator.read_prompts(list(dict.fromkeys(text for job in jobs for text in job.request.prompts)))
     now = {"versions": versions(), "machine": device_and_threads(device)}
     base = {
         "checkpoint": {"path": str(path), "sha256": sha256},
@@ -269,35 +157,48 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     if record:
         base = {name: record[name] for name in base}
-    for note in (*notes(jobs, generator, cuts), *(replay_notes(record, now) if record else ())):
+    about = [note for job in jobs for note in notes(job.request, generator)]
+    about += [
+        f"the prompt is longer than the text encoder reads; this end of it has no effect: '{cut}' (of '{prompt}')"
+        for prompt, cut in cuts.items()
+    ]
+    for note in dict.fromkeys([*about, *(replay_notes(record, now) if record else ())]):
         console.print(f"note: {note}", markup=False)
     make_clips(jobs, generator, {**base, **now}, options.outdir, console)
+
+
+def replayed_job(record: dict[str, Any], generator: ClipGenerator) -> Job:
+    """The batch a clip was made in, with that clip alone wanted."""
+    request = repeat_request(record["clip"], given_again(record), generator)
+    return Job(request, record["batch"]["seeds"], [record["batch"]["index"]])
 
 
 def make_clips(
     jobs: Sequence[Job], generator: ClipGenerator, base: dict[str, Any], outdir: Path, console: Console
 ) -> None:
-    """Generate and write clip after clip, and print the path of each; `base` is what all their records share."""
+    """Generate and write clip after clip, and print plans and paths; `base` is what all their records share."""
     num_clips = sum(len(job.wanted) for job in jobs)
     number = next_number(outdir)
-    with progress_bar(console) as show:
-        done = 0
-        for job in jobs:
-            label = f"clip {done + 1} of {num_clips}"
-            clips = generator.generate(
-                job.settings, job.seeds, base["decode_chunk"], lambda *state, label=label: show(label, *state)
-            )
-            for index in job.wanted:
-                record = {
-                    **base,
-                    "clip": asdict(job.settings),
-                    "seed": job.seeds[index],
-                    "batch": {"seeds": job.seeds, "index": index},
-                }
-                stem = outdir / f"{number + done:05}"
-                write_clip(stem, clips[index], record)
-                done += 1
-                console.print(f"{stem}.mp4, .gif, .png, .json: '{job.settings.prompt}'", markup=False)
+    shown, done = None, 0
+    for job in jobs:
+        settings, given = job.request.settings, job.request.given
+        if (lines := job.request.describe()) != shown:
+            console.print("plan:", "\n      ".join(lines), markup=False)
+            shown = lines
+        with progress_bar(console, f"clip {done + 1} of {num_clips}") as show:
+            clips = generator.generate(settings, job.seeds, base["decode_chunk"], show, given)
+        for index in job.wanted:
+            record = {
+                **base,
+                "clip": asdict(settings),
+                "given": hash_given(job.request.files),
+                "seed": job.seeds[index],
+                "batch": {"seeds": job.seeds, "index": index},
+            }
+            stem = outdir / f"{number + done:05}"
+            write_clip(stem, clips[index], record)
+            done += 1
+            console.print(f"{stem}.mp4, .gif, .png, .json: '{settings.prompt}'", markup=False)
 
 
 def read_config(path: Path | None) -> dict[str, Any] | None:
@@ -313,14 +214,7 @@ def read_config(path: Path | None) -> dict[str, Any] | None:
 
 def adopt(options: argparse.Namespace, record: dict[str, Any]) -> argparse.Namespace:
     """The options of a replay: those of the record; only --ckpt, --device and --outdir may be given beside it."""
-    clip_options = {action.dest for action in clip_parser()._actions}
-    given = sorted(clip_options & set(vars(options)))
-    given += [name for name in ("config", "precision", "decode_chunk") if getattr(options, name) is not None]
-    if given:
-        raise UserError(
-            f"--replay: takes every setting of the clip from {options.replay}, so --{given[0].replace('_', '-')} "
-            "cannot be given beside it; only --ckpt, --device and --outdir can"
-        )
+    refuse_beside_replay(options)
     adopted = {"precision": record["precision"], "decode_chunk": record["decode_chunk"]}
     adopted["ckpt"] = options.ckpt or Path(record["checkpoint"]["path"])
     if options.device == "auto":

@@ -9,14 +9,17 @@ from PIL import Image
 from ldm.data.example_drive import draw_drive
 from ldm.data.footage import FootageError
 from ldm.data.given_frames import (
+    GivenFrames,
     describe_fit,
     fit_picture,
-    latent_mask,
     read_every_frame,
     read_first_frames,
     read_last_frames,
     read_mask,
     read_picture,
+    space_out_video,
+    start_from_picture,
+    start_from_video,
 )
 from ldm.errors import UserError
 from ldm.video import write_gif, write_mp4
@@ -120,12 +123,43 @@ def test_a_mask_is_cropped_as_the_picture_was(tmp_path):
     assert made[0, 0].nonzero()[0].tolist() == [4]  # a single white column among those of the pixel
 
 
-def test_a_latent_pixel_is_kept_only_if_all_its_pixels_are():
-    made = np.zeros((2, 4, 8), bool)
+def test_a_latent_pixel_is_kept_only_if_all_its_pixels_are_and_are_given():
+    made = np.zeros((3, 4, 8), bool)
     made[0, 3, 2] = made[1, 0, 7] = True
-    latent = latent_mask(made, 2)
-    assert latent.shape == (2, 2, 4)
-    assert np.argwhere(latent).tolist() == [[0, 1, 1], [1, 0, 3]]
+    given = GivenFrames(np.zeros((2, 4, 8, 3), np.uint8), [0, 1, None], made)
+    latent = given.latent_mask(2)
+    assert latent.shape == (3, 2, 4)
+    assert np.argwhere(latent[:2]).tolist() == [[0, 1, 1], [1, 0, 3]]
+    assert latent[2].all()
+    assert given.wholly_known() == []
+    whole = GivenFrames(np.zeros((1, 4, 8, 3), np.uint8), [0, None])
+    assert whole.wholly_known() == [0] and not whole.latent_mask(2)[0].any() and whole.latent_mask(2)[1].all()
+
+
+def test_a_picture_begins_a_clip_or_is_kept_where_the_mask_is_black(tmp_path):
+    Image.new("RGB", (96, 32), (9, 9, 9)).save(tmp_path / "a.png")
+    given = start_from_picture(tmp_path / "a.png", None, 4, (16, 16))
+    assert given.pictures.shape == (1, 16, 16, 3) and given.shown == [0, None, None, None]
+    assert given.notes == (f"{tmp_path / 'a.png'}: of its 96x32 pixels the middle 32x32 are taken",)
+    half = np.zeros((16, 16), np.uint8)
+    half[8:] = 255
+    Image.fromarray(half).save(tmp_path / "m.png")
+    given = start_from_picture(tmp_path / "a.png", tmp_path / "m.png", 4, (16, 16))
+    assert given.shown == [0, 0, 0, 0] and given.wholly_known() == []
+    assert given.latent_mask(4).tolist() == [[[False] * 4] * 2 + [[True] * 4] * 2] * 4
+
+
+def test_a_video_is_continued_kept_in_part_or_spaced_out(tmp_path):
+    write_numbered(tmp_path / "a.mp4", 6, "10")
+    given = start_from_video(tmp_path / "a.mp4", None, 5, 10, (64, 64), 2)
+    assert [number_of(frame) for frame in given.pictures] == [4, 5] and given.shown == [0, 1, None, None, None]
+    Image.new("L", (64, 64), 255).save(tmp_path / "m.png")
+    given = start_from_video(tmp_path / "a.mp4", tmp_path / "m.png", 8, 10, (64, 64), 2)
+    assert [number_of(frame) for frame in given.pictures] == [0, 1, 2, 3, 4, 5]
+    assert given.shown == [0, 1, 2, 3, 4, 5, None, None] and given.latent_mask(2).all()
+    given = space_out_video(tmp_path / "a.mp4", None, 3, (64, 64))
+    assert len(given.shown) == 16 and given.shown[:4] == [0, None, None, 1] and given.shown[-1] == 5
+    assert given.fps == 30 and given.wholly_known() == [0, 3, 6, 9, 12, 15]
 
 
 # bad input
@@ -213,3 +247,14 @@ def test_masks_of_another_size_or_length_are_refused(tmp_path):
     (tmp_path / "text.png").write_text("no mask")
     with pytest.raises(FootageError, match=r"text.png: expected a video, found 7 bytes that ffmpeg cannot read"):
         read_mask(tmp_path / "text.png", 5, (64, 64))
+
+
+def test_a_clip_of_which_everything_is_given_is_refused(tmp_path):
+    write_mp4(tmp_path / "a.mp4", draw_drive(5, 64, seed=0), 10)
+    Image.new("L", (64, 64)).save(tmp_path / "black.png")
+    with pytest.raises(UserError, match=r"--frames: expected more than 3, since that many .*\(--overlap\), found 3"):
+        start_from_video(tmp_path / "a.mp4", None, 3, 10, (64, 64), 3)
+    with pytest.raises(UserError, match="expected something to make, found all 5 frames of the clip given; ask for"):
+        start_from_video(tmp_path / "a.mp4", tmp_path / "black.png", 5, 10, (64, 64), 3)
+    with pytest.raises(UserError, match="expected something to make, found all 1 frames of the clip given"):
+        start_from_picture(tmp_path / "black.png", None, 1, (64, 64))

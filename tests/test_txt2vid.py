@@ -70,7 +70,7 @@ def test_a_clip_becomes_four_files_that_agree(run, tmp_path):
     assert record == read_metadata(tmp_path / "00000.mp4")
     assert record["clip"] == {
         "prompt": "a road", "negative_prompt": "", "frames": 6, "height": 32, "width": 48, "fps": 4.0, "steps": 2,
-        "sampler": "ddim", "scale": 3.0, "eta": 0.0,
+        "sampler": "ddim", "scale": 3.0, "eta": 0.0, "window": 6, "overlap": 2, "known_noise": 0, "interpolate": 1,
     }  # fmt: skip
     assert record["seed"] == 42 and len(record["checkpoint"]["sha256"]) == 64
     assert record["versions"]["torch"] == torch.__version__ and "--frames 6" in record["command"]
@@ -181,7 +181,9 @@ def test_half_precision_is_near_full(checkpoint, precision):
     ("words", "message"),
     [
         ([], "one of the arguments --prompt --from-file --replay is required; --help lists all options"),
-        (["--prompt", "x", "--frames", "0"], "frames: expected at least 1, found 0"),
+        (["--prompt", "x", "--frames", "0"], "frames: expected 1 to 10000, found 0"),
+        (["--prompt", "x", "--frames", "-1"], "frames: expected 1 to 10000, found -1"),
+        (["--prompt", "x", "--frames", "10001"], "frames: expected 1 to 10000, found 10001"),
         (["--prompt", "x", "--frames", "six"], "--frames: invalid int value: 'six'"),
         (["--prompt", "x", "--H", "30"], "height: expected a multiple of 4 pixels, found 30; the nearest is 32"),
         (["--prompt", "x", "--sampler", "dmp++"], r"found 'dmp\+\+'; did you mean 'dpm\+\+'"),
@@ -373,15 +375,12 @@ def test_numbers_that_are_not_finite_are_an_error(checkpoint):
         generator.generate(settings, [1])
 
 
-def test_an_inpainting_network_is_refused(tmp_path):
+def test_a_network_with_odd_input_channels_is_refused(tmp_path):
     config = training_config()
-    config["model"]["params"]["unet_config"]["params"]["in_channels"] = 9
-    state = video_state()
-    name = "model.diffusion_model.input_blocks.0.0.weight"
-    state[name] = torch.zeros(32, 9, 3, 3)
-    torch.save({"state_dict": state, "config": config}, tmp_path / "inpaint.ckpt")
-    with pytest.raises(UserError, match="found one with 9 input channels, as for inpainting"):
-        ClipGenerator(tmp_path / "inpaint.ckpt")
+    config["model"]["params"]["unet_config"]["params"]["in_channels"] = 5
+    torch.save({"state_dict": video_state(), "config": config}, tmp_path / "odd.ckpt")
+    with pytest.raises(UserError, match=r"odd.ckpt: expected a network that takes .*\(9\), found one with 5 input"):
+        ClipGenerator(tmp_path / "odd.ckpt")
 
 
 def test_a_device_that_is_not_there_is_refused(capsys):

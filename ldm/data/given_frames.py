@@ -11,6 +11,7 @@ import warnings
 import zlib
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
@@ -195,6 +196,74 @@ def _fit_mask(grey: Image.Image, size: Size) -> np.ndarray:
     return fit_picture(made, size, Image.Resampling.BOX) > 0  # made where any pixel below it is
 
 
-def latent_mask(made: np.ndarray, downsampling: int) -> np.ndarray:
-    """A mask of pixels -> of latent pixels, `t h w` -> `t h/f w/f`: kept only where all pixels are kept."""
-    return reduce(made, "t (h y) (w x) -> t h w", "max", y=downsampling, x=downsampling)
+@dataclass(frozen=True)
+class GivenFrames:
+    """What is known of a clip before any of it is made.
+
+    pictures: uint8 `m h w 3`. shown: for each frame of the clip the number of the picture it shows; None: not given.
+    made: bool `1 h w` or `t h w`, True where given frames are to be made all the same; None for nowhere.
+    notes: what a user should know of how the files were used. fps: the clip's, where it follows from a video.
+    """
+
+    pictures: np.ndarray
+    shown: list[int | None]
+    made: np.ndarray | None = None
+    notes: tuple[str, ...] = ()
+    fps: float | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.wholly_known()) == len(self.shown):
+            raise UserError(
+                f"given frames: expected something to make, found all {len(self.shown)} frames of the clip given; ask "
+                "for more --frames, or give a --mask with something white in it"
+            )
+
+    def wholly_known(self) -> list[int]:
+        """The frames of the clip that are given without any part to be made."""
+        has_white = [False] if self.made is None else self.made.any(axis=(1, 2)).tolist()
+        return [
+            frame
+            for frame, picture in enumerate(self.shown)
+            if picture is not None and not has_white[frame % len(has_white)]
+        ]
+
+    def latent_mask(self, downsampling: int) -> np.ndarray:
+        """Where latents are to be made, bool `t h/f w/f`: one is known only if all its pixels are."""
+        made = np.zeros((1, *self.pictures.shape[1:3]), bool) if self.made is None else self.made
+        made = reduce(made, "t (h y) (w x) -> t h w", "max", y=downsampling, x=downsampling)
+        is_given = np.array([picture is not None for picture in self.shown])
+        return made | ~is_given[:, None, None]
+
+
+def start_from_picture(path: Path | str, mask: Path | str | None, num_frames: int, size: Size) -> GivenFrames:
+    """A picture as the first frame of a clip; with a mask, in every frame where that is black."""
+    picture = read_picture(path)
+    made = None if mask is None else read_mask(mask, num_frames, size, picture.size[::-1])
+    note = describe_fit(picture, size)
+    shown = [0] + [None if made is None else 0] * (num_frames - 1)
+    return GivenFrames(fit_picture(picture, size)[None], shown, made, (f"{path}: {note}",) if note else ())
+
+
+def start_from_video(
+    path: Path | str, mask: Path | str | None, num_frames: int, fps: float, size: Size, overlap: int
+) -> GivenFrames:
+    """The last `overlap` frames of a video as the first of a clip; with a mask, its first ones where that is black."""
+    if mask is None:
+        if overlap >= num_frames:
+            raise UserError(
+                f"--frames: expected more than {overlap}, since that many of the last frames of {path} begin the clip "
+                f"(--overlap), found {num_frames}"
+            )
+        pictures, made = read_last_frames(path, fps, size, overlap), None
+    else:
+        made = read_mask(mask, num_frames, size)
+        pictures = read_first_frames(path, fps, size, num_frames)
+    return GivenFrames(pictures, [*range(len(pictures)), *[None] * (num_frames - len(pictures))], made)
+
+
+def space_out_video(path: Path | str, mask: Path | str | None, factor: int, size: Size) -> GivenFrames:
+    """Every frame of a video as every `factor`-th of a clip, whose length and rate follow from it."""
+    pictures, fps = read_every_frame(path, size, factor)
+    num_frames = (len(pictures) - 1) * factor + 1
+    shown = [None if frame % factor else frame // factor for frame in range(num_frames)]
+    return GivenFrames(pictures, shown, None if mask is None else read_mask(mask, num_frames, size), fps=fps * factor)
