@@ -17,19 +17,10 @@ from ldm.data import world_looks
 from ldm.data.world_backdrop import Cylinder, draw_hills, draw_sky
 from ldm.data.world_captions import write_captions
 from ldm.data.world_looks import Look
-from ldm.data.world_painting import (
-    GROUND,
-    SKY,
-    Canvas,
-    Falling,
-    draw_weather,
-    paint_cylinder,
-    paint_facing,
-    paint_ground,
-    paint_wall,
-    paint_weather,
-)
-from ldm.data.world_scene import LANE, Camera, Cars, Road, Standing, build_world, camera_at, draw_cars, draw_road
+from ldm.data.world_painting import GROUND, SKY, Canvas, paint_cylinder, paint_ground
+from ldm.data.world_scene import Camera, Cars, Road, Standing, build_world, camera_at, draw_cars, draw_road
+from ldm.data.world_standing import find_seen, paint_standing
+from ldm.data.world_weather import Falling, draw_weather, paint_weather
 from ldm.errors import UserError
 
 LOOKS: tuple[str, ...] = tuple(world_looks.LOOKS)
@@ -174,62 +165,21 @@ def plan_scene(
 def paint_frame(scene: Scene, number: int, camera: Camera, following: Camera | None) -> tuple[Canvas, np.ndarray]:
     """Paint frame `number`, with ground truth towards the camera `following`; and how much falling weather covers, `h w`."""
     canvas = Canvas(camera, following)
-    look, standing = scene.look, scene.standing
+    look = scene.look
     last_row = min(camera.height, int(camera.row + 0.12 * camera.focal) + 2)
     paint_cylinder(canvas, scene.sky, last_row, SKY)
     for layer, hills in enumerate(scene.hills):
         paint_cylinder(canvas, hills, last_row, GROUND + 1 + layer)
     paint_ground(canvas, scene.road, look, scene.offset)
-    _paint_things(canvas, scene, number)
+    seconds = number / scene.fps
+    everything = scene.standing.joined(scene.cars.standing(scene.road, seconds))
+    later = np.concatenate([scene.standing.start, scene.cars.feet(scene.road, seconds + 1 / scene.fps)])
+    seen = find_seen(canvas, everything, later, look.visible, GROUND + 1 + len(scene.hills))
+    paint_standing(canvas, seen, look)
     cover = np.zeros((camera.height, camera.width), np.float32)
     if scene.falling is not None:
-        cover = paint_weather(canvas, scene.falling, number / scene.fps)
+        cover = paint_weather(canvas, scene.falling, seconds)
     return canvas, cover
-
-
-def _paint_things(canvas: Canvas, scene: Scene, number: int) -> None:
-    """What stands beside the road and drives on it, far things first, and only what can be seen."""
-    camera, look, standing, cars = canvas.camera, scene.look, scene.standing, scene.cars
-    middle = (standing.start + standing.end) / 2
-    right, ahead = camera.sight(middle[:, 0], middle[:, 2])
-    reach = np.maximum(standing.wide, np.abs(standing.end - standing.start).max(1)) / 2
-    limit = camera.width / 2 / camera.focal
-    seen = np.nonzero(
-        (ahead + reach > 0.5) & (ahead < look.visible) & (np.abs(right) - reach < limit * (ahead + reach))
-    )[0]
-    moved = cars.z + cars.speed * number / scene.fps
-    on_road = np.nonzero((moved > camera.z + 1.5) & (moved < camera.z + look.visible))[0]
-    depths = np.concatenate([ahead[seen], moved[on_road] - camera.z])
-    first = GROUND + 1 + len(scene.hills)
-    is_wall = standing.is_wall
-    for place in np.argsort(-depths, kind="stable"):
-        if place < len(seen):
-            at = seen[place]
-            look_of = (standing.tint[at], standing.glow[at], look)
-            if is_wall[at]:
-                paint_wall(
-                    canvas,
-                    standing.levels[at],
-                    (standing.start[at], standing.end[at], standing.tall[at]),
-                    look_of,
-                    first + at,
-                )
-            else:
-                foot = standing.start[at]
-                paint_facing(
-                    canvas, standing.levels[at], (foot, standing.tall[at], standing.wide[at], foot), look_of, first + at
-                )
-        else:
-            at = on_road[place - len(seen)]
-            feet = [
-                _on_lane(scene.road, moved[at] + cars.speed[at] * later / scene.fps, cars.side[at]) for later in (0, 1)
-            ]
-            look_of = (cars.tint[at], 0.0, look)
-            paint_facing(canvas, cars.levels[at], (feet[0], 1.5, 2.0, feet[1]), look_of, first + len(ahead) + at)
-
-
-def _on_lane(road: Road, z: float, side: int) -> tuple[float, float, float]:
-    return float(road.centre(z)) + side * LANE, float(road.height(z)), z
 
 
 def _with_truth(clip: WorldClip, truths: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]) -> WorldClip:

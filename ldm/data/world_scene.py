@@ -7,18 +7,18 @@ drive begins like a shorter one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ldm.data.world_looks import Look
+from ldm.data.world_looks import Look, Things
 from ldm.data.world_things import BILLBOARDS, BOXES, NUM_VARIANTS, WALLS, levels_of
 
 EYE = 2.0  # metres of the camera above the road
 LANE = 1.65  # metres of our lane's middle from that of the road
 HALF_ROAD = 3.4
 CELL = 20.0
-WALL_PIECE = 5.0
+WALL_PIECE = 10.0
 FOCAL = 0.85  # of the geometric mean of the picture's sides
 HORIZON = 0.42  # of the picture's height, from above
 ROAD_KINDS = ("straight", "left", "right", "winding")
@@ -134,13 +134,18 @@ class Standing:
     glow: np.ndarray
     levels: list[tuple[np.ndarray, ...]]
 
-    @property
-    def is_wall(self) -> np.ndarray:
-        return self.wide == 0
+    def chosen(self, indices: np.ndarray) -> Standing:
+        arrays = (self.start, self.end, self.tall, self.wide, self.tint, self.glow)
+        return Standing(*(array[indices] for array in arrays), [self.levels[index] for index in indices])
+
+    def joined(self, other: Standing) -> Standing:
+        names = ("start", "end", "tall", "wide", "tint", "glow")
+        both = (np.concatenate([getattr(self, name), getattr(other, name)]) for name in names)
+        return Standing(*both, self.levels + other.levels)
 
 
 class _Builder:
-    """Collects what stands in the world."""
+    """Collects what stands in the world; places are given from the middle of the road."""
 
     def __init__(self, road: Road, resolution: int) -> None:
         self.road, self.resolution = road, resolution
@@ -148,30 +153,22 @@ class _Builder:
         self.levels: list[tuple[np.ndarray, ...]] = []
 
     def add(
-        self,
-        start: tuple[float, float],
-        end: tuple[float, float],
-        size: tuple[float, float],
-        tint: np.ndarray,
-        glow: float,
+        self, places: tuple[float, ...], size: tuple[float, float], tint: tuple[float, ...], glow: float, picture: tuple
     ) -> None:
-        """`start` and `end` are (x, z); `size` is (tall, wide), wide 0 for a wall."""
-        feet = [(x, float(self.road.height(z)), z) for x, z in (start, end)]
-        if size[1] == 0 and start[0] != end[0]:
-            feet[1] = (end[0], feet[0][1], end[1])
-        self.rows.append((*feet[0], *feet[1], *size, *tint, glow))
+        """places: metres beside the road and along it, of the start and of the end, and whether the end has a foot of
+        its own on the road (1) or stands straight ahead or beside of the start (0). size: tall, wide (0: a wall)."""
+        self.rows.append((*places, *size, *tint, glow))
+        self.levels.append(levels_of(*picture, self.resolution))
 
     def built(self) -> Standing:
-        rows = np.array(self.rows, np.float64).reshape(-1, 12)
-        return Standing(
-            rows[:, :3],
-            rows[:, 3:6],
-            rows[:, 6],
-            rows[:, 7],
-            rows[:, 8:11].astype(np.float32),
-            rows[:, 11],
-            self.levels,
-        )
+        side, z, side_end, z_end, own, tall, wide, *tint, glow = np.array(self.rows, np.float64).reshape(-1, 11).T
+        centre, height = self.road.centre(z), self.road.height(z)
+        along = own > 0
+        centre_end = np.where(along, self.road.centre(z_end), centre)
+        height_end = np.where(along, self.road.height(z_end), height)
+        start = np.stack([centre + side, height, z], 1)
+        end = np.stack([centre_end + side_end, height_end, z_end], 1)
+        return Standing(start, end, tall, wide, np.stack(tint, 1).astype(np.float32), glow, self.levels)
 
 
 def build_world(look: Look, road: Road, seed: int, until: float, resolution: int) -> Standing:
@@ -189,70 +186,75 @@ def build_world(look: Look, road: Road, seed: int, until: float, resolution: int
     return builder.built()
 
 
-def _stand(builder: _Builder, look: Look, things: object, side: int, z: float, rng: np.random.Generator) -> None:
-    away = things.near + (things.far - things.near) * rng.uniform() ** 1.4
-    tall = rng.uniform(*things.height)
-    tint = rng.uniform(0.82, 1.14) * rng.uniform(0.94, 1.06, 3)
+def _stand(builder: _Builder, look: Look, things: Things, side: int, z: float, rng: np.random.Generator) -> None:
+    spread, tall, light, *hue = rng.uniform(0, 1, 6).tolist()
     variant = int(rng.integers(NUM_VARIANTS))
-    x = float(builder.road.centre(z)) + side * away
+    away = things.near + (things.far - things.near) * spread**1.4
+    tall = things.height[0] + (things.height[1] - things.height[0]) * tall
+    tint = tuple((0.82 + 0.32 * light) * (0.94 + 0.12 * part) for part in hue)
     if look.sea is not None and side < 0 and away > 9:
         return
+    x = side * away
     if things.kind in BILLBOARDS:
         wide = tall * BILLBOARDS[things.kind][1]
-        builder.add((x, z), (x, z), (tall, wide), tint, things.glow)
-        builder.levels.append(levels_of(things.kind, things.colours, variant, builder.resolution))
+        builder.add((x, z, x, z, 0), (tall, wide), tint, things.glow, (things.kind, things.colours, variant))
         return
     _, front, _, flank = BOXES[things.kind]
-    outer = x + side * tall * front
-    builder.add((min(x, outer), z), (max(x, outer), z), (tall, 0), tint, things.glow)
-    builder.levels.append(levels_of(f"{things.kind} front", things.colours, variant, builder.resolution))
-    builder.add((x, z), (x, z + tall * flank), (tall, 0), tint * 0.8, things.glow)
-    builder.levels.append(levels_of(f"{things.kind} side", things.colours, variant, builder.resolution))
+    edges = sorted((x, x + side * tall * front))
+    ends = (edges[0], z, edges[1], z, 0)
+    builder.add(ends, (tall, 0), tint, things.glow, (f"{things.kind} front", things.colours, variant))
+    shaded = tuple(0.8 * part for part in tint)
+    ends = (x, z, x, z + tall * flank, 0)
+    builder.add(ends, (tall, 0), shaded, things.glow, (f"{things.kind} side", things.colours, variant))
 
 
 def _add_rail(builder: _Builder, look: Look, start: float, rng: np.random.Generator) -> None:
     kind, colour = look.rail
     _, tall, _ = WALLS[kind]
     for z in np.arange(start, start + CELL, WALL_PIECE):
-        for side in (-1, 1):
-            ends = [(float(builder.road.centre(place)) + side * 4.4, place) for place in (z, z + WALL_PIECE)]
-            builder.add(ends[0], ends[1], (tall, 0), np.full(3, rng.uniform(0.85, 1.1)), 0.1 * look.night)
-            feet = builder.rows[-1]
-            builder.rows[-1] = (*feet[:4], float(builder.road.height(ends[1][1])), *feet[5:])
-            builder.levels.append(
-                levels_of(kind, (colour, "#d84838"), int(rng.integers(NUM_VARIANTS)), builder.resolution)
-            )
+        for side in (-4.4, 4.4):
+            picture = (kind, (colour, "#d84838"), int(rng.integers(NUM_VARIANTS)))
+            tint = (rng.uniform(0.85, 1.1),) * 3
+            builder.add((side, z, side, z + WALL_PIECE, 1), (tall, 0), tint, 0.1 * look.night, picture)
 
 
 @dataclass(frozen=True)
 class Cars:
-    """Other cars: metres along the road at the start, metres a second, side of the road, and their pictures."""
+    """Other cars: metres along the road at the start, metres a second, side of the road, and how they look."""
 
     z: np.ndarray
     speed: np.ndarray
     side: np.ndarray
-    levels: list[tuple[np.ndarray, ...]]
-    tint: np.ndarray
+    looks: Standing
+
+    def feet(self, road: Road, seconds: float) -> np.ndarray:
+        """Where they are, (x, y, z) `n 3`."""
+        z = self.z + self.speed * seconds
+        return np.stack([road.centre(z) + self.side * LANE, road.height(z), z], 1)
+
+    def standing(self, road: Road, seconds: float) -> Standing:
+        feet = self.feet(road, seconds)
+        return replace(self.looks, start=feet, end=feet)
 
 
 def draw_cars(look: Look, rng: np.random.Generator, speed: float, seconds: float, resolution: int) -> Cars:
     """A car ahead in our lane at nearly our speed, perhaps, and some that come towards us."""
     paint = ["#c8342c", "#e8e4dc", "#2c58a8", "#d8a82c", "#3c3c44", "#4c8c5c"]
-    places, speeds, sides, levels = [], [], [], []
+    rows, levels = [], []
     if rng.uniform() < 0.4:
-        places.append(rng.uniform(14, 40))
-        speeds.append(speed * rng.uniform(1.0, 1.08))
-        sides.append(1)
+        rows.append((rng.uniform(14, 40), speed * rng.uniform(1.0, 1.08), 1))
     oncoming = rng.uniform(4, 9)
     z = rng.uniform(20, 160)
     while z < 160 + seconds * (speed + oncoming):
-        places.append(z)
-        speeds.append(-oncoming)
-        sides.append(-1)
+        rows.append((z, -oncoming, -1))
         z += rng.uniform(60, 260)
-    for side in sides:
+    for *_, side in rows:
         colour = paint[int(rng.integers(len(paint)))]
         kind, light = ("car rear", "#ff3028") if side > 0 else ("car front", "#fff4d0" if look.night else "#e8ecf0")
         levels.append(levels_of(kind, (colour, light), 0, resolution))
-    tint = np.full((len(places), 3), 0.6 if look.night else 1.0, np.float32)
-    return Cars(np.array(places), np.array(speeds), np.array(sides), levels, tint)
+    count, (z, speeds, side) = len(rows), np.array(rows, np.float64).reshape(-1, 3).T
+    tint = np.full((count, 3), 0.6 if look.night else 1.0, np.float32)
+    nowhere = np.zeros((count, 3))
+    return Cars(
+        z, speeds, side, Standing(nowhere, nowhere, np.full(count, 1.5), np.full(count, 2.0), tint, np.zeros(count), levels)
+    )

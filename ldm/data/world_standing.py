@@ -1,0 +1,202 @@
+"""Painting what stands upright in the drawn world: pictures that face the camera, and walls.
+
+What can be worked out for all of them at once is, so that little is left to do for each: cut out its box, resample its
+picture, lay it over.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ldm.data.world_looks import Look
+from ldm.data.world_painting import NEAR, Canvas
+from ldm.data.world_scene import Standing
+from ldm.data.world_sketches import GROUND_LINE, rgb
+
+SHARPEST = 1.2  # texels of a picture for a pixel, at most
+SMALLEST = (1.0, 2.2)  # pixels high: things come into sight between these
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The upright pictures of a frame that can be seen, far ones first; what `Standing` has, and for each:
+
+    next_start: the foot in the next frame. surface: its number. right, ahead: metres of both ends `n 2`.
+    fade: how far it has come into sight, 0..1.
+    """
+
+    standing: Standing
+    next_start: np.ndarray
+    surface: np.ndarray
+    right: np.ndarray
+    ahead: np.ndarray
+    fade: np.ndarray
+
+
+def find_seen(canvas: Canvas, standing: Standing, next_start: np.ndarray, visible: float, first_surface: int) -> Seen:
+    """Choose what is in sight of the camera and put it in order."""
+    camera = canvas.camera
+    right = np.empty((len(standing.start), 2))
+    ahead = np.empty_like(right)
+    for side, ends in enumerate((standing.start, standing.end)):
+        right[:, side], ahead[:, side] = camera.sight(ends[:, 0], ends[:, 2])
+    reach = standing.wide / 2
+    limit = camera.width / 2 / camera.focal
+    nearest, farthest = ahead.min(1), ahead.max(1)
+    inward = np.abs(right).min(1) * (np.sign(right[:, 0]) == np.sign(right[:, 1])) - reach
+    pixels = standing.tall * camera.focal / np.maximum(nearest, NEAR)
+    fade = np.clip((1 - ahead.mean(1) / visible) * 5, 0, 1)
+    fade *= np.clip((pixels - SMALLEST[0]) / (SMALLEST[1] - SMALLEST[0]), 0, 1)
+    ahead_enough = np.where(standing.wide > 0, nearest, farthest) > NEAR
+    seen = np.nonzero(ahead_enough & (fade > 0) & (inward < limit * np.maximum(farthest, NEAR) + 0.1))[0]
+    seen = seen[np.argsort(-ahead[seen].mean(1), kind="stable")]
+    return Seen(standing.chosen(seen), next_start[seen], first_surface + seen, right[seen], ahead[seen], fade[seen])
+
+
+def paint_standing(canvas: Canvas, seen: Seen, look: Look) -> None:
+    """Paint all of them, far ones first."""
+    if not len(seen.surface):
+        return
+    standing, camera = seen.standing, canvas.camera
+    depth = np.maximum(seen.ahead[:, 0], NEAR)
+    scale = camera.focal / depth
+    tall, wide = standing.tall * scale, standing.wide * scale
+    left = camera.column + seen.right[:, 0] * scale - wide / 2
+    top = camera.row + (camera.y - standing.start[:, 1]) * scale - tall * (1 - GROUND_LINE)
+    bounds = [np.clip(np.ceil(edge - 0.5), 0, side).astype(int) for edge, side in
+              ((top, camera.height), (top + tall, camera.height), (left, camera.width), (left + wide, camera.width))]  # fmt: skip
+    texels = standing.levels[0][0].shape[1] - 2
+    level = np.ceil(np.log2(np.maximum(texels / (SHARPEST * tall), 1))).astype(int)
+    mixing = _mixing(seen, look, depth)
+    boxes = np.stack([top, left, tall, wide], 1).tolist()
+    is_wall = (standing.wide == 0).tolist()
+    for at, (box, rows, columns) in enumerate(
+        zip(boxes, np.stack(bounds[:2], 1).tolist(), np.stack(bounds[2:], 1).tolist(), strict=True)
+    ):
+        if is_wall[at]:
+            _paint_wall(canvas, seen, at, look)
+        elif rows[0] < rows[1] and columns[0] < columns[1]:
+            levels = standing.levels[at]
+            texture = levels[min(level[at], len(levels) - 1)]
+            where = (slice(*rows), slice(*columns))
+            alpha = _paint_facing(canvas, texture, where, box, mixing[at])
+            if canvas.has_truth:
+                _note_facing(canvas, seen, at, where, box, alpha)
+
+
+def _mixing(seen: Seen, look: Look, depth: np.ndarray) -> np.ndarray:
+    """What turns a picture's premultiplied colours into those seen through haze and fading: `n 4 4`."""
+    standing = seen.standing
+    haze = np.minimum(depth / look.visible, 1) ** look.haze_power * (1 - 0.75 * standing.glow)
+    mixing = np.zeros((len(depth), 4, 4), np.float32)
+    for channel, colour in enumerate(rgb(look.haze)):
+        mixing[:, channel, channel] = standing.tint[:, channel] * (1 - haze) * seen.fade
+        mixing[:, channel, 3] = colour * haze * seen.fade
+    mixing[:, 3, 3] = seen.fade
+    return mixing
+
+
+def _paint_facing(
+    canvas: Canvas, texture: np.ndarray, where: tuple[slice, slice], box: list[float], mixing: np.ndarray
+) -> np.ndarray:
+    """Lay a picture over the box (top, left, height, width in pixels); returns its cover."""
+    top, left, tall, wide = box
+    v = (canvas.rows[where[0]] - top) * ((texture.shape[1] - 2) / tall) + 0.5
+    u = (canvas.columns[where[1]] - left) * ((texture.shape[2] - 2) / wide) + 0.5
+    v_low, u_low = v.astype(np.intp), u.astype(np.intp)
+    v -= v_low
+    u -= u_low
+    part = texture.take(v_low, 1)
+    v_low += 1
+    part += (texture.take(v_low, 1) - part) * v.astype(np.float32)[:, None]
+    painted = part.take(u_low, 2)
+    u_low += 1
+    painted += (part.take(u_low, 2) - painted) * u.astype(np.float32)
+    painted = (mixing @ painted.reshape(4, -1)).reshape(painted.shape)
+    region = canvas.picture[:, where[0], where[1]]
+    region *= 1 - painted[3]
+    region += painted[:3]
+    return painted[3]
+
+
+def _note_facing(
+    canvas: Canvas, seen: Seen, at: int, where: tuple[slice, slice], box: list[float], alpha: np.ndarray
+) -> None:
+    camera, following = canvas.camera, canvas.next_camera
+    column, row, depth = following.project(*seen.next_start[at])
+    scale = float(seen.ahead[at, 0]) / max(float(depth), 1e-3)
+    foot_row = box[0] + box[2] * (1 - GROUND_LINE)
+    columns = column + (canvas.columns[where[1]] - (box[1] + box[3] / 2)) * scale
+    rows = row + (canvas.rows[where[0], None] - foot_row) * scale
+    if depth < NEAR:  # it is beside or behind the camera by then
+        columns = columns + 4 * camera.width
+    canvas.note(where, alpha, (columns + 0 * rows, rows + 0 * columns), float(seen.ahead[at, 0]), int(seen.surface[at]))
+
+
+def _paint_wall(canvas: Canvas, seen: Seen, at: int, look: Look) -> None:
+    """A picture on an upright wall between two places; every column of it has its own depth."""
+    camera, standing = canvas.camera, seen.standing
+    (right, right_end), (ahead, ahead_end) = seen.right[at].tolist(), seen.ahead[at].tolist()
+    shares = [0.0, 1.0]
+    if min(ahead, ahead_end) < NEAR:
+        shares[int(ahead_end < ahead)] = (NEAR - ahead) / (ahead_end - ahead)
+    ends = [(right + share * (right_end - right)) / (ahead + share * (ahead_end - ahead)) for share in shares]
+    left, last = sorted(camera.column + camera.focal * end for end in ends)
+    columns = slice(max(0, int(left)), max(0, min(camera.width, int(np.ceil(last)))))
+    if columns.start >= columns.stop or last - left < 0.05:
+        return
+    across = canvas.across[columns].astype(np.float64)
+    share = (across * ahead - right) / (right_end - right - across * (ahead_end - ahead))
+    share = np.minimum(np.maximum(share, shares[0]), shares[1])
+    depth = ahead + share * (ahead_end - ahead)
+    start, end, tall = standing.start[at], standing.end[at], float(standing.tall[at])
+    scale = camera.focal / depth
+    foot = camera.row + (camera.y - start[1] - share * (end[1] - start[1])) * scale
+    high = tall * scale
+    top = foot - high * (1 - GROUND_LINE)
+    rows = slice(max(0, int(top.min())), max(0, min(camera.height, int(np.ceil((top + high).max())))))
+    if rows.start >= rows.stop:
+        return
+    texture = _wall_level(standing.levels[at], float(high[len(high) // 2]), (last - left) / (shares[1] - shares[0]))
+    painted = _wall_picture(texture, (canvas.rows[rows, None] - top) / high, share)
+    edges = np.minimum(canvas.columns[columns] + 0.5 - left, last - canvas.columns[columns] + 0.5)
+    fade = (np.minimum(np.maximum(edges, 0), 1) * seen.fade[at]).astype(np.float32)
+    haze = np.minimum(depth / look.visible, 1) ** look.haze_power * (1 - 0.75 * standing.glow[at])
+    painted *= fade
+    alpha = painted[3]
+    region = canvas.picture[:, rows, columns]
+    region *= 1 - alpha
+    region += painted[:3] * (standing.tint[at][:, None] * (1 - haze)).astype(np.float32)[:, None]
+    region += rgb(look.haze)[:, None, None] * (alpha * haze.astype(np.float32))
+    if canvas.has_truth:
+        place = start + share[:, None] * (end - start)
+        y = camera.y + (camera.row - canvas.rows[rows, None]) / scale
+        target = canvas.next_camera.project(place[:, 0] + 0 * y, y, place[:, 2] + 0 * y)
+        canvas.note((rows, columns), alpha, target[:2], depth + 0 * y, int(seen.surface[at]))
+
+
+def _wall_picture(texture: np.ndarray, down: np.ndarray, share: np.ndarray) -> np.ndarray:
+    """The picture `4 h w` at shares 0..1 of its height (`h w`) and of its width (`w`)."""
+    height, width = texture.shape[1] - 2, texture.shape[2] - 2
+    v = np.minimum(np.maximum(down * height + 0.5, 0), height + 0.999).astype(np.float32)
+    u = np.minimum(np.maximum(share * width + 0.5, 1), width - 0.001)
+    v_low, u_low = v.astype(np.int32), u.astype(np.int32)
+    v -= v_low
+    u_part = (u - u_low).astype(np.float32)
+    flat, stride = texture.reshape(4, -1), width + 2
+    at = v_low * stride + u_low
+    painted = flat.take(at, 1)
+    painted += (flat.take(at + 1, 1) - painted) * u_part
+    at += stride
+    lower = flat.take(at, 1)
+    lower += (flat.take(at + 1, 1) - lower) * u_part
+    painted += (lower - painted) * v
+    return painted
+
+
+def _wall_level(levels: tuple[np.ndarray, ...], tall: float, wide: float) -> np.ndarray:
+    """The halving that fits a wall of so many pixels, between its height and its foreshortened width."""
+    texels = max((levels[0].shape[1] - 2) / max(tall, 1), 0.8 * (levels[0].shape[2] - 2) / max(wide, 1))
+    return levels[int(np.clip(np.ceil(np.log2(max(texels / SHARPEST, 1))), 0, len(levels) - 1))]
