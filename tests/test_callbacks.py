@@ -19,6 +19,7 @@ from ldm.callbacks import (
     videos,
 )
 from ldm.errors import UserError
+from ldm.models.diffusion.noise import NoiseFamily
 from ldm.models.diffusion.schedule import NoiseSchedule
 from tests.toy_run import CONTEXT_SHAPE, ToyModel, fit, last, make_prepared, read
 
@@ -95,8 +96,9 @@ class ToyVideoModel(ToyModel):
 
     def __init__(self):
         super().__init__(learning_rate=0.05)
-        self.schedule, self.scale_factor = NoiseSchedule(), 0.5
+        self.schedule, self.noise, self.scale_factor = NoiseSchedule(), NoiseFamily(), 0.5
         self.unet = torch.nn.Module()
+        self.unet.takes_known_frames = False
         self.unet.scale = torch.nn.Parameter(torch.zeros(()))
         self.unet.forward = self.denoise
         self.modes = []
@@ -168,6 +170,20 @@ def test_sample_videos_repeat_and_are_not_shown_at_resume(root, tmp_path, encode
     again, checkpoint = callback(tmp_path / "one"), last(tmp_path / "one")
     fit(root, tmp_path / "one", [again], model=ToyVideoModel(), steps=6, resume=checkpoint)
     assert len(list((tmp_path / "one" / "images").rglob("*.gif"))) == 2
+
+
+def test_a_network_that_takes_known_frames_is_told_of_none_and_of_the_rate(root, tmp_path, encoders):
+    model, told = ToyVideoModel(), []
+
+    def denoise(inputs, timesteps, context, fps):
+        noisy, mask, known = inputs.split([2, 1, 2], dim=2)
+        told.append((mask.min().item(), known.abs().max().item(), fps.tolist()))
+        return noisy * 0.5 + model.unet.scale
+
+    model.unet.takes_known_frames = model.unet.has_fps_embedding = True
+    model.unet.forward = denoise
+    fit(root, tmp_path, [VideoLogger(CONFIG, str(tmp_path), ["a road"], steps=2, scale=2.0)], model=model, steps=1)
+    assert told == [(1, 0, [10.0, 10.0])] * 2
 
 
 def test_video_settings_that_cannot_be(root, tmp_path, encoders):

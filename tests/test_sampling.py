@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -11,11 +13,13 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from ldm.errors import UserError
+from ldm.models.diffusion.noise import NoiseFamily
 from ldm.models.diffusion.sampling import (
     SAMPLERS,
     GuidedDenoiser,
     build_scheduler,
     check_size,
+    decode_chunks,
     decode_video,
     initial_noise,
     sample,
@@ -38,6 +42,7 @@ class ExactDenoiser:
     def __call__(self, latents, timesteps):
         self.calls += 1
         sigma = torch.tensor(np.interp(timesteps.double().numpy(), np.arange(len(self.sigmas)), self.sigmas))
+        assert not sigma.isnan().any()
         sigma = sigma.view(-1, 1, 1, 1, 1)
         alpha, noisy, clean = 1 / (1 + sigma**2), latents.double(), self.clean.double()
         noise = (noisy - alpha.sqrt() * clean) / (1 - alpha).sqrt()
@@ -86,6 +91,62 @@ def test_no_sampler_visits_a_step_twice_or_leaves_the_schedule():
             timesteps = set_steps(build_scheduler(name, NoiseSchedule()), steps)
             assert 0 <= timesteps.min() and timesteps.max() <= 999
             assert len(timesteps.unique()) == steps
+
+
+# zero terminal SNR
+
+ZERO_SNR_SAMPLERS = [name for name in SAMPLERS if name != "plms"]
+
+
+@pytest.mark.parametrize("parameterization", ["x0", "v"])
+@pytest.mark.parametrize("name", ZERO_SNR_SAMPLERS)
+@pytest.mark.parametrize("steps", [1, 2, 7, 50, 130])
+def test_sampling_begins_in_pure_noise_where_the_schedule_does(name, parameterization, steps):
+    schedule = NoiseSchedule(parameterization=parameterization, zero_terminal_snr=True)
+    generator = torch.Generator().manual_seed(1)
+    clean, noise = torch.randn(SHAPE, generator=generator), torch.randn(SHAPE, generator=generator)
+    scheduler = build_scheduler(name, schedule)
+    latents = sample(ExactDenoiser(schedule, clean), scheduler, noise, steps)
+    assert scheduler.timesteps[0] == 999
+    assert relative_error(latents, clean) < 1e-3
+
+
+def test_no_grid_from_pure_noise_visits_a_step_twice():
+    schedule = NoiseSchedule(parameterization="v", zero_terminal_snr=True)
+    for name in ZERO_SNR_SAMPLERS:
+        for steps in (2, 3, 27, 101, 333, 501, 999):
+            timesteps = set_steps(build_scheduler(name, schedule), steps)
+            assert timesteps.min() >= 0 and timesteps[0] == 999 and len(timesteps.unique()) == steps
+
+
+@pytest.mark.parametrize("steps", [5, 50])
+def test_ddim_from_pure_noise_is_that_of_diffusers_where_the_grid_is(steps):
+    schedule = NoiseSchedule(parameterization="v", zero_terminal_snr=True)
+    theirs = DDIMScheduler(
+        trained_betas=NoiseSchedule().betas64().tolist(), prediction_type="v_prediction", clip_sample=False,
+        rescale_betas_zero_snr=True, timestep_spacing="trailing",
+    )  # fmt: skip
+    noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+
+    def denoiser(latents, timesteps):
+        return (latents * (1 + timesteps[0] / 1000)).sin()
+
+    for eta in (0.0, 0.8):
+        theirs.set_timesteps(steps)
+        latents, generator = noise, torch.Generator().manual_seed(2)
+        for timestep in theirs.timesteps:
+            output = denoiser(latents, timestep[None])
+            latents = theirs.step(output, timestep, latents, eta=eta, generator=generator).prev_sample
+        ours = sample(
+            denoiser, build_scheduler("ddim", schedule), noise, steps, torch.Generator().manual_seed(2), eta=eta
+        )
+        assert relative_error(ours, latents) < 2e-4
+
+
+def test_a_sampler_that_cannot_begin_in_pure_noise_names_those_that_can():
+    schedule = NoiseSchedule(parameterization="v", zero_terminal_snr=True)
+    with pytest.raises(UserError, match=r"plms cannot begin .* those that can: ddim, dpm\+\+, unipc, euler"):
+        build_scheduler("plms", schedule)
 
 
 # diffusers' pipelines
@@ -154,6 +215,21 @@ def test_guidance_puts_the_batch_without_caption_first():
     assert seen == {"shape": (4, *SHAPE[1:]), "timesteps": [3] * 4}
 
 
+def test_a_caption_for_each_frame():
+    def unet(latents, timesteps, context):
+        return latents + context.mean((-2, -1)).view(*latents.shape[:2], 1, 1, 1)
+
+    context = torch.arange(6.0).view(2, 3, 1, 1).expand(2, 3, 7, 5)
+    for uncond in (torch.ones(1, 7, 5), torch.ones(2, 7, 5), torch.ones(1, 3, 7, 5)):
+        guided = GuidedDenoiser(unet, context, uncond, 2.0)
+        output = guided(torch.zeros(SHAPE), torch.tensor([3, 3]))
+        assert torch.equal(output[:, :, 0, 0, 0], 1 + 2 * (context[..., 0, 0] - 1))
+        part = guided.of_frames(slice(1, 3))(torch.zeros(2, 2, *SHAPE[2:]), torch.tensor([3, 3]))
+        assert torch.equal(part, output[:, 1:3])
+    same = GuidedDenoiser(unet, torch.zeros(2, 7, 5))
+    assert same.of_frames(slice(0, 1)) is same
+
+
 @pytest.mark.parametrize(("uncond", "scale"), [(None, 7.5), (torch.zeros(1, 3, 5), 1.0)])
 def test_without_guidance_the_network_sees_the_batch_once(uncond, scale):
     sizes = []
@@ -220,6 +296,61 @@ def test_eta_adds_noise_and_progress_counts():
     assert not torch.equal(still, noisy)
 
 
+def correlations(noise):
+    """Of neighbouring frames, `b t c h w`, each pair alone."""
+    frames = rearrange(noise, "b t c h w -> t (b c h w)")
+    return torch.corrcoef(frames).diagonal(1)
+
+
+FAMILIES = [NoiseFamily("mixed", 0.7), NoiseFamily("progressive", 0.7), NoiseFamily("mixed", 0.5, offset=0.3)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_start_is_of_the_noise_family(family):
+    noise = initial_noise(2, 4, 4, 96, 96, seeded(5, 6), family)
+    assert torch.equal(noise[1], family.draw(4, 4, 96, 96, torch.Generator().manual_seed(6)))
+    if not family.offset:
+        assert (correlations(noise) - family.share).abs().max() < 0.01
+
+
+def test_noise_without_a_family_is_what_it_was():
+    assert torch.equal(
+        initial_noise(1, 3, 4, 8, 8, seeded(4), NoiseFamily()),
+        torch.randn(1, 3, 4, 8, 8, generator=torch.Generator().manual_seed(4)),
+    )
+
+
+@pytest.mark.parametrize("zero_terminal_snr", [False, True])
+@pytest.mark.parametrize("kind", ["independent", "mixed", "progressive"])
+def test_noise_between_steps_is_of_the_same_family(kind, zero_terminal_snr):
+    """A network that answers nothing at all makes of latents a multiple of them, to which the noise is added."""
+    family = NoiseFamily(kind, 0.0 if kind == "independent" else 0.6)
+    schedule = NoiseSchedule(parameterization="v", zero_terminal_snr=zero_terminal_snr)
+    generators, seen = seeded(1), []
+    noise = initial_noise(1, 4, 4, 96, 96, generators, family)
+
+    def denoiser(latents, timesteps):
+        seen.append(latents)
+        return torch.zeros_like(latents)
+
+    sample(denoiser, build_scheduler("ddim", schedule), noise, 4, generators, eta=1.0, family=family)
+    for before, after in pairwise(seen):
+        added = after - (after * before).mean() / before.square().mean() * before
+        assert added.std() > 0.03 and (correlations(added) - family.share).abs().max() < 0.01
+
+
+def test_noise_between_steps_of_independent_frames_is_what_it_was():
+    def run(family):
+        generators = seeded(3, 4)
+        noise = initial_noise(2, 3, 4, 8, 8, generators, family)
+        scheduler = build_scheduler("ddim", NoiseSchedule())
+        return sample(lambda latents, timesteps: 0.9 * latents, scheduler, noise, 5, generators, None, 0.5, family)
+
+    assert torch.equal(run(None), run(NoiseFamily()))
+    mixed = run(NoiseFamily("mixed", 0.5))
+    assert not torch.equal(mixed, run(None))
+
+
 # decoding
 
 
@@ -245,6 +376,23 @@ def test_decoding_in_pieces_changes_nothing():
     assert torch.allclose(expected[1, 2, :, ::2, ::2], (latents[1, 2, :3] / 0.5).clamp(-1, 1))
 
 
+def test_a_chunk_is_decoded_when_it_is_asked_for():
+    latents = torch.randn(10, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    first_stage, done = Doubling(), []
+    chunks = decode_chunks(first_stage, latents, 0.5, 4, lambda *state: done.append(state))
+    assert first_stage.sizes == []
+    assert len(next(chunks)) == 4 and first_stage.sizes == [4]
+    rest = list(chunks)
+    assert [len(chunk) for chunk in rest] == [4, 2] and done == [(4, 10), (8, 10), (10, 10)]
+    assert torch.equal(torch.cat(rest), decode_video(Doubling(), latents[None], 0.5)[0, 4:])
+
+
+def test_decoding_keeps_no_gradients():
+    first_stage = nn.Conv2d(4, 3, 1)
+    first_stage.decode = first_stage.forward
+    assert not next(decode_chunks(first_stage, torch.zeros(1, 4, 8, 8), 1.0)).requires_grad
+
+
 # bad input
 
 
@@ -262,6 +410,7 @@ def test_decoding_in_pieces_changes_nothing():
         (lambda: build_scheduler("zzz", NoiseSchedule()), "found 'zzz'; accepted here: ddim, dpm"),
         (lambda: check_size(0, 512, 64), "height: expected a multiple of 64 pixels, found 0"),
         (lambda: decode_video(Doubling(), torch.zeros(SHAPE), 1.0, chunk=0), "decode chunk: expected at least 1"),
+        (lambda: decode_chunks(Doubling(), torch.zeros(SHAPE[1:]), 1.0, chunk=0), "decode chunk: expected at least 1"),
         (
             lambda: sample(None, build_scheduler("euler", NoiseSchedule()), torch.zeros(SHAPE), 3, eta=0.5),
             "only the sampler ddim adds noise",

@@ -21,6 +21,7 @@ from ldm.callbacks.average import WeightAverage
 from ldm.checkpoint import load_first_stage_of, load_text_encoder_of
 from ldm.data.clips import ClipDataset
 from ldm.errors import UserError
+from ldm.models.diffusion.known import KnownDenoiser, KnownLatents
 from ldm.models.diffusion.sampling import (
     GuidedDenoiser,
     build_scheduler,
@@ -77,7 +78,7 @@ class VideoLogger(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Encode the prompts and try the sampler's settings: mistakes show before the first step."""
-        for name in ("unet", "schedule", "scale_factor"):
+        for name in ("unet", "schedule", "noise", "scale_factor"):
             if not hasattr(pl_module, name):
                 raise UserError(
                     f"VideoLogger: {type(pl_module).__name__} makes no videos; take the callback out of its config"
@@ -146,15 +147,20 @@ class VideoLogger(pl.Callback):
         info = clips.prepared.info
         place = {"device": pl_module.device, "dtype": next(pl_module.unet.parameters()).dtype}
         generator = torch.Generator().manual_seed(self.seed + index)
-        noise = initial_noise(1, self.frames or clips.frames, info.latent_channels, *info.moments_shape[1:], generator)
+        shape = (1, self.frames or clips.frames, info.latent_channels, *info.moments_shape[1:])
+        noise = initial_noise(*shape, generator, pl_module.noise).to(pl_module.device)
         uncond = torch.from_numpy(np.array(clips.prepared.empty_context))[None]
         denoiser = GuidedDenoiser(
-            pl_module.unet, self._context[index : index + 1].to(**place), uncond.to(**place), self.scale
+            pl_module.unet,
+            self._context[index : index + 1].to(**place),
+            uncond.to(**place),
+            self.scale,
+            fps=torch.tensor([info.fps / min(clips.strides)]),
         )
+        if pl_module.unet.takes_known_frames:
+            denoiser = KnownDenoiser(denoiser, pl_module.schedule, KnownLatents.nothing(noise), noise)
         with trainer.precision_plugin.forward_context():
-            return sample(
-                denoiser, build_scheduler(self.sampler, pl_module.schedule), noise.to(pl_module.device), self.steps
-            )
+            return sample(denoiser, build_scheduler(self.sampler, pl_module.schedule), noise, self.steps)
 
 
 def _add_gif(logger: TensorBoardLogger, tag: str, gif: bytes, size: tuple[int, int], step: int) -> None:
