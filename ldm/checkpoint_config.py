@@ -1,7 +1,8 @@
 """Configs that come inside files people exchange, checkpoints and records of clips: what such a config may say.
 
-It may shape three networks, each of one class, and nothing more. It names no other class, so that no file can start a
-program, and no other file: weights come from the checkpoint itself, words from where tokenizers are searched for.
+It may shape three networks, each of a class of ours, and nothing more. It names no other class, so that no file can
+start a program, and no other file: weights come from the checkpoint itself, words from where tokenizers are searched
+for.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from ldm.config_values import ConfigError, mapping_at
 
 UNET = "ldm.modules.unet.UNetModel"
 FIRST_STAGE = "ldm.modules.encoders.KLFirstStage"
+VQ_FIRST_STAGE = "ldm.modules.encoders.VQFirstStage"
 TEXT = "ldm.modules.encoders.CLIPTextEmbedder"
-CLASSES = {"unet_config": UNET, "first_stage_config": FIRST_STAGE, "cond_stage_config": TEXT}
+CLASSES = {"unet_config": (UNET,), "first_stage_config": (FIRST_STAGE, VQ_FIRST_STAGE), "cond_stage_config": (TEXT,)}
 PATHS = ("ckpt_path", "tokenizer")
 
 
@@ -22,16 +24,16 @@ def confined(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The config found in the file `where`, without paths; `ConfigError` where a network is of a class not ours."""
     model = mapping_at(f"{where}, model", config.get("model"))
     params = _without_paths(mapping_at(f"{where}, model.params", model.get("params")))
-    for place, target in CLASSES.items():
+    for place, targets in CLASSES.items():
         if params.get(place) is not None:
             path = f"{where}, model.params.{place}"
             node = mapping_at(path, params[place])
-            if node.get("target") != target:
+            if node.get("target") not in targets:
                 raise ConfigError(
-                    f"{path}.target: expected {target}, the only class that the config inside such a file may name "
+                    f"{path}.target: expected {' or '.join(targets)}, all that the config inside such a file may name "
                     f"here, found {node.get('target')!r}; nothing was built. Give your own config with --config"
                 )
-            params[place] = {"target": target, "params": _without_paths(mapping_at(path, node.get("params")))}
+            params[place] = {"target": node["target"], "params": _without_paths(mapping_at(path, node.get("params")))}
     return {**config, "model": {**model, "params": params}}
 
 

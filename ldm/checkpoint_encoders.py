@@ -77,14 +77,36 @@ def load_text_encoder(
         diffusers folder's own tokenizer is used unless the config names another.
     """
     checkpoint = opened(source)
+    encoder = build_text_encoder(checkpoint, config_node)
+    _ = encoder.tokenizer  # missing, it should say so now and not after an hour of encoding video
+    return encoder
+
+
+def build_text_encoder(checkpoint: Checkpoint, config_node: Mapping[str, Any] | None = None) -> CLIPTextEmbedder:
+    """As `load_text_encoder`, but the tokenizer is not looked for."""
     node = plain(config_node) or own_node(checkpoint, "cond_stage_config") or copy.deepcopy(SD_V1_TEXT)
     node = _without_weights(node)
-    if checkpoint.kind == "diffusers" and (checkpoint.path / "tokenizer").is_dir():
+    if checkpoint.kind in ("diffusers", "author") and (checkpoint.path / "tokenizer").is_dir():
         node["params"].setdefault("tokenizer", str(checkpoint.path))
     encoder = build(node, TEXT_PATH)
     encoder.load_compvis_state_dict(text_tensors(checkpoint), where=f"text encoder from {checkpoint.path}")
-    _ = encoder.tokenizer  # missing, it should say so now and not after an hour of encoding video
     return encoder
+
+
+def fits_first_stage(checkpoint: Checkpoint, config_node: Mapping[str, Any]) -> bool:
+    """Whether the checkpoint holds the image autoencoder that a `first_stage_config` describes."""
+    if not _holds(checkpoint, FIRST_STAGE_PREFIX):
+        return False
+    return _fits(outline_first_stage(config_node).compvis_state_dict(), first_stage_tensors(checkpoint))
+
+
+def fits_text_encoder(checkpoint: Checkpoint, config_node: Mapping[str, Any]) -> bool:
+    """Whether the checkpoint holds the text encoder that a `cond_stage_config` describes."""
+    if not _holds(checkpoint, TEXT_PREFIX):
+        return False
+    with torch.device("meta"):
+        expected = build(_without_weights(config_node), TEXT_PATH).compvis_state_dict()
+    return _fits(expected, {POSITION_IDS: expected[POSITION_IDS]} | text_tensors(checkpoint))
 
 
 def load_first_stage_of(config: DictConfig | Mapping[str, Any]) -> FirstStage:
@@ -186,6 +208,15 @@ def _without_weights(node: Mapping[str, Any]) -> dict[str, Any]:
     """The node without the words that say where weights come from: they come from elsewhere."""
     words = (node.get("params") or {}).items()
     return {**node, "params": {word: value for word, value in words if word not in ("ckpt_path", "random_seed")}}
+
+
+def _holds(checkpoint: Checkpoint, prefix: str) -> bool:
+    return any(name.startswith(prefix) for name in checkpoint.tensors)
+
+
+def _fits(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> bool:
+    shapes = ({name: tensor.shape for name, tensor in tensors.items()} for tensors in (expected, found))
+    return next(shapes) == next(shapes)
 
 
 def _is_random(node: Mapping[str, Any]) -> bool:

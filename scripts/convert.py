@@ -1,0 +1,139 @@
+"""Turn a checkpoint of any kind into another kind.
+
+    python scripts/convert.py --in logs/RUN/checkpoints/last.ckpt --out motion.safetensors --format temporal
+    python scripts/convert.py --in motion.safetensors --base other.safetensors --out merged.safetensors --format full
+
+What the input is, is recognised: a checkpoint of this project, a .ckpt or .safetensors of Stable Diffusion v1 or of a
+part of it, a diffusers folder, the author's later release, or a file of temporal layers alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from ldm.checkpoint import Checkpoint, read_checkpoint
+from ldm.checkpoint_export import write_author, write_diffusers
+from ldm.checkpoint_names import AVERAGE_PREFIX, FIRST_STAGE_PREFIX, TEXT_PREFIX, UNET_PREFIX
+from ldm.checkpoint_temporal import BASE_IDENTITY, base_identity, load_with_temporal
+from ldm.checkpoint_writing import check_output, write_full, write_temporal
+from ldm.command_line import Parser
+from ldm.errors import UserError, run_command
+
+FORMATS = {
+    "full": "one file of everything, under CompVis's names (.ckpt or .safetensors)",
+    "temporal": "the layers over time alone (.safetensors), to be put into other image models",
+    "diffusers": "a folder of the image part that diffusers loads",
+    "author": "a folder in the form of the author's later release",
+}
+KINDS = {
+    "ours": "a checkpoint of this project",
+    "compvis": "Stable Diffusion v1 in CompVis's names",
+    "diffusers": "Stable Diffusion v1 in diffusers' names",
+    "author": "the author's later release",
+    "temporal": "temporal layers alone",
+}
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
+    formats = "\n".join(f"  {name:<11}{what}" for name, what in FORMATS.items())
+    parser = Parser(
+        allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__,
+        epilog=f"formats:\n{formats}\n\nRunning averages of the weights, where the input has them, take the place of "
+        "the weights in every\nformat but full, which keeps both.",
+    )  # fmt: skip
+    parser.add_argument("--in", dest="source", type=Path, required=True, metavar="PATH", help="file or folder to read")
+    parser.add_argument("--out", type=Path, required=True, metavar="PATH", help="file or folder to write")
+    parser.add_argument("--format", choices=FORMATS, required=True, help="what to write, see below")
+    parser.add_argument("--base", type=Path, metavar="PATH", help="image model to put temporal layers alone into")
+    parser.add_argument("--half", action="store_true", help="write float16: half the size, three digits of a number")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is at --out")
+    return parser.parse_args(arguments)
+
+
+def read_input(options: argparse.Namespace, console: Console) -> Checkpoint:
+    """The checkpoint to write, merged with its base where it is temporal layers alone; what it is gets printed."""
+    found = read_checkpoint(options.source)
+    console.print(f"in:   {options.source}: {KINDS[found.kind]}, {in_numbers(found)}, {size(options.source)}")
+    if found.kind != "temporal":
+        if options.base is not None:
+            raise UserError(
+                f"--base: belongs to a file of temporal layers alone, and {options.source} is {KINDS[found.kind]}; "
+                "leave it out"
+            )
+        return found
+    if options.format == "temporal":
+        raise UserError(f"--in: {options.source} is a file of temporal layers alone already; choose another format")
+    if options.base is None:
+        raise UserError(
+            f"--base: {options.source} holds temporal layers alone; give the image model to put them into: --base FILE"
+        )
+    base = read_checkpoint(options.base)
+    console.print(f"base: {options.base}: {KINDS[base.kind]}, {in_numbers(base)}, {size(options.base)}")
+    merged = load_with_temporal(base, found)
+    if merged.warning:
+        console.print(f"note: {merged.warning}")
+    return merged.checkpoint
+
+
+def in_numbers(checkpoint: Checkpoint) -> str:
+    """How many tensors and parameters; averages are parameters only where they stand alone."""
+    parts = (UNET_PREFIX, FIRST_STAGE_PREFIX, TEXT_PREFIX)
+    num_parameters = sum(tensor.numel() for name, tensor in checkpoint.tensors.items() if name.startswith(parts))
+    num_averages = sum(name.startswith(AVERAGE_PREFIX) for name in checkpoint.tensors)
+    averages = f" and {num_averages:,} averages" if num_averages else ""
+    return f"{len(checkpoint.tensors) - num_averages:,} tensors{averages}, {num_parameters / 1e6:,.1f} M parameters"
+
+
+def size(path: Path) -> str:
+    """Size of a file, or of all files of a folder."""
+    return f"{num_bytes(path) / 1e6:,.1f} MB"
+
+
+def num_bytes(path: Path) -> int:
+    files = [path] if path.is_file() else [one for one in path.rglob("*") if one.is_file()]
+    return sum(one.stat().st_size for one in files)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Convert what the command line says."""
+    options = parse_arguments(arguments)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
+    inputs = [path for path in (options.source, options.base) if path is not None]
+    check_output(options.out, options.format, inputs, options.overwrite)
+    with console.status("converting"):
+        checkpoint = read_input(options, console)
+        notes = write(checkpoint, options)
+        written = read_checkpoint(options.out)
+        identity = written.metadata[BASE_IDENTITY] if written.kind == "temporal" else base_identity(written)
+    share = num_bytes(options.out) / num_bytes(options.source)
+    console.print(
+        f"out:  {options.out}: {KINDS[written.kind]}, {in_numbers(written)}, {size(options.out)} "
+        f"({share:.0%} of the input)"
+    )
+    console.print(f"image weights of the UNet: sha256 {identity}")
+    for note in notes:
+        console.print(f"note: {note}")
+
+
+def write(checkpoint: Checkpoint, options: argparse.Namespace) -> list[str]:
+    """Write the checkpoint in the format asked for; returns what a user should know."""
+    if options.format in ("diffusers", "author"):
+        export = write_diffusers if options.format == "diffusers" else write_author
+        return export(checkpoint, options.out, options.half)
+    if options.format == "full":
+        write_full(checkpoint, options.out, options.half)
+        return []
+    write_temporal(checkpoint, options.out, options.half)
+    if checkpoint.config is None:
+        return ["the input does not say what was trained; if it was more than temporal layers, it is not in this file"]
+    return []
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
