@@ -89,6 +89,14 @@ def test_each_thing_it_is_told_changes_what_it_says():
         assert relative_error(after[1], before[1]) > 1e-3, change
 
 
+def test_images_have_no_frame_rate():
+    unet = make(**TOLD)
+    x, timesteps, context = inputs(9)
+    for images, enable_time in ((x[:, 0], True), (x[:, :1], True), (x, False)):
+        told = unet(images, timesteps, context, enable_time, fps=torch.tensor([5.0, 10.0]))
+        assert torch.equal(told, unet(images, timesteps, context, enable_time))
+
+
 def test_a_frame_rate_twice_as_high_is_a_step_of_the_same_length_everywhere():
     embedding = make(**TOLD).conditioning["temporal"].fps
     # Sinusoids of a * log2(fps): their products depend on the ratio of the rates alone.

@@ -241,7 +241,8 @@ class UNetModel(nn.Module):
         frame, or any clip with `enable_time=False`, is treated as images: time does not take part. h and w are
         multiples of `downsampling` (8 for Stable Diffusion v1). Timesteps may be fractional.
 
-        fps, known_level: frames a second and the noise on known latents, `b`; see `ClipConditioning.embed`.
+        fps, known_level: frames a second and the noise on known latents, `b`; see `ClipConditioning.embed`. Images have
+        no frame rate.
         """
         self._check_input(x, context)
         frames = x.shape[1] if x.ndim == 5 else 1
@@ -252,7 +253,7 @@ class UNetModel(nn.Module):
         h = h.contiguous(memory_format=torch.channels_last)
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(x.dtype))
         if self.conditioning is not None:
-            emb = self.conditioning["temporal"].embed(emb, fps, known_level)
+            emb = self.conditioning["temporal"].embed(emb, None if num_frames is None else fps, known_level)
         h = self._first_block(h, emb, context, num_frames)
         skips = [h]
         for block in self.input_blocks[1:]:
