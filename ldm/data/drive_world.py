@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -39,8 +40,9 @@ class WorldClip:
     speed `t` in metres a second and yaw `t` in radians to the right, of the camera. flow: float32 `t-1 h w 2`, pixels
     right and down from where the point seen in frame t is to where it is in frame t+1. depth: float32 `t h w`, metres
     ahead, 10,000 for the sky. occluded: bool `t-1 h w`, pixels of frame t whose point is hidden in frame t+1 or out of
-    the picture; what lies under falling weather in either frame counts as hidden, for flow and depth are those of what
-    is behind it. Other cars have flow and depth of their own.
+    the picture. Pixels that two surfaces share, at smooth silhouettes, count as occluded: they move in two ways; so do
+    pixels under falling weather in either frame: flow and depth are those of what is behind it. Other cars have flow
+    and depth of their own.
     """
 
     look: str
@@ -101,7 +103,7 @@ def draw_clip(
         canvas, cover = paint_frame(scene, number, camera, following)
         frames[number] = np.clip(canvas.picture + 0.5, 0, 255).astype(np.uint8).transpose(1, 2, 0)
         if truth:
-            truths.append((canvas.target, canvas.depth, canvas.surface, cover > 0.04))
+            truths.append(_Truth(canvas.target, canvas.depth, canvas.surface, canvas.shared, cover > 0.04))
     yaw = np.array([camera.yaw for camera in scene.cameras])
     clip = WorldClip(look, captions[0], tuple(captions), fps, frames, speeds, yaw)
     return _with_truth(clip, truths) if truth else clip
@@ -182,21 +184,33 @@ def paint_frame(scene: Scene, number: int, camera: Camera, following: Camera | N
     return canvas, cover
 
 
-def _with_truth(clip: WorldClip, truths: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]) -> WorldClip:
+@dataclass(frozen=True)
+class _Truth:
+    """What a frame noted of every pixel: column, row and depth in the next frame `3 h w`; depth, surface, `h w`; whether
+    surfaces share it, whether weather covers it."""
+
+    target: np.ndarray
+    depth: np.ndarray
+    surface: np.ndarray
+    shared: np.ndarray
+    weather: np.ndarray
+
+
+def _with_truth(clip: WorldClip, truths: list[_Truth]) -> WorldClip:
     """Flow, depth and occlusion from what each frame noted."""
     height, width = clip.frames.shape[1:3]
     here = np.stack(np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5))
     flow = np.empty((len(truths) - 1, height, width, 2), np.float32)
     occluded = np.empty((len(truths) - 1, height, width), bool)
-    for number, (target, depth, surface, covered) in enumerate(truths[:-1]):
-        _, next_depth, next_surface, next_covered = truths[number + 1]
-        flow[number] = np.moveaxis(target - here, 0, -1)
-        column, row = np.floor(target - 0.5).astype(np.int64)
-        hidden = covered | (column < 0) | (row < 0) | (column > width - 2) | (row > height - 2)
+    for number, (now, later) in enumerate(pairwise(truths)):
+        flow[number] = np.moveaxis(now.target[:2] - here, 0, -1)
+        column, row = np.floor(now.target[:2] - 0.5).astype(np.int64)
+        hidden = now.shared | now.weather | (column < 0) | (row < 0) | (column > width - 2) | (row > height - 2)
         column, row = np.clip(column, 0, width - 2), np.clip(row, 0, height - 2)
         for down, across in ((0, 0), (0, 1), (1, 0), (1, 1)):
             place = (row + down, column + across)
-            hidden |= (next_surface[place] != surface) | next_covered[place]
+            hidden |= (later.surface[place] != now.surface) | later.weather[place]
+            hidden |= later.depth[place] < 0.8 * now.target[2] - 1  # a rise of the road itself
         occluded[number] = hidden
-    depth = np.stack([np.minimum(depth, 1e4) for _, depth, _, _ in truths])
+    depth = np.stack([truth.depth for truth in truths])
     return WorldClip(**{**vars(clip), "flow": flow, "depth": depth, "occluded": occluded})

@@ -191,11 +191,13 @@ def _dress(
         glow = np.maximum(streams, smoothstep(up - line + 0.12, 0.0, 0.2) * smoothstep(line, 1.25, 1.45))
         return planes + (np.array([255, 120, 24], np.float32)[:, None, None] - planes) * glow
     if kind == "skyline":
-        cell = (np.floor(azimuth * 90) * 57 + np.floor(up * 22) * 131) % 97
-        window = (np.abs((azimuth * 90) % 1 - 0.5) < 0.32) & (np.abs((up * 22) % 1 - 0.5) < 0.3) & (cell % 7 < 3)
+        across, high = azimuth * 34, up * 9
+        cell = (np.floor(across) * 57 + np.floor(high) * 131) % 97
+        window = smoothstep(0.46 - np.abs(across % 1 - 0.5), 0, 0.3) * smoothstep(0.46 - np.abs(high % 1 - 0.5), 0, 0.3)
+        window = window * (cell % 7 < 3) * (up < line - 0.08)
         colours = np.array([[255, 214, 120], [255, 70, 190], [90, 230, 255]], np.float32)
-        light = colours[(cell % 3).astype(int) % 3].transpose(2, 0, 1)
-        return np.where(window, planes * 0.35 + 0.6 * light, planes)
+        light = colours[(cell % 3).astype(int)].transpose(2, 0, 1)
+        return planes + (light - planes) * (0.5 * window)
     return planes
 
 

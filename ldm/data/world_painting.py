@@ -15,10 +15,13 @@ from ldm.data.world_looks import Look
 from ldm.data.world_scene import HALF_ROAD, Camera, Road
 from ldm.data.world_sketches import GROUND_LINE, rgb
 
+FARTHEST = 1e4  # metres: the depth of the sky
 NEAR = 0.6  # metres: nothing closer is drawn
 KNOTS = 90  # distances at which the ground's profile is followed
 DASH_PERIOD, DASH = 9.0, 4.0
+SOFT = 1.4  # pixels over which edges on the ground change
 MARK = 0.16  # metres a painted line is wide
+MIXED = 0.08  # a surface that covers more of a pixel, and less than all but this, shares it
 SKY, GROUND = 0, 1  # the numbers of surfaces; hills follow, then things
 
 
@@ -34,27 +37,27 @@ class Canvas:
         self.across = (self.columns - camera.column) / camera.focal  # metres to the right for a metre ahead
         self.has_truth = next_camera is not None
         if self.has_truth:
-            self.target = np.zeros((2, *shape), np.float32)  # column and row in the next frame
-            self.depth = np.full(shape, np.inf, np.float32)
+            self.target = np.zeros((3, *shape), np.float32)  # column, row and depth in the next frame
+            self.depth = np.full(shape, FARTHEST, np.float32)
             self.surface = np.zeros(shape, np.int32)
+            self.shared = np.zeros(shape, bool)  # two surfaces mix in the pixel
 
     def note(
         self,
         where: tuple[slice, slice],
         alpha: np.ndarray,
-        target: tuple[np.ndarray, np.ndarray],
+        target: tuple[np.ndarray | float, ...],
         depth: np.ndarray | float,
         surface: int,
     ) -> None:
-        """Ground truth of what covers the box `where` with `alpha`."""
+        """Ground truth of what covers the box `where` with `alpha`; target: column, row and depth in the next frame."""
         shown = alpha > 0.5
-        for plane, values in (
-            (self.target[0], target[0]),
-            (self.target[1], target[1]),
-            (self.depth, depth),
-            (self.surface, surface),
-        ):
+        noted = (*self.target, self.depth, self.surface)
+        for plane, values in zip(noted, (*target, depth, surface), strict=True):
             np.copyto(plane[where], values, where=shown, casting="unsafe")
+        shared = self.shared[where]
+        shared |= alpha > MIXED
+        shared &= alpha < 1 - MIXED
 
 
 def paint_cylinder(canvas: Canvas, cylinder: Cylinder, last_row: int, surface: int) -> None:
@@ -91,13 +94,14 @@ def paint_cylinder(canvas: Canvas, cylinder: Cylinder, last_row: int, surface: i
         column = following.column + following.focal * tangent + 0 * up
         row = following.row - following.focal * up * np.sqrt(1 + tangent**2)
         alpha = upper[3] if count == 4 else np.ones_like(up)
-        canvas.note(box, alpha, (column, row), min(cylinder.distance, 1e4), surface)
+        depth = min(cylinder.distance, FARTHEST)
+        canvas.note(box, alpha, (column, row, depth), depth, surface)
 
 
 @dataclass(frozen=True)
 class Ground:
     """The ground as a frame sees it, from `first_row` down, all `h w`: depth, place, metres from the road's middle,
-    metres that a pixel covers along and across, and how much of the pixel is ground."""
+    how far that place moves along and across the road to the next pixel, and how much of the pixel is ground."""
 
     first_row: int
     depth: np.ndarray
@@ -132,20 +136,19 @@ def see_ground(canvas: Canvas, road: Road, visible: float) -> Ground:
     centre = road.centre(camera.z + table)
     middle = centre.take(low)
     middle += (centre.take(low + 1) - middle) * (place - low)
-    along = _stretch(z)
+    side = x - middle
+    along, across = _stretch(z), np.hypot(depth / camera.focal, _stretch(side))
     alpha = np.clip(rows - top + 0.5, 0, 1)
-    return Ground(
-        first,
-        *(part.astype(np.float32) for part in (depth, x, z + camera.z, x - middle, along, depth / camera.focal, alpha)),
-    )
+    parts = (depth, x, z + camera.z, side, along, across, alpha)
+    return Ground(first, *(part.astype(np.float32) for part in parts))
 
 
-def _stretch(z: np.ndarray) -> np.ndarray:
-    """Metres along the road that a pixel covers: from its row to the next."""
-    along = np.empty_like(z)
-    along[:-1] = np.abs(z[:-1] - z[1:])
-    along[-1] = along[-2] if len(z) > 1 else 0.05 * z[-1]
-    return np.maximum(along, 1e-3)
+def _stretch(place: np.ndarray) -> np.ndarray:
+    """How far the place that is seen moves from a row to the next."""
+    step = np.empty_like(place)
+    step[:-1] = np.abs(place[:-1] - place[1:])
+    step[-1] = step[-2] if len(place) > 1 else 0.05 * place[-1]
+    return np.maximum(step, 1e-3)
 
 
 def paint_ground(canvas: Canvas, road: Road, look: Look, offset: tuple[float, float]) -> None:
@@ -177,8 +180,8 @@ def paint_ground(canvas: Canvas, road: Road, look: Look, offset: tuple[float, fl
     part[:, :first] += (colour[:, :first] - part[:, :first]) * ground.alpha[:first]
     part[:, first:] = colour[:, first:]
     if canvas.has_truth:
-        column, row, _ = canvas.next_camera.project(ground.x, road.height(ground.z), ground.z)
-        canvas.note((slice(ground.first_row, None), slice(None)), ground.alpha, (column, row), ground.depth, GROUND)
+        target = canvas.next_camera.project(ground.x, road.height(ground.z), ground.z)
+        canvas.note((slice(ground.first_row, None), slice(None)), ground.alpha, target, ground.depth, GROUND)
 
 
 def _ground_texture(ground: Ground, pattern: str, offset: tuple[float, float]) -> np.ndarray:
@@ -187,7 +190,7 @@ def _ground_texture(ground: Ground, pattern: str, offset: tuple[float, float]) -
     level = np.clip(np.log2(ground.along * TEXELS), 0, LEVELS[0] - 1.001)
     along = level.astype(np.int32)
     mix = level - along
-    across = np.clip(np.log2(ground.across * TEXELS) + 0.5, 0, LEVELS[1] - 1).astype(np.int32)
+    across = np.clip(np.log2(ground.across * TEXELS) + 0.3, 0, LEVELS[1] - 1).astype(np.int32)
     z, side = (ground.z + offset[0]) * TEXELS, (ground.side + offset[1]) * TEXELS
     scale_across = np.ldexp(np.float32(1), -across)
     width = TILE[1] >> across
@@ -216,18 +219,19 @@ def _ground_texture(ground: Ground, pattern: str, offset: tuple[float, float]) -
 
 def _cover(distance: np.ndarray, pixel: np.ndarray) -> np.ndarray:
     """How much of a pixel `pixel` metres wide lies inside an edge `distance` metres away (positive inside)."""
-    return np.clip(distance / pixel + 0.5, 0, 1)
+    return np.clip(distance / (SOFT * pixel) + 0.5, 0, 1)
 
 
 def _line(distance: np.ndarray, pixel: np.ndarray) -> np.ndarray:
     """How much of a pixel a painted line covers whose middle is `distance` metres away."""
+    pixel = SOFT * pixel
     wide = np.maximum(pixel, MARK)
-    return np.clip((MARK / 2 - np.abs(distance)) / pixel + 0.5 * wide / MARK, 0, 1) * (MARK / wide)
+    return np.clip((wide / 2 - np.abs(distance)) / pixel + 0.5, 0, 1) * (MARK / wide)
 
 
 def _dashes(z: np.ndarray, pixel: np.ndarray) -> np.ndarray:
     """How much of a pixel that covers `pixel` metres along the road lies in dashes: their mean over it, exactly."""
-    pixel = np.maximum(pixel, 0.02)
+    pixel = np.maximum(SOFT * pixel, 0.02)
     count = [(z + sign * pixel / 2) / DASH_PERIOD for sign in (-1, 1)]
     painted = [np.floor(part) * DASH + np.minimum((part - np.floor(part)) * DASH_PERIOD, DASH) for part in count]
     return (painted[1] - painted[0]) / pixel

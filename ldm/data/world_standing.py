@@ -132,7 +132,8 @@ def _note_facing(
     rows = row + (canvas.rows[where[0], None] - foot_row) * scale
     if depth < NEAR:  # it is beside or behind the camera by then
         columns = columns + 4 * camera.width
-    canvas.note(where, alpha, (columns + 0 * rows, rows + 0 * columns), float(seen.ahead[at, 0]), int(seen.surface[at]))
+    target = (columns + 0 * rows, rows + 0 * columns, float(depth))
+    canvas.note(where, alpha, target, float(seen.ahead[at, 0]), int(seen.surface[at]))
 
 
 def _paint_wall(canvas: Canvas, seen: Seen, at: int, look: Look) -> None:
@@ -174,7 +175,7 @@ def _paint_wall(canvas: Canvas, seen: Seen, at: int, look: Look) -> None:
         place = start + share[:, None] * (end - start)
         y = camera.y + (camera.row - canvas.rows[rows, None]) / scale
         target = canvas.next_camera.project(place[:, 0] + 0 * y, y, place[:, 2] + 0 * y)
-        canvas.note((rows, columns), alpha, target[:2], depth + 0 * y, int(seen.surface[at]))
+        canvas.note((rows, columns), alpha, target, depth + 0 * y, int(seen.surface[at]))
 
 
 def _wall_picture(texture: np.ndarray, down: np.ndarray, share: np.ndarray) -> np.ndarray:
@@ -198,5 +199,5 @@ def _wall_picture(texture: np.ndarray, down: np.ndarray, share: np.ndarray) -> n
 
 def _wall_level(levels: tuple[np.ndarray, ...], tall: float, wide: float) -> np.ndarray:
     """The halving that fits a wall of so many pixels, between its height and its foreshortened width."""
-    texels = max((levels[0].shape[1] - 2) / max(tall, 1), 0.8 * (levels[0].shape[2] - 2) / max(wide, 1))
-    return levels[int(np.clip(np.ceil(np.log2(max(texels / SHARPEST, 1))), 0, len(levels) - 1))]
+    texels = max((levels[0].shape[1] - 2) / max(tall, 1), (levels[0].shape[2] - 2) / max(wide, 1))
+    return levels[int(np.clip(np.ceil(np.log2(max(texels, 1))), 0, len(levels) - 1))]

@@ -348,12 +348,13 @@ def _window(s: Sketch, x: float, y: float, half: float) -> None:
 def _tower(s: Sketch, main: np.ndarray, second: np.ndarray) -> None:
     """A tall front full of windows, some of them lit, with a band of light."""
     s.paint(s.box(-s.half * 0.98, -0.1, s.half * 0.98, 0.97), main, s.grain(8, 0.3))
-    columns, rows = 5, 22
-    colours = [second, rgb("#ffd87a"), rgb("#6fe8ff"), main * 0.55, main * 0.55, main * 1.5]
+    columns, rows = 4, 15
+    lit = [(colour + main) / 2 for colour in (second, rgb("#ffd87a"), rgb("#6fe8ff"))]
+    colours = [*lit, main * 0.7, main * 0.7, main * 1.4]
     for row in range(rows):
         for column in range(columns):
             x, y = s.half * (-0.8 + 1.6 * column / (columns - 1)), 0.03 + 0.92 * row / rows
-            s.paint(s.box(x - 0.13 * s.half, y, x + 0.13 * s.half, y + 0.026), colours[s.rng.integers(len(colours))])
+            s.paint(s.box(x - 0.15 * s.half, y, x + 0.15 * s.half, y + 0.038), colours[s.rng.integers(len(colours))])
     x = s.half * s.rng.choice([-0.95, 0.95])
     s.paint(s.box(x - 0.012, 0.05, x + 0.012, 0.95), second, 1.2)
     if s.rng.uniform() < 0.7:
