@@ -6,11 +6,11 @@ Knows nothing of where captions come from (`captions`), nor of the folder that i
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -24,22 +24,28 @@ MAX_SCENE_FRAMES = 600  # longer scenes are stored in pieces, so that memory sta
 
 
 class Source(Protocol):
-    """Something to prepare: a name in the data set, captions, a hash of what it shows, and its frames."""
+    """Something to prepare: its name in the data set, and a hash of what it shows."""
 
     name: str
-    captions: list[str]
     sha256: str
     num_frames: int  # at the prepared rate, as far as known beforehand
-    shortest: int  # shorter scenes are dropped
 
-    def frames(self, settings: Settings) -> Iterator[np.ndarray]:
-        """All its frames, uint8 `h w 3`. Raises FootageError at once or, for damage further on, there."""
+    def open(self, settings: Settings) -> Footage:
+        """Begin to read it. Raises FootageError at once or, for damage further on, from the frames."""
 
-    def scenes(self, settings: Settings) -> Iterable[range]:
-        """Its unbroken stretches, which together are all its frames. Raises FootageError."""
 
-    def notes(self) -> dict[str, Any]:
-        """What else is to be kept with each scene."""
+@dataclass(frozen=True)
+class Footage:
+    """A source, opened: its frames uint8 `h w 3`, and its scenes, unbroken stretches that together are all of them.
+
+    shortest: scenes of fewer frames are dropped. notes: kept with each scene.
+    """
+
+    frames: Iterator[np.ndarray]
+    scenes: Iterable[range]
+    captions: list[str]
+    shortest: int = 2
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -47,20 +53,14 @@ class VideoSource:
     """A readable video with captions."""
 
     name: str
-    captions: list[str]
     sha256: str
     num_frames: int
     path: Path
-    shortest: ClassVar[int] = 2
+    captions: list[str]
 
-    def frames(self, settings: Settings) -> Iterator[np.ndarray]:
-        return read_frames(self.path, settings.fps, tuple(settings.size))
-
-    def scenes(self, settings: Settings) -> Iterable[range]:
-        return find_scenes(self.path, settings.fps).scenes
-
-    def notes(self) -> dict[str, Any]:
-        return {}
+    def open(self, settings: Settings) -> Footage:
+        frames = read_frames(self.path, settings.fps, tuple(settings.size))
+        return Footage(frames, find_scenes(self.path, settings.fps).scenes, self.captions)
 
 
 @dataclass
@@ -71,9 +71,8 @@ class Plan:
     unusable: dict[str, str] = field(default_factory=dict)
     done: list[VideoReport] = field(default_factory=list)
 
-    def add(self, source: Source, preparation: Preparation) -> None:
-        """Sort a source in. Raises DatasetError when it is done, but with other captions."""
-        report = preparation.done(source.sha256, source.name, source.captions)
+    def add(self, source: Source, report: VideoReport | None) -> None:
+        """Sort a source in; `report` is what is known of it when it is done."""
         if report is None:
             self.sources.append(source)
         else:
@@ -99,7 +98,8 @@ def plan_videos(names: Iterable[tuple[Path, str]], captions: dict[Path, list[str
             continue
         seen[sha256] = name
         num_frames = int(info.duration * preparation.settings.fps)
-        plan.add(VideoSource(name, captions[path], sha256, num_frames, path), preparation)
+        source = VideoSource(name, sha256, num_frames, path, captions[path])
+        plan.add(source, preparation.done(sha256, name, captions[path]))
     return plan
 
 
@@ -110,28 +110,26 @@ def prepare_source(
 
     Raises FootageError when it turns out to be unusable; nothing of it stays then.
     """
-    settings = preparation.settings
-    frames = source.frames(settings)
-    scenes = source.scenes(settings)
-    contexts = [encoders.context(caption) for caption in source.captions]
-    height, width = settings.size
+    footage = source.open(preparation.settings)
+    contexts = [encoders.context(caption) for caption in footage.captions]
+    height, width = preparation.settings.size
     per_chunk = max(1, CHUNK_PIXELS // (height * width))
-    with preparation.video(source.name, source.sha256, source.captions) as part:
-        for piece in (piece for scene in scenes for piece in split(scene)):
+    with preparation.video(source.name, source.sha256, footage.captions) as part:
+        for piece in (piece for scene in footage.scenes for piece in split(scene)):
             moments = []
             for first in range(0, len(piece), per_chunk):
-                chunk = list(islice(frames, min(per_chunk, len(piece) - first)))
+                chunk = list(islice(footage.frames, min(per_chunk, len(piece) - first)))
                 assert chunk, "a source has the frames that its scenes count"
                 moments.append(encoders.moments(chunk))
                 advance(len(chunk))
             scene = np.concatenate(moments)
-            if len(scene) < source.shortest:
+            if len(scene) < footage.shortest:
                 part.drop(piece, "a single frame between two cuts")
             elif not np.isfinite(scene).all():
                 part.drop(piece, "the autoencoder gave values that are no numbers")
             else:
-                part.add(piece, scene, contexts, source.notes())
-        deque(frames, maxlen=0)  # lets ffmpeg come to its end and complain
+                part.add(piece, scene, contexts, footage.notes)
+        deque(footage.frames, maxlen=0)  # lets ffmpeg come to its end and complain
     return part.report
 
 
