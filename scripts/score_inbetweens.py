@@ -111,7 +111,8 @@ def summary(rows: Sequence[dict]) -> str:
         ("all", rows),
     ]:
         model, blended = (float(np.mean([row[kind] for row in chosen])) ** 0.5 for kind in ("model", "blend"))
-        lines.append(f"| {name} | {len(chosen)} | {blended:.4f} | {model:.4f} | {1 - model / blended:.1%} |")
+        below = f"{1 - model / blended:.1%}" if blended else "-"
+        lines.append(f"| {name} | {len(chosen)} | {blended:.4f} | {model:.4f} | {below} |")
     return "\n".join(lines)
 
 
