@@ -29,7 +29,7 @@ SIZES = (16, 1024)  # pixels of either side
 SPEEDS = (0.0, 30.0)  # metres a second
 RATES = (0.5, 240.0)  # frames a second
 MOST_FRAMES = 10_000
-USUAL_SPEEDS = (4.0, 10.0)
+USUAL_SPEEDS = (5.0, 10.0)
 
 
 @dataclass(frozen=True)

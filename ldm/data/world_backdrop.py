@@ -52,8 +52,9 @@ def draw_sky(look: Look, rng: np.random.Generator, focal: float) -> Cylinder:
     planes = planes + (haze - horizon)[:, None, None] * (1 - smoothstep(up, 0.0, 0.10))[None]
     planes = np.repeat(planes, width, 2).astype(np.float32)
     for _ in range(look.stars):
-        row, column = int(rng.uniform(0, 0.82 * height)), int(rng.uniform(0, width - 2))
-        planes[:, row : row + 2, column : column + 2] += rng.uniform(40, 190) * np.array([[0.8, 0.5], [0.5, 0.3]])
+        rise, column = rng.uniform() ** 2.2, int(rng.uniform(0, width - 2))  # few low ones, and those faint
+        row, light = int(0.8 * height * rise), rng.uniform(60, 200) * (1 - 0.85 * min(1.4 * rise, 1))
+        planes[:, row : row + 2, column : column + 2] += light * np.array([[0.8, 0.5], [0.5, 0.3]])
     side = rng.choice([-1, 1]) * rng.uniform(0.08, 0.42)
     if look.sun is not None:
         _draw_sun(planes, up, azimuth - side, look)
@@ -94,13 +95,14 @@ def _draw_clouds(planes: np.ndarray, up: np.ndarray, azimuth: np.ndarray, look: 
             veil = np.where(above > 0, np.exp(-above / 0.16), np.exp(above / 0.02)) * rays * strength * share * 1.6
             planes += tint[:, None, None] * np.clip(veil, 0, 1) * 0.8
         return
-    flat = blotches(rng, height, width // 2, 5)  # seen from below, clouds are wider than high
+    flat = blotches(rng, height, width // 4, 4)  # seen from below, clouds are wider than high
     place = np.linspace(0, flat.shape[1] - 1.001, width)
     part = (place - place.astype(int)).astype(np.float32)
     density = flat[:, place.astype(int)] * (1 - part) + flat[:, place.astype(int) + 1] * part
-    density = density + 0.25 * blotches(rng, height, width, 18)
-    alpha = smoothstep(density, 0.55 - 1.1 * share, 0.95 - 1.1 * share) * smoothstep(up, 0.02, 0.16)
-    lit = 1 + 0.22 * np.clip(np.roll(density, -max(1, height // 40), 0) - density, -1, 1) * 3
+    high = smoothstep(up, 0.18, 0.5)  # low over the horizon they are soft bands, above they have shape
+    density = density + 0.3 * blotches(rng, height, width, 9) * high
+    alpha = smoothstep(density, 0.45 - 1.1 * share, 1.05 - 1.1 * share) * smoothstep(up, 0.02, 0.2) * (0.3 + 0.7 * high)
+    lit = 1 + 0.66 * np.clip(np.roll(density, -max(1, height // 40), 0) - density, -1, 1) * high
     planes += (np.clip(rgb(colour)[:, None, None] * lit, 0, 255) - planes) * (0.85 * alpha)
 
 
@@ -117,7 +119,7 @@ def draw_hills(look: Look, rng: np.random.Generator, focal: float) -> list[Cylin
         alpha = np.clip(0.5 + (line - up) * scale, 0, 1)
         slope = np.gradient(line[0])[None] * scale
         rough = blotches(rng, height, width, max(5, round(height / 9)))
-        shade = 1 + 0.16 * np.clip(slope * 2, -1, 1) + 0.2 * rough + 0.25 * (up / high - 0.4)
+        shade = 1 + 0.05 * np.clip(slope * 2, -1, 1) + 0.03 * rough + 0.3 * (up / high - 0.4)
         planes = rgb(colour)[:, None, None] * shade
         planes = _dress(kind, planes, up / high, line / high, azimuth, rough, rng)
         mist = smoothstep(-up, -0.3 * high - 0.01, 0.0)
@@ -135,7 +137,7 @@ def _skyline(kind: str, azimuth: np.ndarray, rng: np.random.Generator) -> np.nda
         return blotches(rng, 2, width, 1) if cells == 1 else _line(rng, width, cells)
 
     if kind in ("mountains", "snow mountains", "volcano"):
-        line = 1.25 - 1.1 * np.abs(wave(9)) - 0.35 * np.abs(wave(27)) + 0.05 * wave(90)
+        line = 1.25 - 1.2 * np.abs(wave(8)) - 0.2 * np.abs(wave(20))
         if kind == "volcano":
             gap = np.abs(azimuth - rng.uniform(-0.25, 0.25))
             cone = np.minimum(1.45 - 2.6 * np.maximum(gap, 0.06) ** 0.75 + 0.25, 1.45) + 0.02 * wave(60)
@@ -149,7 +151,7 @@ def _skyline(kind: str, azimuth: np.ndarray, rng: np.random.Generator) -> np.nda
         return tall[np.searchsorted(steps, azimuth[0]).clip(0, 399)][None].astype(np.float32)
     if kind == "dunes":
         return 0.75 + 0.5 * wave(8)
-    return 0.8 + 0.55 * wave(8) + 0.12 * wave(30)
+    return 0.8 + 0.55 * wave(7) + 0.05 * wave(25)
 
 
 def _line(rng: np.random.Generator, width: int, cells: int) -> np.ndarray:
@@ -180,10 +182,10 @@ def _dress(
 ) -> np.ndarray:
     """Snow, lava, windows or layers of rock; `up` and `line` in heights of the hills."""
     if kind == "snow mountains":
-        cover = smoothstep(up + 0.5 * rough, 0.5, 0.62)
-        return planes + (np.array([240, 246, 252], np.float32)[:, None, None] * (0.92 + 0.2 * rough) - planes) * cover
+        cover = smoothstep(up + 0.12 * rough, 0.45, 0.75)
+        return planes + (np.array([240, 246, 252], np.float32)[:, None, None] * (0.96 + 0.04 * rough) - planes) * cover
     if kind == "mesas":
-        return planes * (1 + 0.14 * np.sin(up * 26 + 1.5 * rough))
+        return planes * (1 + 0.14 * np.sin(up * 26))
     if kind == "volcano":
         streams = smoothstep(0.16 - np.abs(np.sin(azimuth * 31 + 1.6 * up + 1.5 * rough)), 0.0, 0.1) * smoothstep(
             up, 0.45, 1.35
@@ -197,7 +199,7 @@ def _dress(
         window = window * (cell % 7 < 3) * (up < line - 0.08)
         colours = np.array([[255, 214, 120], [255, 70, 190], [90, 230, 255]], np.float32)
         light = colours[(cell % 3).astype(int)].transpose(2, 0, 1)
-        return planes + (light - planes) * (0.5 * window)
+        return planes + (light - planes) * (0.22 * window)
     return planes
 
 
