@@ -29,17 +29,19 @@ def check(plan: Plan, window: int) -> None:
     """What has to be true of every plan."""
     there, before = set(plan.given), None
     for stage in plan.stages:
-        assert stage.frames == range(0, plan.num_frames, stage.spacing)
+        assert stage.frames == range(0, plan.num_frames, stage.spacing)[: len(stage.frames)]
         for one in stage.windows:
             assert 1 <= len(one.frames) <= window
             assert one.frames.step == stage.spacing
             assert one.known == there & set(one.frames)
             assert one.made and not there & set(one.made)
-            assert one.known or not there  # nothing but the first window starts from nothing
+            assert one.known or not there or plan.given  # nothing but the first window starts from nothing
             there |= set(one.made)
         assert there >= set(stage.frames)
-        assert before is None or (before.step % stage.spacing == 0 and stage.num_before == len(before))
-        before = stage.frames
+        if stage.name != "beginning":
+            assert len(stage.frames) == len(range(0, plan.num_frames, stage.spacing))
+            assert before is None or (before.step % stage.spacing == 0 and stage.num_before == len(before))
+            before = stage.frames
     assert there == set(range(plan.num_frames))
 
 
@@ -68,11 +70,9 @@ def test_every_length(frames):
 def test_given_frames_are_used_and_never_made(given):
     for window, overlap, levels in SETTINGS:
         plan = plan_stages(50, window, overlap, levels, given)
-        there, made = set(given), [frame for one in plan.windows for frame in one.made]
+        made = [frame for one in plan.windows for frame in one.made]
         assert sorted(made) == sorted(set(range(50)) - given)
-        for one in plan.windows:
-            assert len(one.frames) <= window and one.known == there & set(one.frames)
-            there |= set(one.frames)
+        check(plan, window)
 
 
 def test_five_frames_become_seventeen_and_sixty_five():
@@ -112,6 +112,20 @@ def test_frames_beyond_the_last_keyframe_are_continued():
     assert list(last.frames) == [8, 9, 10, 11] and last.known == {8}
     wide = plan_stages(46, 16, 4, max_levels=1).windows[-1]
     assert list(wide.frames) == list(range(36, 46)) and wide.known == {36, 40, 44}
+
+
+def test_keyframes_go_on_with_the_motion_of_given_frames():
+    """Two neighbours are given; the keyframes see the first of them alone, until frames are made that they do see."""
+    plan = plan_stages(65, 5, 2, max_levels=2, given=[0, 1])
+    assert [(list(one.frames), sorted(one.known)) for one in plan.windows[:3]] == [
+        ([0, 1, 2, 3, 4], [0, 1]), ([0, 4, 8, 12, 16], [0, 4]), ([0, 16, 32, 48, 64], [0, 16]),
+    ]  # fmt: skip
+    assert [stage.name for stage in plan.stages] == ["beginning"] * 2 + ["keyframes"] + ["in between"] * 2
+    assert plan.describe(10)[0] == "beginning: 5 frames at 10 fps in 1 window"
+    assert plan.num_evaluations == plan_stages(65, 5, 2, max_levels=2).num_evaluations
+    for given in ([0], [0, 16], range(17), [3, 4]):  # no motion, or one that the keyframes see
+        assert plan_stages(65, 5, 2, max_levels=2, given=given).stages[0].name == "keyframes"
+    assert plan_stages(65, 5, 2, max_levels=2, given=range(9)).windows[0].frames == range(4, 24, 4)
 
 
 @pytest.mark.parametrize(("window", "overlap", "levels"), [(5, 1, 1), (5, 2, 1), (5, 2, 2), (16, 4, 1), (17, 4, 2)])
@@ -291,7 +305,7 @@ def test_the_real_network_follows_a_plan(network):
     plan = plan_stages(11, 5, 2, 1, given.whole_frames())
     clip, rates = make(network, plan, [1, 2], given, known_noise=30, eta=0.5)
     assert clip.isfinite().all() and torch.equal(clip[:, :2], start.expand(2, -1, -1, -1, -1))
-    assert rates == [2.5] * len(plan.stages[0].windows) + [10.0] * len(plan.stages[1].windows)
+    assert rates == [10 / stage.spacing for stage in plan.stages for _ in stage.windows] == [10.0, 2.5, 10.0, 10.0]
     alone, _ = make(network, plan, [2], given, known_noise=30, eta=0.5)
     assert torch.allclose(clip[1:], alone, atol=1e-4)  # a batch changes rounding alone
     assert not torch.allclose(clip[0], clip[1], atol=1e-2)

@@ -5,14 +5,16 @@ there are more, the next window goes on from the last frames of the one before. 
 filled by a window that knows them, at four times the frame rate, and again, until all frames are there: 5 -> 17 -> 65
 frames (Singer et al. 2022, "Make-A-Video", section 3.3, interpolates so; the scheme of one network that is told the
 frame rate and which frames are known is that of Harvey et al. 2022, "Flexible Diffusion Modeling of Long Videos").
-Every frame is made once and none in vain, and no window is longer than the network's. How a window is made, and any
-network, is not here.
+Every frame is made once and none in vain, and no window is longer than the network's. Given frames that lie closer
+together than the keyframes are continued at their own rate first, so that the keyframes go on with their motion. How a
+window is made, and any network, is not here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -40,11 +42,12 @@ class Window:
 
 @dataclass(frozen=True)
 class Stage:
-    """Windows that bring every `frames.step`-th frame of the clip into being, one after the other.
+    """Windows that, one after the other, bring `frames` of the clip into being, every `frames.step`-th from the first.
 
-    num_before: frames of the stage before, those in between which this one makes; 0 where it makes keyframes.
+    name: for the user. num_before: frames of the stage before, if this one makes those in between; else 0.
     """
 
+    name: str
     frames: range
     windows: tuple[Window, ...]
     num_before: int = 0
@@ -56,12 +59,10 @@ class Stage:
 
     def describe(self, fps: float) -> str:
         """One line; fps: of the clip."""
-        name = "keyframes" if self.spacing > 1 else "frames"
+        before = f"{self.num_before} -> " if self.num_before else ""
         frames = "1 frame" if len(self.frames) == 1 else f"{len(self.frames)} frames"
-        if self.num_before:
-            name, frames = "in between", f"{self.num_before} -> {frames}"
         windows = "1 window" if len(self.windows) == 1 else f"{len(self.windows)} windows"
-        return f"{name}: {frames} at {fps / self.spacing:.3g} fps in {windows}"
+        return f"{self.name}: {before}{frames} at {fps / self.spacing:.3g} fps in {windows}"
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def plan_stages(
     overlap: frames that a continuation knows of what it continues, 1 to window - 1.
     max_levels: how often the frame rate of the clip may be divided by `factor` without falling below the lowest one
         the network was trained on; see `count_levels`. With 0 everything is made by continuation.
-    given: frames that are wholly known, by number. Those that a coarse stage steps over are not seen by it.
+    given: frames that are wholly known, by number.
     factor: a window too small for it takes 2, and one of 2 frames continues only.
 
     Raises UserError for what cannot be planned.
@@ -203,17 +204,37 @@ def _count(frames: int, spacing: int) -> int:
 
 def _plan(frames: int, window: int, overlap: int, spacings: Sequence[int], given: frozenset[int]) -> Plan:
     """Stages from the widest spacing to 1; those for which nothing is left to do are left out."""
-    there, stages, before = set(given), [], None
+    there = set(given)
+    stages, before = list(_begin(frames, window, overlap, spacings, there)), None
     for spacing in spacings:
         places = range(0, frames, spacing)
         if before is None:
-            windows = tuple(_continue(places, there, window, overlap))
+            name, windows = "keyframes" if spacing > 1 else "frames", _continue(places, there, window, overlap)
         else:
-            windows = tuple(_fill(places, before.step // spacing, there, window, overlap))
-        if windows:
-            stages.append(Stage(places, windows, 0 if before is None else len(before)))
+            name, windows = "in between", _fill(places, before.step // spacing, there, window, overlap)
+        if windows := tuple(windows):
+            stages.append(Stage(name, places, windows, 0 if before is None else len(before)))
         before = places
     return Plan(frames, given, tuple(stages))
+
+
+def _begin(frames: int, window: int, overlap: int, spacings: Sequence[int], there: set[int]) -> Iterator[Stage]:
+    """From spacing 1 up, a window that goes on from the first frames, wherever a wider spacing sees only one of them.
+
+    One frame shows no motion; two of the wider spacing, made with all those known that were given, do.
+    """
+    for wider, spacing in reversed(list(pairwise(spacings))):
+        places = range(0, frames, spacing)
+        num_there = _count_first(places, there)
+        if num_there >= 2 and _count_first(range(0, frames, wider), there) < 2:
+            first = max(0, num_there - overlap)
+            frames_there = places[: first + window]
+            yield Stage("beginning", frames_there, (_window(frames_there[first:], there),))
+
+
+def _count_first(places: range, there: set[int]) -> int:
+    """How many places, from the first on, are there without a gap."""
+    return next((index for index, place in enumerate(places) if place not in there), len(places))
 
 
 def _window(frames: range, there: set[int]) -> Window:
