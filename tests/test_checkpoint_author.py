@@ -9,59 +9,24 @@ import torch
 from einops import rearrange
 
 from ldm.checkpoint import CheckpointError, load_unet, read_checkpoint, unet_node, unet_tensors
-from ldm.checkpoint_author import CLASS_NAME, WORDS, is_release, unet_from_release, unet_to_release, words_against
+from ldm.checkpoint_author import WORDS, is_release, unet_from_release, unet_to_release, words_against
 from ldm.checkpoint_names import UNET_PREFIX
 from ldm.checkpoint_shapes import FIRST, KNOWN, join_known, split_known, unet_words
 from ldm.modules.unet import UNetModel
-from tests.conftest import GOLDENS, fill_by_rule, relative_error
+from tests.conftest import GOLDENS, relative_error
 from tests.tiny_checkpoint import assert_same, write_bare, write_safetensors
+from tests.tiny_release import FULL, TINY, release_state, write_folder
 
 TOLERANCE = 2e-5
-FULL = {
-    "in_channels": 9,
-    "out_channels": 4,
-    "model_channels": 320,
-    "num_res_blocks": 2,
-    "attention_resolutions": [4, 2, 1],
-    "channel_mult": [1, 2, 4, 4],
-    "num_heads": 8,
-    "transformer_depth": 1,
-    "context_dim": 768,
-    "temporal_kernel_size": 3,
-}
-TINY = FULL | WORDS | {"model_channels": 32, "context_dim": 24}
-
-
 @pytest.fixture(scope="module")
 def keys() -> dict[str, list[int]]:
     return json.loads((GOLDENS / "author_release_keys.json").read_text())
 
 
-def release(words):
-    """The tiny release with the recorded weights: its own names."""
-    with torch.device("meta"):
-        state = join_known(UNetModel(**words).state_dict())
-    names = unet_to_release(state)
-    return fill_by_rule({names[name]: tensor.shape for name, tensor in state.items()})
-
-
-def write_folder(state, folder, **changes):
-    folder.mkdir(parents=True)
-    config = {"_class_name": CLASS_NAME, "attention_head_dim": 8} | changes
-    (folder / "config.json").write_text(json.dumps(config))
-    write_safetensors(state, folder / "diffusion_pytorch_model.safetensors")
-    return folder
-
-
 @pytest.fixture(scope="module")
-def states():
-    return {"v4": release(TINY | {"in_channels": 4}), "v9": release(TINY)}
-
-
-@pytest.fixture(scope="module")
-def folders(states, tmp_path_factory):
+def folders(tmp_path_factory):
     folder = tmp_path_factory.mktemp("release")
-    return {name: write_folder(state, folder / name / "unet").parent for name, state in states.items()}
+    return {f"v{number}": write_folder(release_state(number), folder / f"v{number}") for number in (4, 9)}
 
 
 def test_every_name_has_its_place_both_ways(keys):
@@ -100,23 +65,23 @@ def test_recorded_clips(folders, goldens, case):
 
 
 @pytest.mark.parametrize("form", ["folder", "unet folder", "safetensors", "bare"])
-def test_every_form_is_read_and_told_back_bit_for_bit(folders, states, tmp_path, form):
-    path = folders["v9"]
+def test_every_form_is_read_and_told_back_bit_for_bit(folders, tmp_path, form):
+    path, state = folders["v9"], release_state(9)
     if form == "unet folder":
         path /= "unet"
     elif form != "folder":
         write = write_safetensors if form == "safetensors" else write_bare
-        path = write(states["v9"], tmp_path / f"release.{form}")
+        path = write(state, tmp_path / f"release.{form}")
     checkpoint = read_checkpoint(path)
     assert checkpoint.kind == "author"
     assert unet_node(checkpoint) == {"target": "ldm.modules.unet.UNetModel", "params": TINY}
-    state = load_unet(checkpoint).state_dict()
-    assert_same(state, unet_tensors(checkpoint))
-    joined = join_known(state)
+    ours = load_unet(checkpoint).state_dict()
+    assert_same(ours, unet_tensors(checkpoint))
+    joined = join_known(ours)
     back = unet_to_release(joined)
     told = {back[name]: tensor for name, tensor in joined.items()}
-    assert set(told) == set(states["v9"])
-    assert all(torch.equal(told[name], tensor) for name, tensor in states["v9"].items())
+    assert set(told) == set(state)
+    assert all(torch.equal(told[name], tensor) for name, tensor in state.items())
 
 
 @pytest.mark.parametrize(
@@ -134,18 +99,18 @@ def test_every_form_is_read_and_told_back_bit_for_bit(folders, states, tmp_path,
         "time_embedding.linear_1.weight",
     ],
 )
-def test_a_missing_tensor_is_named_as_the_release_names_it(states, tmp_path, name):
-    state = dict(states["v4"])
+def test_a_missing_tensor_is_named_as_the_release_names_it(tmp_path, name):
+    state = release_state(4)
     del state[name]
-    folder = write_folder(state, tmp_path / "torn" / "unet").parent
+    folder = write_folder(state, tmp_path / "torn")
     with pytest.raises(CheckpointError, match=rf"torn: (the tensors in .*1 missing|.* found one without).* ?{name}\b"):
         load_unet(folder)
 
 
-def test_a_stranger_is_named_too(states, tmp_path):
-    state = states["v4"] | {"down_blocks.0.stranger.spatial_conv.weight": torch.zeros(1)}
+def test_a_stranger_is_named_too(tmp_path):
+    state = release_state(4) | {"down_blocks.0.stranger.spatial_conv.weight": torch.zeros(1)}
     with pytest.raises(CheckpointError, match=r"1 unexpected: down_blocks\.0\.stranger"):
-        load_unet(write_folder(state, tmp_path / "unet"))
+        load_unet(write_folder(state, tmp_path / "odd"))
 
 
 def test_a_config_of_another_network_is_refused(folders):
@@ -158,9 +123,9 @@ def test_a_config_of_another_network_is_refused(folders):
     assert not grown[KNOWN].any() and list(grown[FIRST].shape) == [32, 4, 3, 3]
 
 
-def test_other_families_are_refused(states, tmp_path):
+def test_other_families_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match="expected use_linear_projection = false"):
-        load_unet(write_folder(states["v4"], tmp_path / "unet", use_linear_projection=True))
+        load_unet(write_folder(release_state(4), tmp_path / "sd2", use_linear_projection=True))
 
 
 def test_words_that_stand_against_the_form_of_the_release():
