@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -130,8 +131,10 @@ class ClipGenerator:
     def plan(self, settings: ClipSettings, given: GivenFrames | None = None) -> Plan | None:
         """The stages of a clip, None for one pass or overlapping windows; raises UserError for what cannot be made."""
         self.check(settings)
-        wholly_known = [] if given is None else given.wholly_known()
-        return plan_clip(settings, self.training, self.takes_known_frames, wholly_known)
+        if given is None:
+            return plan_clip(settings, self.training, self.takes_known_frames)
+        longer = replace(settings, frames=len(given.shown))
+        return plan_clip(longer, self.training, self.takes_known_frames, given.wholly_known())
 
     def read_prompts(self, prompts: Sequence[str]) -> dict[str, str]:
         """Encode prompts for later; returns the prompts that were too long, each with the end that was cut off.
@@ -193,12 +196,12 @@ class ClipGenerator:
     ) -> Tensor:
         """Scaled latents `b t c h w` of one clip per seed; what was given of them is there bit for bit."""
         known = None if given is None else self._encode(given)
-        schedule = read_schedule(settings.prompt, settings.frames)
+        schedule, lead = read_schedule(settings.prompt, settings.frames), 0 if given is None else given.lead
 
         def context(frames: Sequence[int]) -> Tensor:
             if schedule is None:
                 return self._contexts[settings.prompt].to(self.dtype)
-            return schedule.context(self._contexts, frames)[None].to(self.dtype)
+            return schedule.context(self._contexts, [max(0, frame - lead) for frame in frames])[None].to(self.dtype)
 
         sampler = ClipSampler(
             self.unet,
@@ -210,7 +213,7 @@ class ClipGenerator:
             [torch.Generator().manual_seed(seed) for seed in seeds],
         )
         size = (settings.height // self.downsampling, settings.width // self.downsampling)
-        return sampler.make(plan, (self.num_channels, *size), known, show)
+        return sampler.make(plan, (self.num_channels, *size), known, show)[:, lead:]
 
     def _encode(self, given: GivenFrames) -> KnownLatents:
         """Given frames as scaled latents, `1 t c h w`: the most likely ones, so that the same always come of them."""

@@ -1,9 +1,9 @@
 """Clips on disk with everything they were made from: the four files of a clip, its record, and what a replay needs.
 
 A record is a plain dict: `clip` (the settings), `given` (path and sha256 of each file of given frames), `seed`, `batch`
-(all seeds made at once, and which of them this is), `checkpoint` (path, sha256), `config` (where the checkpoint has
-none), `precision`, `decode_chunk`, `machine`, `versions`, `command`. It holds no time of day, so that the same clip
-made again is the same file.
+(all seeds made at once, and which of them this is), `checkpoint` (path, sha256), `temporal` (those of temporal layers
+put into it, or None), `config` (where the checkpoint has none), `precision`, `decode_chunk`, `machine`, `versions`,
+`command`. It holds no time of day, so that the same clip made again is the same file.
 """
 
 from __future__ import annotations
@@ -34,21 +34,25 @@ SHEET_WIDTH = 4096  # pixels; longer clips take several rows
 SHEET_FRAMES = 64  # of longer clips as many are shown, evenly spaced
 PACKAGES = ("video-stable-diffusion", "torch", "diffusers", "transformers", "av", "pillow")
 MAX_THREADS = 4096
+FILE = {"path": str, "sha256": str}
 # Every word of a record and what it holds.
 PARTS = {
     "": {
         "clip": Mapping, "given": Mapping, "seed": int, "batch": Mapping, "checkpoint": Mapping,
+        "temporal": Mapping | None,
         "config": Mapping | None, "precision": str, "decode_chunk": int, "machine": Mapping,
         "versions": Mapping[str, str], "command": str,
     },
     "clip": get_type_hints(ClipSettings),
     "batch": {"seeds": Sequence[int], "index": int},
-    "checkpoint": {"path": str, "sha256": str},
+    "checkpoint": FILE,
     "machine": {"device": str, "threads": int},
 }  # fmt: skip
-GIVEN = {"path": str, "sha256": str}
 # Words that records of earlier versions lack, and what was meant by that.
-SINCE = {"": {"given": {}}, "clip": {"window": None, "overlap": 0, "known_noise": 0, "interpolate": 1}}
+SINCE = {
+    "": {"given": {}, "temporal": None},
+    "clip": {"window": None, "overlap": 0, "known_noise": 0, "interpolate": 1},
+}
 
 
 def open_folder(path: Path) -> None:
@@ -119,10 +123,14 @@ def _check_record(record: Mapping[str, Any]) -> None:
         if odd := set(words) ^ set(found):
             raise ConfigError(f"{part or 'record'}: expected the keys {', '.join(words)}, not {', '.join(sorted(odd))}")
         check_values(found, words, part or "record")
-    for kind, file in record["given"].items():
-        if kind not in get_type_hints(GivenFiles) or set(mapping_at(f"given.{kind}", file)) != set(GIVEN):
-            raise ConfigError(f"given.{kind}: expected {', '.join(get_type_hints(GivenFiles))} with path and sha256")
-        check_values(file, GIVEN, f"given.{kind}")
+    files = {f"given.{kind}": file for kind, file in record["given"].items()}
+    for place, file in (files | {"temporal": record["temporal"]}).items():
+        if place != "temporal" and place.removeprefix("given.") not in get_type_hints(GivenFiles):
+            raise ConfigError(f"{place}: expected one of {', '.join(get_type_hints(GivenFiles))}")
+        if file is not None or place != "temporal":
+            if set(mapping_at(place, file)) != set(FILE):
+                raise ConfigError(f"{place}: expected path and sha256, found {file!r}")
+            check_values(file, FILE, place)
     seeds, index, threads = record["batch"]["seeds"], record["batch"]["index"], record["machine"]["threads"]
     for place, value, is_sound, expected in (
         ("batch.seeds", seeds, all(0 <= seed < 2**63 for seed in seeds), "whole numbers from 0 to 2^63"),
@@ -136,14 +144,18 @@ def _check_record(record: Mapping[str, Any]) -> None:
             raise ConfigError(f"{place}: expected {expected}, found {value!r}")
 
 
-def check_same_checkpoint(record: dict[str, Any], path: Path, sha256: str) -> None:
-    """Raise UserError unless the checkpoint is the one a clip was made with."""
-    wanted = record["checkpoint"]["sha256"]
-    if sha256 != wanted:
-        raise UserError(
-            f"{path}: expected the checkpoint that the clip was made with, sha256 {wanted} "
-            f"({record['checkpoint']['path']}), found sha256 {sha256}; give the right one with --ckpt"
-        )
+def check_same_weights(record: dict[str, Any], found: Mapping[str, dict[str, str] | None]) -> None:
+    """Raise UserError unless the files of weights, `checkpoint` and `temporal`, are those a clip was made with."""
+    for kind, file in found.items():
+        wanted = record[kind]
+        if (file and file["sha256"]) != (wanted and wanted["sha256"]):
+            path, sha256 = (file["path"], f"sha256 {file['sha256']}") if file else (f"--{kind}", "none")
+            was = f"sha256 {wanted['sha256']} ({wanted['path']})" if wanted else "none"
+            options = "--ckpt" if record["temporal"] is None else "--base and --temporal"
+            raise UserError(
+                f"{path}: expected the {kind} that the clip was made with, {was}, found {sha256}; give the right one "
+                f"with {options}"
+            )
 
 
 def hash_given(files: GivenFiles) -> dict[str, dict[str, str]]:
@@ -188,13 +200,14 @@ def replay_notes(record: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
         yield f"made on {record['machine']}, here is {now['machine']}: the bytes may differ"
 
 
-def hash_checkpoint(path: Path | str) -> str:
-    """sha256 of a checkpoint in hex: of a file's bytes, or of the names and bytes of all files in a folder."""
-    path = Path(path)
+def hash_weights(path: Path | None) -> dict[str, str] | None:
+    """Path and sha256 of a file of weights, or of the names and bytes of all files in a folder; None for None."""
+    if path is None:
+        return None
     if path.is_file():
-        return hash_file(path)
+        return {"path": str(path), "sha256": hash_file(path)}
     digest = hashlib.sha256()
     for entry in sorted(entry for entry in path.rglob("*") if entry.is_file()):
         digest.update(entry.relative_to(path).as_posix().encode() + b"\0")
         digest.update(bytes.fromhex(hash_file(entry)))
-    return digest.hexdigest()
+    return {"path": str(path), "sha256": digest.hexdigest()}

@@ -104,6 +104,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     what.add_argument("--replay", type=Path, metavar="FILE", help="a JSON or MP4 written here: make it again")
     files = parser.add_argument_group("files")
     files.add_argument("--ckpt", type=Path, metavar="FILE", help="default: the newest logs/*/checkpoints/last.ckpt")
+    files.add_argument(
+        "--base", type=Path, metavar="FILE", help="an image model, for --temporal: any fine-tune of SD v1"
+    )
+    files.add_argument("--temporal", type=Path, metavar="FILE", help="temporal layers alone, to be put into --base")
     files.add_argument("--config", type=Path, metavar="YAML", help="for checkpoints that have no config inside")
     files.add_argument("--outdir", type=Path, default=Path("outputs/txt2vid-samples"), help="default: %(default)s")
     machine = parser.add_argument_group("machine")
@@ -149,5 +153,5 @@ def refuse_beside_replay(options: argparse.Namespace) -> None:
     if given:
         raise UserError(
             f"--replay: takes every setting of the clip from {options.replay}, so --{given[0].replace('_', '-')} "
-            "cannot be given beside it; only --ckpt, --device and --outdir can"
+            "cannot be given beside it; only --ckpt, --base, --temporal, --device and --outdir can"
         )

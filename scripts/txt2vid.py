@@ -21,18 +21,19 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ldm.checkpoint import latent_scale
+from ldm.checkpoint import latent_scale, read_checkpoint
 from ldm.checkpoint_config import confined
+from ldm.checkpoint_temporal import Merged, load_with_temporal
 from ldm.clip_requests import ClipRequest, notes, read_request, repeat_request
 from ldm.config import check, load_config, to_container
 from ldm.errors import UserError, run_command
 from ldm.generation import ClipGenerator
 from ldm.provenance import (
-    check_same_checkpoint,
+    check_same_weights,
     device_and_threads,
     given_again,
-    hash_checkpoint,
     hash_given,
+    hash_weights,
     next_number,
     open_folder,
     read_record,
@@ -51,6 +52,7 @@ class Job:
     """Clips that are made as one batch; `wanted` are the places in it that are written out."""
 
     request: ClipRequest
+    given: dict[str, dict[str, str]]  # its files, as in a record
     seeds: list[int]
     wanted: list[int]
 
@@ -70,9 +72,23 @@ def plan(arguments: argparse.Namespace, generator: ClipGenerator) -> list[Job]:
         if not 0 <= seed <= MAX_SEED - num:
             raise UserError(f"--seed: expected a whole number from 0 to 2^63, found {seed}")
         request = read_request(options, generator)
+        given = hash_given(request.files)
         for first in range(seed, seed + num, num_samples):
-            jobs.append(Job(request, list(range(first, first + num_samples)), list(range(num_samples))))
+            jobs.append(Job(request, given, list(range(first, first + num_samples)), list(range(num_samples))))
     return jobs
+
+
+def find_weights(options: argparse.Namespace) -> tuple[Path, Path | None]:
+    """The checkpoint, or the image model and the file of temporal layers that is put into it."""
+    if options.base is None and options.temporal is None:
+        return find_checkpoint(options.ckpt), None
+    if options.base is None or options.temporal is None:
+        given, missing = ("--base", "--temporal") if options.temporal is None else ("--temporal", "--base")
+        raise UserError(f"{given}: expected {missing} beside it, found none: an image model and temporal layers for it")
+    for name in ("ckpt", "config"):
+        if getattr(options, name) is not None:
+            raise UserError(f"--{name}: cannot be given beside --base and --temporal, which say it all; leave it out")
+    return options.base, options.temporal
 
 
 def find_checkpoint(given: Path | None) -> Path:
@@ -133,23 +149,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
         record = read_record(options.replay)
         options = adopt(options, record)
     device = choose_device(options.device)
-    path = find_checkpoint(options.ckpt)
-    console.print(f"checkpoint: {path}{' (the newest run)' if options.ckpt is None else ''}", markup=False)
+    path, temporal = find_weights(options)
+    newest = " (the newest run)" if options.ckpt is None and temporal is None else ""
+    console.print(f"checkpoint: {path}{f' with {temporal}' if temporal else newest}", markup=False)
     config = read_config(options.config)
     if record and record["config"] is not None:
         config = confined(record["config"], str(options.replay))
     precision = choose_precision(options.precision, device)
-    generator = ClipGenerator(path, config, device, precision)
-    jobs = [replayed_job(record, generator)] if record else plan(options, generator)
+    merged = Merged(read_checkpoint(path), None) if temporal is None else load_with_temporal(path, temporal)
+    generator = ClipGenerator(merged.checkpoint, config, device, precision)
+    with console.status("reading what is given"):
+        jobs = [replayed_job(record, generator)] if record else plan(options, generator)
     open_folder(options.outdir)
     with console.status("reading the checkpoint and the prompts"):
-        sha256 = hash_checkpoint(path)
+        files = {"checkpoint": hash_weights(path), "temporal": hash_weights(temporal)}
         if record:
-            check_same_checkpoint(record, path, sha256)
+            check_same_weights(record, files)
         cuts = generator.read_prompts(list(dict.fromkeys(text for job in jobs for text in job.request.prompts)))
     now = {"versions": versions(), "machine": device_and_threads(device)}
     base = {
-        "checkpoint": {"path": str(path), "sha256": sha256},
+        **files,
         "config": config,
         "precision": precision,
         "decode_chunk": options.decode_chunk or DECODE_CHUNK,
@@ -157,7 +176,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     if record:
         base = {name: record[name] for name in base}
-    about = [note for job in jobs for note in notes(job.request, generator)]
+    about = [merged.warning] if merged.warning else []
+    about += [note for job in jobs for note in notes(job.request, generator)]
     about += [
         f"the prompt is longer than the text encoder reads; this end of it has no effect: '{cut}' (of '{prompt}')"
         for prompt, cut in cuts.items()
@@ -170,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def replayed_job(record: dict[str, Any], generator: ClipGenerator) -> Job:
     """The batch a clip was made in, with that clip alone wanted."""
     request = repeat_request(record["clip"], given_again(record), generator)
-    return Job(request, record["batch"]["seeds"], [record["batch"]["index"]])
+    return Job(request, record["given"], record["batch"]["seeds"], [record["batch"]["index"]])
 
 
 def make_clips(
@@ -191,7 +211,7 @@ def make_clips(
             record = {
                 **base,
                 "clip": asdict(settings),
-                "given": hash_given(job.request.files),
+                "given": job.given,
                 "seed": job.seeds[index],
                 "batch": {"seeds": job.seeds, "index": index},
             }
@@ -213,10 +233,14 @@ def read_config(path: Path | None) -> dict[str, Any] | None:
 
 
 def adopt(options: argparse.Namespace, record: dict[str, Any]) -> argparse.Namespace:
-    """The options of a replay: those of the record; only --ckpt, --device and --outdir may be given beside it."""
+    """The options of a replay: those of the record, but for what may be given beside it."""
     refuse_beside_replay(options)
     adopted = {"precision": record["precision"], "decode_chunk": record["decode_chunk"]}
-    adopted["ckpt"] = options.ckpt or Path(record["checkpoint"]["path"])
+    if record["temporal"] is None:
+        adopted["ckpt"] = options.ckpt or Path(record["checkpoint"]["path"])
+    else:
+        adopted["base"] = options.base or Path(record["checkpoint"]["path"])
+        adopted["temporal"] = options.temporal or Path(record["temporal"]["path"])
     if options.device == "auto":
         adopted["device"] = record["machine"]["device"].partition(":")[0]
     if adopted.get("device", options.device) == "cpu":

@@ -17,8 +17,9 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
+from ldm.clip_settings import ClipSettings
 from ldm.errors import UserError, run_command
-from ldm.generation import ClipGenerator, ClipSettings
+from ldm.generation import ClipGenerator
 from ldm.video import read_metadata, read_video, write_mp4
 from scripts.txt2vid import main
 from tests.tiny_checkpoint import CONFIG, config_for, image_state, save_as_public, video_state
@@ -340,12 +341,14 @@ def test_a_checkpoint_with_an_odd_config_is_refused(tmp_path, path, value, messa
 def test_replay_sets_the_pieces_that_are_decoded_too(tmp_path, checkpoint):
     (tmp_path / "clip.json").write_text(json.dumps(a_record(checkpoint)))
     for word, value in (("decode-chunk", "7"), ("precision", "bf16"), ("config", "x.yaml"), ("frames", "2")):
-        with pytest.raises(UserError, match=f"so --{word} cannot be given beside it; only --ckpt, --device and"):
+        with pytest.raises(
+            UserError, match=f"so --{word} cannot be given beside it; only --ckpt, --base, --temporal, --device"
+        ):
             main(["--replay", str(tmp_path / "clip.json"), f"--{word}", value])
 
 
 def test_a_folder_that_cannot_be_written_to_is_found_before_the_work(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr("scripts.txt2vid.hash_checkpoint", None)  # not reached
+    monkeypatch.setattr("scripts.txt2vid.hash_weights", None)  # not reached
     (tmp_path / "file").touch()
     for outdir in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/nowhere")):
         with pytest.raises(UserError, match=rf"--outdir: expected a folder to write to, found {outdir} \(\w"):

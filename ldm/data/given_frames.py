@@ -95,22 +95,23 @@ def describe_fit(picture: Image.Image, size: Size) -> str | None:
     return ", ".join(words) or None
 
 
-def read_last_frames(path: Path | str, fps: float, size: Size, count: int) -> np.ndarray:
-    """The last `count` frames of a video at `fps` a second, `count h w 3`: those that a continuation begins with.
+def read_last_frames(path: Path | str, fps: float, size: Size, count: int, spacing: int = 1) -> np.ndarray:
+    """The last frames of a video at `fps` a second, `t h w 3`: those that a continuation begins with.
+
+    count: how many there have to be. spacing: so many times as far back they reach, where the video is long enough for
+        a multiple of it.
 
     Raises UserError for a shorter video, and FootageError as `read_frames` does.
     """
     info = probe(path)
-    last, num = deque(maxlen=count), 0
-    for frame in read_frames(path, _rate(info, fps), size):
-        last.append(frame)
-        num += 1
-    if num < count:
+    last = deque(read_frames(path, _rate(info, fps), size), maxlen=(count - 1) * spacing + 1)
+    if len(last) < count:
         raise UserError(
             f"{path}: expected a video of at least {count} frames at {fps:g} a second, since that many begin the new "
-            f"clip (--overlap), found {num}; give a longer video or a smaller --overlap"
+            f"clip (--overlap), found {len(last)}; give a longer video or a smaller --overlap"
         )
-    return np.stack(last)
+    num = max(count, (len(last) - 1) // spacing * spacing + 1)
+    return np.stack(list(last)[-num:])
 
 
 def read_first_frames(path: Path | str, fps: float, size: Size, count: int) -> np.ndarray:
@@ -200,14 +201,16 @@ def _fit_mask(grey: Image.Image, size: Size) -> np.ndarray:
 class GivenFrames:
     """What is known of a clip before any of it is made.
 
-    pictures: uint8 `m h w 3`. shown: for each frame of the clip the number of the picture it shows; None: not given.
+    pictures: uint8 `m h w 3`. shown: for each frame the number of the picture it shows; None: not given.
     made: bool `1 h w` or `t h w`, True where given frames are to be made all the same; None for nowhere.
+    lead: so many frames lie before the clip: the network is told them, they are not part of it.
     notes: what a user should know of how the files were used. fps: the clip's, where it follows from a video.
     """
 
     pictures: np.ndarray
     shown: list[int | None]
     made: np.ndarray | None = None
+    lead: int = 0
     notes: tuple[str, ...] = ()
     fps: float | None = None
 
@@ -241,24 +244,31 @@ def start_from_picture(path: Path | str, mask: Path | str | None, num_frames: in
     made = None if mask is None else read_mask(mask, num_frames, size, picture.size[::-1])
     note = describe_fit(picture, size)
     shown = [0] + [None if made is None else 0] * (num_frames - 1)
-    return GivenFrames(fit_picture(picture, size)[None], shown, made, (f"{path}: {note}",) if note else ())
+    notes = (f"{path}: {note}",) if note else ()
+    return GivenFrames(fit_picture(picture, size)[None], shown, made, notes=notes)
 
 
 def start_from_video(
-    path: Path | str, mask: Path | str | None, num_frames: int, fps: float, size: Size, overlap: int
+    path: Path | str, mask: Path | str | None, num_frames: int, fps: float, size: Size, overlap: int, spacing: int = 1
 ) -> GivenFrames:
-    """The last `overlap` frames of a video as the first of a clip; with a mask, its first ones where that is black."""
+    """The last `overlap` frames of a video as the first of a clip; with a mask, its first ones where that is black.
+
+    spacing: of the first frames to be made. Earlier frames of the video lead in, so that these too have up to
+        `overlap` known ones before them, as far apart as they are.
+    """
     if mask is None:
         if overlap >= num_frames:
             raise UserError(
                 f"--frames: expected more than {overlap}, since that many of the last frames of {path} begin the clip "
                 f"(--overlap), found {num_frames}"
             )
-        pictures, made = read_last_frames(path, fps, size, overlap), None
+        pictures, made = read_last_frames(path, fps, size, overlap, spacing), None
+        lead = len(pictures) - overlap
     else:
-        made = read_mask(mask, num_frames, size)
+        made, lead = read_mask(mask, num_frames, size), 0
         pictures = read_first_frames(path, fps, size, num_frames)
-    return GivenFrames(pictures, [*range(len(pictures)), *[None] * (num_frames - len(pictures))], made)
+    unknown = [None] * (lead + num_frames - len(pictures))
+    return GivenFrames(pictures, [*range(len(pictures)), *unknown], made, lead)
 
 
 def space_out_video(path: Path | str, mask: Path | str | None, factor: int, size: Size) -> GivenFrames:
