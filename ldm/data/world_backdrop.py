@@ -53,9 +53,9 @@ def draw_sky(look: Look, rng: np.random.Generator, focal: float) -> Cylinder:
     planes = np.repeat(planes, width, 2).astype(np.float32)
     for _ in range(look.stars):
         rise, column = rng.uniform() ** 2.2, int(rng.uniform(0, width - 2))  # few low ones, and those faint
-        row, light = int(0.8 * height * rise), rng.uniform(60, 200) * (1 - 0.85 * min(1.4 * rise, 1))
+        row, light = int(0.8 * height * rise), rng.uniform(60, 200) * (1 - 0.95 * min(1.5 * rise, 1))
         planes[:, row : row + 2, column : column + 2] += light * np.array([[0.8, 0.5], [0.5, 0.3]])
-    side = rng.choice([-1, 1]) * rng.uniform(0.08, 0.42)
+    side = rng.choice([-1, 1]) * rng.uniform(0.03, 0.2)
     if look.sun is not None:
         _draw_sun(planes, up, azimuth - side, look)
     if look.clouds is not None:
@@ -66,7 +66,7 @@ def draw_sky(look: Look, rng: np.random.Generator, focal: float) -> Cylinder:
 def _draw_sun(planes: np.ndarray, up: np.ndarray, azimuth: np.ndarray, look: Look) -> None:
     colour, height, radius = look.sun
     gap = np.hypot(azimuth, up - height)
-    glow = 0.55 * np.exp(-((gap / (radius * 4)) ** 1.2)) + 0.15 * np.exp(-gap * 4)
+    glow = 0.5 * np.exp(-((gap / (radius * 3)) ** 1.2)) + 0.12 * np.exp(-gap * 3)
     disc = np.clip(0.5 - (gap - radius) * planes.shape[1] / 1.15, 0, 1)
     light = rgb(colour)[:, None, None]
     if look.name == "synthwave":  # the sun of the genre is cut into bands
@@ -79,7 +79,7 @@ def _draw_sun(planes: np.ndarray, up: np.ndarray, azimuth: np.ndarray, look: Loo
         disc = disc * bands
     elif look.stars:  # a moon, with its seas
         seas = blotches(np.random.default_rng(5), planes.shape[1], planes.shape[2], 40)
-        light = light * (1 - 0.16 * smoothstep(seas, 0.0, 0.4))
+        light = light * (1 - 0.1 * smoothstep(seas, 0.0, 0.4))
         glow = glow * 0.6
     planes += (light - planes) * np.maximum(glow * 0.75, disc)
 
@@ -88,11 +88,11 @@ def _draw_clouds(planes: np.ndarray, up: np.ndarray, azimuth: np.ndarray, look: 
     colour, share = look.clouds
     height, width = planes.shape[1:]
     if look.name == "arctic aurora":
-        line = 0.3 + 0.11 * np.sin(2.2 * azimuth + rng.uniform(0, 6)) + 0.05 * np.sin(5.1 * azimuth + rng.uniform(0, 6))
-        rays = 0.7 + 0.5 * blotches(rng, 4, width, 1)[:1] + 0.3 * np.sin(azimuth * 47 + 3 * np.sin(azimuth * 9))
+        line = 0.3 + 0.07 * np.sin(1.7 * azimuth + rng.uniform(0, 6)) + 0.015 * np.sin(4.1 * azimuth + rng.uniform(0, 6))
+        rays = 0.8 + 0.4 * blotches(rng, 4, width, 1)[:1] + 0.08 * np.sin(azimuth * 41 + 3 * np.sin(azimuth * 9))
         for shift, strength, tint in ((0.0, 1.0, rgb(colour)), (0.12, 0.6, rgb("#8c5cf0"))):
             above = up - line - shift
-            veil = np.where(above > 0, np.exp(-above / 0.16), np.exp(above / 0.02)) * rays * strength * share * 1.6
+            veil = np.where(above > 0, np.exp(-above / 0.16), np.exp(above / 0.05)) * rays * strength * share * 1.6
             planes += tint[:, None, None] * np.clip(veil, 0, 1) * 0.8
         return
     flat = blotches(rng, height, width // 4, 4)  # seen from below, clouds are wider than high
@@ -116,11 +116,12 @@ def draw_hills(look: Look, rng: np.random.Generator, focal: float) -> list[Cylin
         up = np.linspace(top, bottom, height, dtype=np.float32)[:, None]
         azimuth = np.linspace(-AZIMUTH, AZIMUTH, width, dtype=np.float32)[None]
         line = _skyline(kind, azimuth, rng) * high
-        alpha = np.clip(0.5 + (line - up) * scale, 0, 1)
+        alpha = np.clip(0.5 + (line - up) * scale / 2, 0, 1)
         slope = np.gradient(line[0])[None] * scale
         rough = blotches(rng, height, width, max(5, round(height / 9)))
         shade = 1 + 0.05 * np.clip(slope * 2, -1, 1) + 0.03 * rough + 0.3 * (up / high - 0.4)
-        planes = rgb(colour)[:, None, None] * shade
+        pale = (0.12 if kind == "volcano" else 0.38) * (1 if number == 0 else 0.6)  # far things take the colour of the air
+        planes = (rgb(colour) * (1 - pale) + rgb(look.haze) * pale)[:, None, None] * shade
         planes = _dress(kind, planes, up / high, line / high, azimuth, rough, rng)
         mist = smoothstep(-up, -0.3 * high - 0.01, 0.0)
         planes = planes + (rgb(look.haze)[:, None, None] - planes) * mist
@@ -139,7 +140,7 @@ def _skyline(kind: str, azimuth: np.ndarray, rng: np.random.Generator) -> np.nda
     if kind in ("mountains", "snow mountains", "volcano"):
         line = 1.25 - 1.2 * np.abs(wave(8)) - 0.2 * np.abs(wave(20))
         if kind == "volcano":
-            gap = np.abs(azimuth - rng.uniform(-0.25, 0.25))
+            gap = np.abs(azimuth - rng.uniform(-0.15, 0.15))
             cone = np.minimum(1.45 - 2.6 * np.maximum(gap, 0.06) ** 0.75 + 0.25, 1.45) + 0.02 * wave(60)
             line = np.maximum(line * 0.4, cone)
         return np.maximum(line, 0.25)
@@ -187,10 +188,10 @@ def _dress(
     if kind == "mesas":
         return planes * (1 + 0.14 * np.sin(up * 26))
     if kind == "volcano":
-        streams = smoothstep(0.16 - np.abs(np.sin(azimuth * 31 + 1.6 * up + 1.5 * rough)), 0.0, 0.1) * smoothstep(
+        streams = smoothstep(0.16 - np.abs(np.sin(azimuth * 24 + 1.6 * up + 0.8 * rough)), 0.0, 0.16) * smoothstep(
             up, 0.45, 1.35
         )
-        glow = np.maximum(streams, smoothstep(up - line + 0.12, 0.0, 0.2) * smoothstep(line, 1.25, 1.45))
+        glow = np.maximum(streams, 0.8 * smoothstep(up, 1.28, 1.46) * (line > 1.3))
         return planes + (np.array([255, 120, 24], np.float32)[:, None, None] - planes) * glow
     if kind == "skyline":
         across, high = azimuth * 34, up * 9
