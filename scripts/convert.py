@@ -20,7 +20,7 @@ from ldm.checkpoint import Checkpoint, read_checkpoint
 from ldm.checkpoint_export import write_author, write_diffusers
 from ldm.checkpoint_names import AVERAGE_PREFIX, FIRST_STAGE_PREFIX, TEXT_PREFIX, UNET_PREFIX
 from ldm.checkpoint_temporal import BASE_IDENTITY, base_identity, load_with_temporal
-from ldm.checkpoint_writing import check_output, write_full, write_temporal
+from ldm.checkpoint_writing import check_output, full_config, write_full, write_temporal
 from ldm.command_line import Parser
 from ldm.errors import UserError, run_command
 
@@ -111,10 +111,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         notes = write(checkpoint, options)
         written = read_checkpoint(options.out)
         identity = written.metadata[BASE_IDENTITY] if written.kind == "temporal" else base_identity(written)
-    share = num_bytes(options.out) / num_bytes(options.source)
+    share = num_bytes(options.out) / num_bytes(options.base or options.source)
     console.print(
         f"out:  {options.out}: {KINDS[written.kind]}, {in_numbers(written)}, {size(options.out)} "
-        f"({share:.0%} of the input)"
+        f"({share:.0%} of the {'base' if options.base else 'input'})"
     )
     console.print(f"image weights of the UNet: sha256 {identity}")
     for note in notes:
@@ -128,6 +128,10 @@ def write(checkpoint: Checkpoint, options: argparse.Namespace) -> list[str]:
         return export(checkpoint, options.out, options.half)
     if options.format == "full":
         write_full(checkpoint, options.out, options.half)
+        has_encoders = any(name.startswith((FIRST_STAGE_PREFIX, TEXT_PREFIX)) for name in checkpoint.tensors)
+        params = full_config(checkpoint)["model"]["params"]
+        if has_encoders and not {"first_stage_config", "cond_stage_config"} <= set(params):
+            return ["the encoders are of other sizes than Stable Diffusion v1's: the file needs a config to sample"]
         return []
     write_temporal(checkpoint, options.out, options.half)
     if checkpoint.config is None:
