@@ -52,8 +52,8 @@ def draw_sky(look: Look, rng: np.random.Generator, focal: float) -> Cylinder:
     planes = planes + (haze - horizon)[:, None, None] * (1 - smoothstep(up, 0.0, 0.10))[None]
     planes = np.repeat(planes, width, 2).astype(np.float32)
     for _ in range(look.stars):
-        rise, column = rng.uniform() ** 2.2, int(rng.uniform(0, width - 2))  # few low ones, and those faint
-        row, light = int(0.8 * height * rise), rng.uniform(60, 200) * (1 - 0.95 * min(1.5 * rise, 1))
+        row, column = int(rng.uniform(0, 0.75 * height)), int(rng.uniform(0, width - 2))
+        light = rng.uniform(30, 120) * float(smoothstep(up[row, 0], 0.2, 0.5))  # faint in the haze
         planes[:, row : row + 2, column : column + 2] += light * np.array([[0.8, 0.5], [0.5, 0.3]])
     side = rng.choice([-1, 1]) * rng.uniform(0.03, 0.2)
     if look.sun is not None:
@@ -77,10 +77,10 @@ def _draw_sun(planes: np.ndarray, up: np.ndarray, azimuth: np.ndarray, look: Loo
             -up, -height - radius, radius - height
         )
         disc = disc * bands
-    elif look.stars:  # a moon, with its seas
+    elif look.stars and radius < 0.07:  # a moon, with its seas
         seas = blotches(np.random.default_rng(5), planes.shape[1], planes.shape[2], 40)
         light = light * (1 - 0.1 * smoothstep(seas, 0.0, 0.4))
-        glow = glow * 0.6
+        glow = glow * 0.5
     planes += (light - planes) * np.maximum(glow * 0.75, disc)
 
 
@@ -88,8 +88,8 @@ def _draw_clouds(planes: np.ndarray, up: np.ndarray, azimuth: np.ndarray, look: 
     colour, share = look.clouds
     height, width = planes.shape[1:]
     if look.name == "arctic aurora":
-        line = 0.3 + 0.07 * np.sin(1.7 * azimuth + rng.uniform(0, 6)) + 0.015 * np.sin(4.1 * azimuth + rng.uniform(0, 6))
-        rays = 0.8 + 0.4 * blotches(rng, 4, width, 1)[:1] + 0.08 * np.sin(azimuth * 41 + 3 * np.sin(azimuth * 9))
+        line = 0.3 + rng.uniform(-0.06, 0.06) * azimuth + 0.03 * np.sin(1.4 * azimuth + rng.uniform(0, 6))
+        rays = 0.85 + 0.3 * np.sin(azimuth * 2.3 + rng.uniform(0, 6))
         for shift, strength, tint in ((0.0, 1.0, rgb(colour)), (0.12, 0.6, rgb("#8c5cf0"))):
             above = up - line - shift
             veil = np.where(above > 0, np.exp(-above / 0.16), np.exp(above / 0.05)) * rays * strength * share * 1.6
@@ -138,14 +138,14 @@ def _skyline(kind: str, azimuth: np.ndarray, rng: np.random.Generator) -> np.nda
         return blotches(rng, 2, width, 1) if cells == 1 else _line(rng, width, cells)
 
     if kind in ("mountains", "snow mountains", "volcano"):
-        line = 1.25 - 1.2 * np.abs(wave(8)) - 0.2 * np.abs(wave(20))
+        line = 1.2 - 1.2 * np.abs(wave(6)) - 0.1 * np.abs(wave(14))
         if kind == "volcano":
             gap = np.abs(azimuth - rng.uniform(-0.15, 0.15))
-            cone = np.minimum(1.45 - 2.6 * np.maximum(gap, 0.06) ** 0.75 + 0.25, 1.45) + 0.02 * wave(60)
+            cone = np.minimum(1.45 - 2.6 * np.maximum(gap, 0.06) ** 0.75 + 0.25, 1.45) 
             line = np.maximum(line * 0.4, cone)
         return np.maximum(line, 0.25)
     if kind == "mesas":
-        return 0.35 + 0.75 * smoothstep(wave(11), 0.05, 0.16) * (1 + 0.25 * np.round(wave(17) * 2)) + 0.04 * wave(80)
+        return 0.35 + 0.75 * smoothstep(wave(8), 0.0, 0.2) * (1 + 0.2 * np.round(wave(9) * 2))
     if kind == "skyline":
         steps = np.cumsum(rng.uniform(0.02, 0.075, 400)) - AZIMUTH
         tall = rng.uniform(0.3, 1.0, 400) ** 1.4 * 1.3 + 0.25

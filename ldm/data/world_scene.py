@@ -189,7 +189,7 @@ def build_world(look: Look, road: Road, seed: int, until: float, resolution: int
 def _stand(builder: _Builder, look: Look, things: Things, side: int, z: float, rng: np.random.Generator) -> None:
     spread, tall, light, *hue = rng.uniform(0, 1, 6).tolist()
     variant = int(rng.integers(NUM_VARIANTS))
-    away = things.near + (things.far - things.near) * spread**1.4
+    away = things.near + (things.far - things.near) * spread**1.7
     tall = things.height[0] + (things.height[1] - things.height[0]) * tall
     tint = tuple((0.82 + 0.32 * light) * (0.94 + 0.12 * part) for part in hue)
     if look.sea is not None and side < 0 and away > 9:
