@@ -28,8 +28,9 @@ EXTRAS_REQUIRE = {
         "flash-attn>=2.7; platform_system == 'Linux'",
         "xformers>=0.0.35; platform_system == 'Linux'",
     ],
-    # Asks for torchvision; where that is unwanted: pip install --no-deps taming-transformers
-    "vq": ["taming-transformers>=0.0.1"],
+    # VQ autoencoders take taming-transformers' quantiser. The package asks for torchvision, which nothing here needs
+    # and no extra can leave out: pip install --no-deps taming-transformers
+    "vq": [],
     "wandb": ["wandb>=0.19"],
     "ray": ["ray>=2.40"],
     "dev": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.15", "torchao>=0.18"],

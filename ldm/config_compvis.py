@@ -17,7 +17,10 @@ from ldm.config_values import ConfigError, fits, mapping_at
 MODELS = ("ldm.models.diffusion.ddpm.LatentDiffusion", "ldm.models.diffusion.ddpm.LatentInpaintDiffusion")
 TARGETS = {
     "unet_config": {"ldm.modules.diffusionmodules.openaimodel.UNetModel": "ldm.modules.unet.UNetModel"},
-    "first_stage_config": {"ldm.models.autoencoder.AutoencoderKL": "ldm.modules.encoders.KLFirstStage"},
+    "first_stage_config": {
+        "ldm.models.autoencoder.AutoencoderKL": "ldm.modules.encoders.KLFirstStage",
+        "ldm.models.autoencoder.VQModelInterface": "ldm.modules.encoders.VQFirstStage",
+    },
     "cond_stage_config": {
         "ldm.modules.encoders.modules.FrozenCLIPEmbedder": "ldm.modules.encoders.CLIPTextEmbedder",
     },

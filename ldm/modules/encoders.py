@@ -142,9 +142,12 @@ class VQFirstStage(FirstStage):
         self, ddconfig: Mapping[str, Any], embed_dim: int, n_embed: int, ckpt_path: str | None = None
     ) -> None:
         _check_ddconfig(ddconfig, {"double_z": False, "dropout": 0.0})
+        resolution, attended = ddconfig.get("resolution", 256), ddconfig.get("attn_resolutions", ())
+        _check_sizes("ddconfig.attn_resolutions", attended)
+        for path, value in (("ddconfig.resolution", resolution), ("embed_dim", embed_dim), ("n_embed", n_embed)):
+            _check_size(path, value)
         widths = [ddconfig["ch"] * mult for mult in ddconfig["ch_mult"]]
-        heights = [ddconfig.get("resolution", 256) // 2**level for level in range(len(widths))]
-        attends = [height in ddconfig.get("attn_resolutions", ()) for height in heights]
+        attends = [resolution // 2**level in attended for level in range(len(widths))]
         network = VQModel(
             in_channels=ddconfig["in_channels"],
             out_channels=ddconfig["out_ch"],
@@ -314,12 +317,21 @@ def _check_ddconfig(ddconfig: Mapping[str, Any], fixed: Mapping[str, Any]) -> No
         )
     for word, value in fixed.items():
         found = ddconfig.get(word, value)
-        if (list(found) if isinstance(value, list) else found) != value:
-            raise UserError(f"ddconfig.{word}: expected {value}, as in Stable Diffusion, found {found}")
-    for word in sorted(DDCONFIG_WORDS):
-        sizes = ddconfig[word] if word == "ch_mult" else [ddconfig[word]]
-        if not (isinstance(sizes, Sequence) and sizes and all(isinstance(one, int) and one > 0 for one in sizes)):
-            kind = "a list of whole numbers" if word == "ch_mult" else "a whole number"
-            raise UserError(f"ddconfig.{word}: expected {kind} above 0, found {ddconfig[word]!r}")
+        if (list(found) if isinstance(found, Sequence) and not isinstance(found, str) else found) != value:
+            raise UserError(f"ddconfig.{word}: expected {value}, as in the published models, found {found}")
+    for word in sorted(DDCONFIG_WORDS - {"ch_mult"}):
+        _check_size(f"ddconfig.{word}", ddconfig[word])
+    _check_sizes("ddconfig.ch_mult", ddconfig["ch_mult"], at_least=1)
     if ddconfig["ch"] % 32:
         raise UserError(f"ddconfig.ch: expected a multiple of 32 (groups of the norms), found {ddconfig['ch']}")
+
+
+def _check_size(path: str, value: Any) -> None:
+    if not isinstance(value, int) or value < 1:
+        raise UserError(f"{path}: expected a whole number above 0, found {value!r}")
+
+
+def _check_sizes(path: str, values: Any, at_least: int = 0) -> None:
+    is_list = isinstance(values, Sequence) and len(values) >= at_least
+    if not is_list or not all(isinstance(one, int) and one > 0 for one in values):
+        raise UserError(f"{path}: expected a list of whole numbers above 0, found {values!r}")
