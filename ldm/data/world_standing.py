@@ -6,6 +6,7 @@ picture, lay it over.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,8 +15,9 @@ from ldm.data.world_looks import Look
 from ldm.data.world_painting import NEAR, Canvas
 from ldm.data.world_scene import Standing
 from ldm.data.world_sketches import GROUND_LINE, rgb
+from ldm.data.world_things import STEPS
 
-SHARPEST = 1.2  # texels of a picture for a pixel, at most
+SHARPEST = 1.0  # texels of a picture for a pixel, at most
 SMALLEST = (1.0, 2.2)  # pixels high: things come into sight between these
 
 
@@ -68,7 +70,7 @@ def paint_standing(canvas: Canvas, seen: Seen, look: Look) -> None:
     bounds = [np.clip(np.ceil(edge - 0.5), 0, side).astype(int) for edge, side in
               ((top, camera.height), (top + tall, camera.height), (left, camera.width), (left + wide, camera.width))]  # fmt: skip
     texels = standing.levels[0][0].shape[1] - 2
-    level = np.ceil(np.log2(np.maximum(texels / (SHARPEST * tall), 1))).astype(int)
+    level = np.ceil(STEPS * np.log2(np.maximum(texels / (SHARPEST * tall), 1))).astype(int)
     mixing = _mixing(seen, look, depth)
     boxes = np.stack([top, left, tall, wide], 1).tolist()
     is_wall = (standing.wide == 0).tolist()
@@ -145,34 +147,32 @@ def _paint_wall(canvas: Canvas, seen: Seen, at: int, look: Look) -> None:
         shares[int(ahead_end < ahead)] = (NEAR - ahead) / (ahead_end - ahead)
     ends = [(right + share * (right_end - right)) / (ahead + share * (ahead_end - ahead)) for share in shares]
     left, last = sorted(camera.column + camera.focal * end for end in ends)
-    columns = slice(max(0, int(left)), max(0, min(camera.width, int(np.ceil(last)))))
+    columns = slice(max(0, int(left)), max(0, min(camera.width, math.ceil(last))))
     if columns.start >= columns.stop or last - left < 0.05:
         return
-    across = canvas.across[columns].astype(np.float64)
+    across = canvas.across[columns]
     share = (across * ahead - right) / (right_end - right - across * (ahead_end - ahead))
     share = np.minimum(np.maximum(share, shares[0]), shares[1])
     depth = ahead + share * (ahead_end - ahead)
-    start, end, tall = standing.start[at], standing.end[at], float(standing.tall[at])
+    start, end, tall = standing.start[at].tolist(), standing.end[at].tolist(), float(standing.tall[at])
     scale = camera.focal / depth
-    foot = camera.row + (camera.y - start[1] - share * (end[1] - start[1])) * scale
     high = tall * scale
-    top = foot - high * (1 - GROUND_LINE)
-    rows = slice(max(0, int(top.min())), max(0, min(camera.height, int(np.ceil((top + high).max())))))
+    top = camera.row + ((camera.y - start[1] - tall * (1 - GROUND_LINE)) - share * (end[1] - start[1])) * scale
+    rows = slice(max(0, int(top.min())), max(0, min(camera.height, math.ceil((top + high).max()))))
     if rows.start >= rows.stop:
         return
     texture = _wall_level(standing.levels[at], float(high[len(high) // 2]), (last - left) / (shares[1] - shares[0]))
     painted = _wall_picture(texture, (canvas.rows[rows, None] - top) / high, share)
-    edges = np.minimum(canvas.columns[columns] + 0.5 - left, last - canvas.columns[columns] + 0.5)
-    fade = (np.minimum(np.maximum(edges, 0), 1) * seen.fade[at]).astype(np.float32)
-    haze = np.minimum(depth / look.visible, 1) ** look.haze_power * (1 - 0.75 * standing.glow[at])
-    painted *= fade
-    alpha = painted[3]
+    edges = np.minimum(canvas.columns[columns] + (0.5 - left), (last + 0.5) - canvas.columns[columns])
+    fade = np.minimum(np.maximum(edges, 0), 1) * float(seen.fade[at])
+    haze = np.minimum(depth / look.visible, 1) ** look.haze_power * (1 - 0.75 * float(standing.glow[at]))
+    alpha = painted[3] * fade
     region = canvas.picture[:, rows, columns]
     region *= 1 - alpha
-    region += painted[:3] * (standing.tint[at][:, None] * (1 - haze)).astype(np.float32)[:, None]
-    region += rgb(look.haze)[:, None, None] * (alpha * haze.astype(np.float32))
+    region += painted[:3] * (standing.tint[at][:, None] * ((1 - haze) * fade))[:, None]
+    region += rgb(look.haze)[:, None, None] * (alpha * haze)
     if canvas.has_truth:
-        place = start + share[:, None] * (end - start)
+        place = np.array(start) + share[:, None] * np.subtract(end, start)
         y = camera.y + (camera.row - canvas.rows[rows, None]) / scale
         target = canvas.next_camera.project(place[:, 0] + 0 * y, y, place[:, 2] + 0 * y)
         canvas.note((rows, columns), alpha, target, depth + 0 * y, int(seen.surface[at]))
@@ -181,23 +181,29 @@ def _paint_wall(canvas: Canvas, seen: Seen, at: int, look: Look) -> None:
 def _wall_picture(texture: np.ndarray, down: np.ndarray, share: np.ndarray) -> np.ndarray:
     """The picture `4 h w` at shares 0..1 of its height (`h w`) and of its width (`w`)."""
     height, width = texture.shape[1] - 2, texture.shape[2] - 2
-    v = np.minimum(np.maximum(down * height + 0.5, 0), height + 0.999).astype(np.float32)
+    v = np.minimum(np.maximum(down * height + 0.5, 0), height + 0.999).astype(np.float32, copy=False)
     u = np.minimum(np.maximum(share * width + 0.5, 1), width - 0.001)
     v_low, u_low = v.astype(np.int32), u.astype(np.int32)
     v -= v_low
     u_part = (u - u_low).astype(np.float32)
     flat, stride = texture.reshape(4, -1), width + 2
     at = v_low * stride + u_low
-    painted = flat.take(at, 1)
-    painted += (flat.take(at + 1, 1) - painted) * u_part
+    painted, beside = flat.take(at, 1), flat.take(at + 1, 1)
+    beside -= painted
+    beside *= u_part
+    painted += beside
     at += stride
-    lower = flat.take(at, 1)
-    lower += (flat.take(at + 1, 1) - lower) * u_part
-    painted += (lower - painted) * v
+    lower, beside = flat.take(at, 1), flat.take(at + 1, 1)
+    beside -= lower
+    beside *= u_part
+    lower += beside
+    lower -= painted
+    lower *= v
+    painted += lower
     return painted
 
 
 def _wall_level(levels: tuple[np.ndarray, ...], tall: float, wide: float) -> np.ndarray:
-    """The halving that fits a wall of so many pixels, between its height and its foreshortened width."""
+    """The size that fits a wall of so many pixels, between its height and its foreshortened width."""
     texels = max((levels[0].shape[1] - 2) / max(tall, 1), (levels[0].shape[2] - 2) / max(wide, 1))
-    return levels[int(np.clip(np.ceil(np.log2(max(texels, 1))), 0, len(levels) - 1))]
+    return levels[min(math.ceil(STEPS * math.log2(max(texels, 1))), len(levels) - 1)]

@@ -123,7 +123,7 @@ def _gate(s: Sketch, main: np.ndarray, second: np.ndarray) -> None:
     for side in (-0.78, 0.78):
         s.paint(s.box(side - 0.03, 0, side + 0.03, 0.9), main, s.grain(20, 0.2))
     s.paint(s.box(-0.84, 0.7, 0.84, 0.95), main, s.grain(16, 0.3))
-    s.paint(np.abs(s.box(-0.82, 0.715, 0.82, 0.935)) - 0.008, second, 1.1)
+    s.paint(np.abs(s.box(-0.82, 0.72, 0.82, 0.93)) - 0.014, second, 0.9)
     for x in np.arange(-0.7, 0.75, 0.1):
         for _ in range(2):
             ends = s.rng.uniform(-0.035, 0.035, 4)
@@ -419,11 +419,12 @@ WALLS: dict[str, tuple[Painter, float, float]] = {
     "fence": (_fence, 1.1, 4.5),
 }  # height, width
 NUM_VARIANTS = 4
+STEPS = 3  # sizes of a picture to every halving
 
 
 @lru_cache(maxsize=1024)
 def levels_of(kind: str, colours: tuple[str, str], variant: int, resolution: int) -> tuple[np.ndarray, ...]:
-    """The picture of a thing, float32 `4 h w` in 0..255, premultiplied, and its halvings, each in an empty border.
+    """The picture of a thing, float32 `4 h w` in 0..255, premultiplied, and smaller ones, each in an empty border.
 
     Kinds of boxes are asked for as "house front" and "house side".
     """
@@ -431,16 +432,21 @@ def levels_of(kind: str, colours: tuple[str, str], variant: int, resolution: int
     rng = np.random.default_rng([variant, *kind.encode()])
     sketch = Sketch(rng, resolution, aspect)
     painter(sketch, *map(rgb, colours))
-    picture = sketch.picture
+    _, height, width = sketch.picture.shape
+    shares = 2.0 ** -(np.arange(STEPS * int(np.log2(height))) / STEPS)
     levels = []
-    while True:
-        levels.append(np.pad(picture, ((0, 0), (1, 1), (1, 1))))
-        if min(picture.shape[1:]) < 4:
-            return tuple(levels)
-        _, height, width = picture.shape
-        picture = np.pad(picture, ((0, 0), (0, height % 2), (0, width % 2)), mode="edge")
-        picture = (picture[:, ::2] + picture[:, 1::2]) / 2
-        picture = (picture[:, :, ::2] + picture[:, :, 1::2]) / 2
+    for share in shares[np.maximum(shares * min(height, width), 1.5) > 1.5]:
+        rows, columns = _shrinking(height, round(height * share)), _shrinking(width, round(width * share))
+        levels.append(np.pad(rows @ sketch.picture @ columns.T, ((0, 0), (1, 1), (1, 1))))
+    return tuple(levels)
+
+
+def _shrinking(before: int, after: int) -> np.ndarray:
+    """The matrix `after before` that makes a row of pixels shorter: every new one is the mean of what it covers."""
+    edges = np.linspace(0, before, after + 1)
+    starts = np.arange(before)
+    overlap = np.minimum(edges[1:, None], starts + 1) - np.maximum(edges[:-1, None], starts)
+    return (np.maximum(overlap, 0) * (after / before)).astype(np.float32)
 
 
 def _painter_of(kind: str) -> tuple[Painter, float]:
