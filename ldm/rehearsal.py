@@ -44,7 +44,8 @@ class Comparison:
 
     num_equal: tensors of the image file that were not trained and are the same, bit for bit; `changed` are not.
     num_moved: trained tensors that are different; `still` are not. `idle` are not either, and cannot be yet: what lies
-        before the output of temporal attention, which starts at zero and lets no gradient through.
+        before the output of temporal attention, and before the last layers of the embeddings of frame rate and noise,
+        which start at zero and let no gradient through.
     """
 
     num_equal: int
@@ -62,7 +63,8 @@ def image_tensors(config: DictConfig | Mapping[str, Any]) -> dict[str, Tensor]:
     parts = [(unet, "unet_config"), (first_stage, "first_stage_config"), (text_encoder, "cond_stage_config")]
     with torch.device("meta"):
         networks = [build(node, f"model.params.{name}") for node, name in parts]
-    return full_state_dict(*networks, _schedule(params))
+    state = full_state_dict(*networks, _schedule(params))
+    return {name: tensor for name, tensor in state.items() if not is_temporal(name)}
 
 
 def count_sizes(config: DictConfig | Mapping[str, Any]) -> Sizes:
@@ -183,4 +185,5 @@ def _same(first: Tensor, second: Tensor | None) -> bool:
 
 
 def _is_idle(name: str) -> bool:
-    return is_temporal(name) and ".transformer_blocks." in name and ".to_out." not in name
+    before_attention = is_temporal(name) and ".transformer_blocks." in name and ".to_out." not in name
+    return before_attention or any(f".conditioning.temporal.{told}.0." in name for told in ("fps", "known_level"))

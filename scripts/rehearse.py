@@ -233,7 +233,7 @@ def checks(place: Place, training: Measured, weights: Comparison) -> list[tuple[
         (
             weights.num_moved > 0 and not weights.still,
             f"trained: {weights.num_moved} tensors have moved; {len(weights.idle)} more could not yet, because their "
-            "gradient is zero as long as the output of attention over time is; still without such a reason: "
+            "gradient is zero as long as the layer after them is; still without such a reason: "
             f"{', '.join(weights.still) or 'none'}",
         ),
         (

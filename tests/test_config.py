@@ -144,7 +144,10 @@ def test_interpolations_are_resolved(write):
         load_config([write(VIDEO)], ["data.params.seed=${nowhere}"])
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
+WHOLE = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name not in ("stories", "compare"))
+
+
+@pytest.mark.parametrize("path", WHOLE, ids=lambda path: path.stem)
 def test_every_config_of_the_project_is_sound(path):
     check(load_config([path]))
 
@@ -282,9 +285,9 @@ def test_a_constructor_that_takes_anything_gets_what_it_names(write):
 
 
 def test_a_class_is_named_where_it_is_at_home(write):
-    message = r"data.target: ldm.data.clips only borrows 'Tensor'; write torch.Tensor"
+    message = r"data.target: ldm.data.clips only borrows 'Dataset'; write torch.utils.data.dataset.Dataset"
     with pytest.raises(ConfigError, match=message):
-        check(load_config([write(VIDEO)], ["data.target=ldm.data.clips.Tensor"]))
+        check(load_config([write(VIDEO)], ["data.target=ldm.data.clips.Dataset"]))
 
 
 def test_nearest_lists_everything_when_nothing_is_near():

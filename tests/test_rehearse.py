@@ -85,7 +85,7 @@ def test_full_size_has_the_tensors_of_the_public_file(golden_keys):
 
 def test_full_size_is_counted_without_memory():
     sizes = count_sizes(load_config([CONFIG]))
-    assert sizes.num_parameters == 1_100_564_216
+    assert sizes.num_parameters == 1_104_679_736
     assert 4.2e9 < sizes.image_file < 4.3e9
     image_weights = sizes.image_file - 4 * 859_520_964
     expected = image_weights + 4 * sizes.num_parameters + (4 + 2.04) * sizes.num_trained
@@ -117,8 +117,9 @@ def test_random_weights_keep_numbers_of_order_one(image_file):
     unet = load_unet(image_file, load_config([CONFIG], TINY).model.params.unet_config)
     generator = torch.Generator().manual_seed(1)
     noisy, text = torch.randn(1, 5, 4, 8, 8, generator=generator), torch.randn(1, 7, 32, generator=generator)
+    nothing_known = torch.cat([torch.ones(1, 5, 1, 8, 8), torch.zeros(1, 5, 4, 8, 8)], dim=2)
     with torch.no_grad():
-        out = unet(noisy, torch.tensor([500]), text)
+        out = unet(torch.cat([noisy, nothing_known], dim=2), torch.tensor([500]), text)
     assert 0.2 < out.std() < 5
     moments = read_checkpoint(image_file).tensors["first_stage_model.quant_conv.weight"]
     assert moments.std() == pytest.approx(8**-0.5, rel=0.5)

@@ -44,7 +44,8 @@ class ParameterGroups:
         `temporal` are the layers over time, `spatial_attention` the rest of the transformers, `time_embed` the
         embedding of the diffusion step, `convolutions` all else.
 
-    Raises `UserError` for a group that has no parameter and when nothing is trained.
+    Raises `UserError` for a group that has no parameter, unless it is one of `GROUPS` and not to be trained, and when
+    nothing is trained.
     """
 
     def __init__(self, unet: nn.Module, trainable: Mapping[str, bool | float]) -> None:
@@ -65,8 +66,8 @@ class ParameterGroups:
         members: dict[str, list[tuple[str, nn.Parameter]]] = {name: [] for name in (*GROUPS, *own_names)}
         for name, parameter in unet.named_parameters():
             members[group_of(name)].append((name, parameter))
-        for name in trainable:
-            if not members[name]:
+        for name, rate in trainable.items():
+            if not members[name] and not (rate is False and name in GROUPS):
                 near = difflib.get_close_matches(name, GROUPS, n=1) or ["temporal"]
                 raise UserError(
                     f"model.params.trainable.{name}: expected one of {', '.join(GROUPS)} or the beginning of a "
