@@ -40,10 +40,7 @@ class ClipRequest:
 
     def describe(self) -> list[str]:
         """How the clip is made, a line for each stage."""
-        lines = describe_plan(self.plan, self.settings)
-        if self.given is not None and self.given.lead:
-            lines.append(f"{self.given.lead} frames of the video from before the clip lead in, and are not part of it")
-        return lines
+        return describe_plan(self.plan, self.settings)
 
 
 def read_request(options: Mapping[str, Any], generator: ClipGenerator) -> ClipRequest:
@@ -67,7 +64,7 @@ def read_request(options: Mapping[str, Any], generator: ClipGenerator) -> ClipRe
     if files.interpolate is None:
         settings = _with_windows(settings, trained, options)
     generator.check(settings)  # before files are opened
-    frames = read_given(settings, files, generator)
+    frames = read_given(settings, files)
     if files.interpolate is not None:
         settings = replace(settings, frames=len(frames.shown), fps=options.get("fps", frames.fps))
         settings = _with_windows(settings, trained, options)
@@ -81,25 +78,21 @@ def repeat_request(words: Mapping[str, Any], files: GivenFiles, generator: ClipG
     for what, path in asdict(files).items():
         if path is not None:
             generator.check_given(what)
-    given = read_given(settings, files, generator)
-    if given is not None and len(given.shown) != given.lead + settings.frames:
+    given = read_given(settings, files)
+    if given is not None and len(given.shown) != settings.frames:
         raise UserError(
             f"clip.frames: expected {len(given.shown)}, as {files.interpolate} asks, found {settings.frames}"
         )
     return ClipRequest(settings, files, given, generator.plan(settings, given))
 
 
-def read_given(settings: ClipSettings, files: GivenFiles, generator: ClipGenerator) -> GivenFrames | None:
+def read_given(settings: ClipSettings, files: GivenFiles) -> GivenFrames | None:
     """The frames in the files, for a clip of these settings; None where nothing is given. Raises UserError."""
     size = settings.height, settings.width
     if files.init_image is not None:
         return start_from_picture(files.init_image, files.mask, settings.frames, size)
     if files.init_video is not None:
-        plan = generator.plan(settings)
-        spacing = plan.stages[0].spacing if plan.stages else 1
-        return start_from_video(
-            files.init_video, files.mask, settings.frames, settings.fps, size, settings.overlap, spacing
-        )
+        return start_from_video(files.init_video, files.mask, settings.frames, settings.fps, size, settings.overlap)
     if files.interpolate is not None:
         return space_out_video(files.interpolate, files.mask, settings.interpolate, size)
     return None

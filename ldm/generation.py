@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -131,10 +130,10 @@ class ClipGenerator:
     def plan(self, settings: ClipSettings, given: GivenFrames | None = None) -> Plan | None:
         """The stages of a clip, None for one pass or overlapping windows; raises UserError for what cannot be made."""
         self.check(settings)
-        if given is None:
-            return plan_clip(settings, self.training, self.takes_known_frames)
-        longer = replace(settings, frames=len(given.shown))
-        return plan_clip(longer, self.training, self.takes_known_frames, given.wholly_known())
+        if given is not None:
+            self.check_given("given frames")
+        wholly_known = [] if given is None else given.wholly_known()
+        return plan_clip(settings, self.training, self.takes_known_frames, wholly_known)
 
     def read_prompts(self, prompts: Sequence[str]) -> dict[str, str]:
         """Encode prompts for later; returns the prompts that were too long, each with the end that was cut off.
@@ -160,16 +159,16 @@ class ClipGenerator:
         read before. progress: called with diffusion steps of all windows and decoded chunks, counted together. Raises
         UserError when the network gives numbers that are not finite.
         """
-        plan = self.plan(settings, given)
         num_frames = len(seeds) * settings.frames
-        num_chunks = -(-num_frames // max(1, decode_chunk))
+        num_chunks, num_steps = -(-num_frames // max(1, decode_chunk)), 0
 
         def show_steps(done: int, total: int) -> None:
+            nonlocal num_steps
+            num_steps = total
             if progress:
                 progress("denoising", done, total + num_chunks)
 
-        num_steps = settings.steps * (1 if plan is None else len(plan.windows))
-        latents = self._latents(settings, seeds, plan, given, show_steps)
+        latents = self.make_latents(settings, seeds, given, show_steps)
         if not latents.isfinite().all():
             raise UserError(
                 "the network gave numbers that are not finite; expected are finite ones. Try --precision full, a "
@@ -186,22 +185,25 @@ class ClipGenerator:
         return list(rearrange(frames, "(b t) h w c -> b t h w c", b=len(seeds)))
 
     @torch.no_grad()
-    def _latents(
+    def make_latents(
         self,
         settings: ClipSettings,
         seeds: Sequence[int],
-        plan: Plan | None,
-        given: GivenFrames | None,
-        show: Callable[[int, int], None],
+        given: GivenFrames | None = None,
+        progress: Callable[[int, int], None] | None = None,
     ) -> Tensor:
-        """Scaled latents `b t c h w` of one clip per seed; what was given of them is there bit for bit."""
-        known = None if given is None else self._encode(given)
-        schedule, lead = read_schedule(settings.prompt, settings.frames), 0 if given is None else given.lead
+        """Scaled latents `b t c h w` of one clip per seed; what was given of them is there bit for bit.
+
+        progress: called with (done, total) diffusion steps of all windows.
+        """
+        plan = self.plan(settings, given)
+        known = None if given is None else self.encode(given)
+        schedule = read_schedule(settings.prompt, settings.frames)
 
         def context(frames: Sequence[int]) -> Tensor:
             if schedule is None:
                 return self._contexts[settings.prompt].to(self.dtype)
-            return schedule.context(self._contexts, [max(0, frame - lead) for frame in frames])[None].to(self.dtype)
+            return schedule.context(self._contexts, frames)[None].to(self.dtype)
 
         sampler = ClipSampler(
             self.unet,
@@ -213,9 +215,10 @@ class ClipGenerator:
             [torch.Generator().manual_seed(seed) for seed in seeds],
         )
         size = (settings.height // self.downsampling, settings.width // self.downsampling)
-        return sampler.make(plan, (self.num_channels, *size), known, show)[:, lead:]
+        return sampler.make(plan, (self.num_channels, *size), known, progress)
 
-    def _encode(self, given: GivenFrames) -> KnownLatents:
+    @torch.no_grad()
+    def encode(self, given: GivenFrames) -> KnownLatents:
         """Given frames as scaled latents, `1 t c h w`: the most likely ones, so that the same always come of them."""
         pictures = [
             posterior_mean(self.first_stage.encode(from_uint8(picture[None]).to(self.device))) * self.scale_factor

@@ -20,7 +20,7 @@ from ldm.models.diffusion.schedule import NoiseSchedule
 from ldm.models.diffusion.stages import Plan, WindowTask, count_levels, plan_interpolation, plan_stages, sample_plan
 from ldm.models.diffusion.windows import WindowedDenoiser, overlapping_windows
 
-Progress = Callable[[int, int], None]  # called with (done, total)
+Progress = Callable[[int, int], None] | None  # called with (done, total)
 
 
 def plan_clip(

@@ -153,10 +153,6 @@ def test_a_video_is_continued_kept_in_part_or_spaced_out(tmp_path):
     write_numbered(tmp_path / "a.mp4", 6, "10")
     given = start_from_video(tmp_path / "a.mp4", None, 5, 10, (64, 64), 2)
     assert [number_of(frame) for frame in given.pictures] == [4, 5] and given.shown == [0, 1, None, None, None]
-    for spacing, first, lead in ((4, 1, 3), (2, 3, 1), (8, 4, 0)):  # 8 frames back there are none
-        given = start_from_video(tmp_path / "a.mp4", None, 5, 10, (64, 64), 2, spacing)
-        assert [number_of(frame) for frame in given.pictures] == list(range(first, 6)) and given.lead == lead
-        assert given.shown == [*range(lead + 2), None, None, None]
     Image.new("L", (64, 64), 255).save(tmp_path / "m.png")
     given = start_from_video(tmp_path / "a.mp4", tmp_path / "m.png", 8, 10, (64, 64), 2)
     assert [number_of(frame) for frame in given.pictures] == [0, 1, 2, 3, 4, 5]

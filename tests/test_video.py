@@ -14,6 +14,7 @@ from PIL import Image
 from ldm.atomic import replacing, write_atomically
 from ldm.data.example_drive import draw_drive, write_example
 from ldm.errors import UserError
+from ldm.provenance import write_clip
 from ldm.video import contact_sheet, from_uint8, parse_size, read_metadata, read_video, to_uint8, write_gif, write_mp4
 
 
@@ -41,7 +42,7 @@ def test_pixels_outside_the_range_are_clipped_and_halves_rounded():
 
 
 def test_mp4_looks_like_its_input_keeps_rate_and_provenance(tmp_path, drive):
-    about = {"prompt": "dr\u00fcben \u2192 \"road\"", "seed": 3, "nested": {"scale": 7.5}}
+    about = {"prompt": 'dr\u00fcben \u2192 "road"', "seed": 3, "nested": {"scale": 7.5}}
     write_mp4(tmp_path / "a.mp4", drive, fps=12.5, metadata=about)
     frames, fps = read_video(tmp_path / "a.mp4")
     assert frames.shape == drive.shape
@@ -87,6 +88,21 @@ def test_contact_sheet_places_every_frame(drive):
     labelled = contact_sheet([drive[:3], drive[3:5]], ["one", "a label much too long for its row " * 9], gap=2)
     assert labelled.size == (392, 2 * (20 + 66) + 2)
     assert np.asarray(labelled)[2:22].min() < 128
+
+
+def test_of_a_long_clip_the_sheet_shows_64_frames_and_says_so(tmp_path, drive, monkeypatch):
+    labels = []
+    monkeypatch.setattr("ldm.provenance.contact_sheet", lambda rows, words: labels.append(words) or contact_sheet(rows))
+    for num in (64, 181):
+        record = {"clip": {"prompt": "a road", "fps": 10}, "seed": 3}
+        write_clip(tmp_path / "a", drive[np.arange(num) % len(drive)], record)
+        assert len(read_video(tmp_path / "a.mp4")[0]) == num
+    assert labels == [
+        ["a road   (64 frames, seed 3)", "from frame 33"],
+        ["a road   (181 frames, 64 of them shown, evenly spaced, seed 3)", "from frame 92"],
+    ]
+    with Image.open(tmp_path / "a.png") as picture:  # two rows of 32 frames
+        assert picture.size == (32 * 132 + 4, 2 * 68 + 4)
 
 
 def test_wrong_frames_are_refused(tmp_path, drive):

@@ -95,23 +95,19 @@ def describe_fit(picture: Image.Image, size: Size) -> str | None:
     return ", ".join(words) or None
 
 
-def read_last_frames(path: Path | str, fps: float, size: Size, count: int, spacing: int = 1) -> np.ndarray:
-    """The last frames of a video at `fps` a second, `t h w 3`: those that a continuation begins with.
-
-    count: how many there have to be. spacing: so many times as far back they reach, where the video is long enough for
-        a multiple of it.
+def read_last_frames(path: Path | str, fps: float, size: Size, count: int) -> np.ndarray:
+    """The last `count` frames of a video at `fps` a second, `count h w 3`: those that a continuation begins with.
 
     Raises UserError for a shorter video, and FootageError as `read_frames` does.
     """
     info = probe(path)
-    last = deque(read_frames(path, _rate(info, fps), size), maxlen=(count - 1) * spacing + 1)
+    last = deque(read_frames(path, _rate(info, fps), size), maxlen=count)
     if len(last) < count:
         raise UserError(
             f"{path}: expected a video of at least {count} frames at {fps:g} a second, since that many begin the new "
             f"clip (--overlap), found {len(last)}; give a longer video or a smaller --overlap"
         )
-    num = max(count, (len(last) - 1) // spacing * spacing + 1)
-    return np.stack(list(last)[-num:])
+    return np.stack(last)
 
 
 def read_first_frames(path: Path | str, fps: float, size: Size, count: int) -> np.ndarray:
@@ -201,16 +197,14 @@ def _fit_mask(grey: Image.Image, size: Size) -> np.ndarray:
 class GivenFrames:
     """What is known of a clip before any of it is made.
 
-    pictures: uint8 `m h w 3`. shown: for each frame the number of the picture it shows; None: not given.
+    pictures: uint8 `m h w 3`. shown: for each frame of the clip the number of the picture it shows; None: not given.
     made: bool `1 h w` or `t h w`, True where given frames are to be made all the same; None for nowhere.
-    lead: so many frames lie before the clip: the network is told them, they are not part of it.
     notes: what a user should know of how the files were used. fps: the clip's, where it follows from a video.
     """
 
     pictures: np.ndarray
     shown: list[int | None]
     made: np.ndarray | None = None
-    lead: int = 0
     notes: tuple[str, ...] = ()
     fps: float | None = None
 
@@ -249,26 +243,20 @@ def start_from_picture(path: Path | str, mask: Path | str | None, num_frames: in
 
 
 def start_from_video(
-    path: Path | str, mask: Path | str | None, num_frames: int, fps: float, size: Size, overlap: int, spacing: int = 1
+    path: Path | str, mask: Path | str | None, num_frames: int, fps: float, size: Size, overlap: int
 ) -> GivenFrames:
-    """The last `overlap` frames of a video as the first of a clip; with a mask, its first ones where that is black.
-
-    spacing: of the first frames to be made. Earlier frames of the video lead in, so that these too have up to
-        `overlap` known ones before them, as far apart as they are.
-    """
-    if mask is None:
-        if overlap >= num_frames:
-            raise UserError(
-                f"--frames: expected more than {overlap}, since that many of the last frames of {path} begin the clip "
-                f"(--overlap), found {num_frames}"
-            )
-        pictures, made = read_last_frames(path, fps, size, overlap, spacing), None
-        lead = len(pictures) - overlap
-    else:
-        made, lead = read_mask(mask, num_frames, size), 0
+    """The last `overlap` frames of a video as the first of a clip; with a mask, its first ones where that is black."""
+    if mask is not None:
+        made = read_mask(mask, num_frames, size)
         pictures = read_first_frames(path, fps, size, num_frames)
-    unknown = [None] * (lead + num_frames - len(pictures))
-    return GivenFrames(pictures, [*range(len(pictures)), *unknown], made, lead)
+    elif overlap < num_frames:
+        pictures, made = read_last_frames(path, fps, size, overlap), None
+    else:
+        raise UserError(
+            f"--frames: expected more than {overlap}, since that many of the last frames of {path} begin the clip "
+            f"(--overlap), found {num_frames}"
+        )
+    return GivenFrames(pictures, [*range(len(pictures)), *[None] * (num_frames - len(pictures))], made)
 
 
 def space_out_video(path: Path | str, mask: Path | str | None, factor: int, size: Size) -> GivenFrames:
