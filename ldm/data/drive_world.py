@@ -176,7 +176,7 @@ def paint_frame(scene: Scene, number: int, camera: Camera, following: Camera | N
     seconds = number / scene.fps
     everything = scene.standing.joined(scene.cars.standing(scene.road, seconds))
     later = np.concatenate([scene.standing.start, scene.cars.feet(scene.road, seconds + 1 / scene.fps)])
-    seen = find_seen(canvas, everything, later, look.visible, GROUND + 1 + len(scene.hills))
+    seen = find_seen(canvas, scene.road, look, everything, later, GROUND + 1 + len(scene.hills))
     paint_standing(canvas, seen, look)
     cover = np.zeros((camera.height, camera.width), np.float32)
     if scene.falling is not None:

@@ -113,12 +113,18 @@ class Ground:
     alpha: np.ndarray
 
 
+def road_profile(camera: Camera, road: Road, visible: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """How the road rises and falls ahead: metres along z, how many rows below `camera.row` the ground there would be
+    seen straight ahead, and the least of these up to there: a rise hides whatever is lower than that behind it."""
+    ahead = np.geomspace(NEAR, visible, KNOTS)
+    drop = camera.focal * (camera.y - road.height(camera.z + ahead)) / ahead
+    return ahead, drop, np.minimum.accumulate(drop)
+
+
 def see_ground(canvas: Canvas, road: Road, visible: float) -> Ground:
     """Which point of the ground every pixel sees; rises hide what lies behind them."""
     camera = canvas.camera
-    ahead = np.geomspace(NEAR, visible, KNOTS)
-    drop = camera.focal * (camera.y - road.height(camera.z + ahead)) / ahead
-    lowest = np.minimum.accumulate(drop)
+    ahead, drop, lowest = road_profile(camera, road, visible)
     seen = np.append(True, drop[1:] < lowest[:-1])
     drop, ahead = drop[seen], ahead[seen]
     turn = np.cos(camera.yaw) - canvas.across * np.sin(camera.yaw)  # metres along z for a metre of depth
@@ -168,7 +174,7 @@ def paint_ground(canvas: Canvas, road: Road, look: Look, offset: tuple[float, fl
     off = np.abs(ground.side)
     colour += (shoulder * (1 + 0.2 * grain) - colour) * _cover(HALF_ROAD + 0.75 + 0.1 * grain - off, ground.across)
     tracks = 1 - 0.07 * np.exp(-(((np.abs(off - 1.65) - 0.75) / 0.3) ** 2))
-    colour += (asphalt * ((1 + 0.10 * grain + 0.10 * (patch - 0.5)) * tracks) - colour) * _cover(
+    colour += (asphalt * ((1 + 0.10 * grain + 0.05 * (patch - 0.5)) * tracks) - colour) * _cover(
         HALF_ROAD - off, ground.across
     )
     lines = _line(off - (HALF_ROAD - 0.3), ground.across) + _line(off, ground.across) * _dashes(ground.z, ground.along)

@@ -52,11 +52,18 @@ class Sketch:
         self, distance: np.ndarray, colour: np.ndarray | str, shade: np.ndarray | float = 1, cover: float = 1
     ) -> None:
         """Cover what lies inside (`distance` < 0, in heights) with a colour times `shade`."""
-        alpha = np.clip(0.5 - distance / self.pixel, 0, 1) * cover
+        alpha = np.clip(0.5 - distance / self.pixel, 0, 1)
+        rows, columns = np.flatnonzero(alpha.any(1)), np.flatnonzero(alpha.any(0))
+        if not len(rows):
+            return
+        box = (slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1))  # the rest stays as it is
+        alpha = alpha[box] * cover
         colour = rgb(colour) if isinstance(colour, str) else colour
-        self.picture *= 1 - alpha
-        self.picture[:3] += np.clip(colour[:, None, None] * shade, 0, 255) * alpha
-        self.picture[3] += alpha
+        shade = np.broadcast_to(shade, distance.shape)[box]
+        part = self.picture[:, *box]
+        part *= 1 - alpha
+        part[:3] += np.minimum(colour[:, None, None] * shade, 255) * alpha
+        part[3] += alpha
 
     def disc(self, x: float, y: float, radius: float, squash: float = 1) -> np.ndarray:
         return (np.hypot(self.x - x, (self.y - y) / squash) - radius) * min(1, squash)
@@ -185,6 +192,7 @@ def _cypress(s: Sketch, main: np.ndarray, second: np.ndarray) -> None:
 
 def _palm(s: Sketch, main: np.ndarray, second: np.ndarray) -> None:
     s.shadow(0.2)
+    grain = s.grain(26, 0.4)
     lean = s.rng.uniform(-0.12, 0.12)
     rings = 1 + 0.2 * np.sign(np.sin(s.y * 90))
     s.paint(s.bar((0, 0), (lean * 0.4, 0.4), (0.024, 0.019)), second, s.round_shade(0, 0.03) * rings)
@@ -194,7 +202,7 @@ def _palm(s: Sketch, main: np.ndarray, second: np.ndarray) -> None:
         middle = np.array([lean + 0.17 * np.sin(angle), 0.80 + 0.17 * np.cos(angle)])
         light = (0.78, 1.05, 1.25)[number % 3]
         for start, end, widths in (((lean, 0.78), middle, (0.012, 0.03)), (middle, tip, (0.03, 0.004))):
-            s.paint(s.bar(tuple(start), tuple(end), widths), main * light, s.grain(26, 0.4))
+            s.paint(s.bar(tuple(start), tuple(end), widths), main * light, grain)
 
 
 def _fern(s: Sketch, main: np.ndarray, second: np.ndarray) -> None:

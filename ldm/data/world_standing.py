@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ldm.data.world_looks import Look
-from ldm.data.world_painting import NEAR, Canvas
-from ldm.data.world_scene import Standing
+from ldm.data.world_painting import NEAR, Canvas, road_profile
+from ldm.data.world_scene import Camera, Road, Standing
 from ldm.data.world_sketches import GROUND_LINE, rgb
 from ldm.data.world_things import STEPS
 
@@ -26,7 +26,7 @@ class Seen:
     """The upright pictures of a frame that can be seen, far ones first; what `Standing` has, and for each:
 
     next_start: the foot in the next frame. surface: its number. right, ahead: metres of both ends `n 2`.
-    fade: how far it has come into sight, 0..1.
+    fade: how far it has come into sight, 0..1. cut: the row below which a rise of the road hides it.
     """
 
     standing: Standing
@@ -35,26 +35,39 @@ class Seen:
     right: np.ndarray
     ahead: np.ndarray
     fade: np.ndarray
+    cut: np.ndarray
 
 
-def find_seen(canvas: Canvas, standing: Standing, next_start: np.ndarray, visible: float, first_surface: int) -> Seen:
+def find_seen(canvas: Canvas, road: Road, look: Look, standing: Standing, next_start: np.ndarray, first_surface: int) -> Seen:
     """Choose what is in sight of the camera and put it in order."""
     camera = canvas.camera
     right = np.empty((len(standing.start), 2))
     ahead = np.empty_like(right)
     for side, ends in enumerate((standing.start, standing.end)):
         right[:, side], ahead[:, side] = camera.sight(ends[:, 0], ends[:, 2])
-    reach = standing.wide / 2
     limit = camera.width / 2 / camera.focal
     nearest, farthest = ahead.min(1), ahead.max(1)
-    inward = np.abs(right).min(1) * (np.sign(right[:, 0]) == np.sign(right[:, 1])) - reach
+    inward = np.abs(right).min(1) * (np.sign(right[:, 0]) == np.sign(right[:, 1])) - standing.wide / 2
     pixels = standing.tall * camera.focal / np.maximum(nearest, NEAR)
-    fade = np.clip((1 - ahead.mean(1) / visible) * 5, 0, 1)
+    fade = np.clip((1 - ahead.mean(1) / look.visible) * 5, 0, 1)
     fade *= np.clip((pixels - SMALLEST[0]) / (SMALLEST[1] - SMALLEST[0]), 0, 1)
     ahead_enough = np.where(standing.wide > 0, nearest, farthest) > NEAR
     seen = np.nonzero(ahead_enough & (fade > 0) & (inward < limit * np.maximum(farthest, NEAR) + 0.1))[0]
     seen = seen[np.argsort(-ahead[seen].mean(1), kind="stable")]
-    return Seen(standing.chosen(seen), next_start[seen], first_surface + seen, right[seen], ahead[seen], fade[seen])
+    chosen = standing.chosen(seen)
+    cut = _hidden_below(camera, road, look.visible, chosen)
+    return Seen(chosen, next_start[seen], first_surface + seen, right[seen], ahead[seen], fade[seen], cut)
+
+
+def _hidden_below(camera: Camera, road: Road, visible: float, standing: Standing) -> np.ndarray:
+    """The row below which a rise of the road hides each thing; infinite where the foot is in sight."""
+    ahead, _, lowest = road_profile(camera, road, visible)
+    z = np.maximum(np.minimum(standing.start[:, 2], standing.end[:, 2]) - camera.z, NEAR)
+    foot = camera.focal * (camera.y - standing.start[:, 1]) / z
+    rise = np.interp(0.96 * z, ahead, lowest)
+    right, depth = camera.sight(standing.start[:, 0], standing.start[:, 2])
+    turn = np.cos(camera.yaw) - right / np.maximum(depth, NEAR) * np.sin(camera.yaw)
+    return np.where(foot > rise + 0.5, camera.row + turn * rise, np.inf)
 
 
 def paint_standing(canvas: Canvas, seen: Seen, look: Look) -> None:
@@ -69,7 +82,8 @@ def paint_standing(canvas: Canvas, seen: Seen, look: Look) -> None:
     top = camera.row + (camera.y - standing.start[:, 1]) * scale - tall * (1 - GROUND_LINE)
     bounds = [np.clip(np.ceil(edge - 0.5), 0, side).astype(int) for edge, side in
               ((top, camera.height), (top + tall, camera.height), (left, camera.width), (left + wide, camera.width))]  # fmt: skip
-    texels = standing.levels[0][0].shape[1] - 2
+    texels = np.array([levels[0].shape[1] - 2 for levels in standing.levels])
+    bounds[1] = np.minimum(bounds[1], np.minimum(np.ceil(seen.cut - 0.5), camera.height).astype(int))
     level = np.ceil(STEPS * np.log2(np.maximum(texels / (SHARPEST * tall), 1))).astype(int)
     mixing = _mixing(seen, look, depth)
     boxes = np.stack([top, left, tall, wide], 1).tolist()
@@ -158,7 +172,8 @@ def _paint_wall(canvas: Canvas, seen: Seen, at: int, look: Look) -> None:
     scale = camera.focal / depth
     high = tall * scale
     top = camera.row + ((camera.y - start[1] - tall * (1 - GROUND_LINE)) - share * (end[1] - start[1])) * scale
-    rows = slice(max(0, int(top.min())), max(0, min(camera.height, math.ceil((top + high).max()))))
+    foot = min((top + high).max(), seen.cut[at] + 0.5, camera.height)
+    rows = slice(max(0, int(top.min())), max(0, math.ceil(foot)))
     if rows.start >= rows.stop:
         return
     texture = _wall_level(standing.levels[at], float(high[len(high) // 2]), (last - left) / (shares[1] - shares[0]))

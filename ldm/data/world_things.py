@@ -430,7 +430,7 @@ def levels_of(kind: str, colours: tuple[str, str], variant: int, resolution: int
     """
     painter, aspect = _painter_of(kind)
     rng = np.random.default_rng([variant, *kind.encode()])
-    sketch = Sketch(rng, resolution, aspect)
+    sketch = Sketch(rng, resolution // 2 if kind in WALLS else resolution, aspect)  # walls are long and plain
     painter(sketch, *map(rgb, colours))
     _, height, width = sketch.picture.shape
     shares = 2.0 ** -(np.arange(STEPS * int(np.log2(height))) / STEPS)
