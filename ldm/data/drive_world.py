@@ -17,7 +17,7 @@ import numpy as np
 from ldm.data import world_looks
 from ldm.data.world_backdrop import Cylinder, draw_hills, draw_sky
 from ldm.data.world_captions import write_captions
-from ldm.data.world_looks import Look
+from ldm.data.world_look import Look
 from ldm.data.world_painting import GROUND, SKY, Canvas, paint_cylinder, paint_ground
 from ldm.data.world_scene import Camera, Cars, Road, Standing, build_world, camera_at, draw_cars, draw_road
 from ldm.data.world_standing import find_seen, paint_standing

@@ -12,8 +12,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from ldm.data.world_looks import Look
-from ldm.data.world_sketches import blotches, rgb
+from ldm.data.world_look import Look
+from ldm.data.world_sketch import blotches, rgb
 
 AZIMUTH = 1.75  # radians to either side that a cylinder covers
 TEXELS = 8  # of the ground per metre
@@ -120,7 +120,9 @@ def draw_hills(look: Look, rng: np.random.Generator, focal: float) -> list[Cylin
         slope = np.gradient(line[0])[None] * scale
         rough = blotches(rng, height, width, max(5, round(height / 9)))
         shade = 1 + 0.05 * np.clip(slope * 2, -1, 1) + 0.03 * rough + 0.3 * (up / high - 0.4)
-        pale = (0.12 if kind == "volcano" else 0.38) * (1 if number == 0 else 0.6)  # far things take the colour of the air
+        pale = (0.12 if kind == "volcano" else 0.38) * (
+            1 if number == 0 else 0.6
+        )  # far things take the colour of the air
         planes = (rgb(colour) * (1 - pale) + rgb(look.haze) * pale)[:, None, None] * shade
         planes = _dress(kind, planes, up / high, line / high, azimuth, rough, rng)
         mist = smoothstep(-up, -0.3 * high - 0.01, 0.0)
@@ -141,7 +143,7 @@ def _skyline(kind: str, azimuth: np.ndarray, rng: np.random.Generator) -> np.nda
         line = 1.2 - 1.2 * np.abs(wave(6)) - 0.1 * np.abs(wave(14))
         if kind == "volcano":
             gap = np.abs(azimuth - rng.uniform(-0.15, 0.15))
-            cone = np.minimum(1.45 - 2.6 * np.maximum(gap, 0.06) ** 0.75 + 0.25, 1.45) 
+            cone = np.minimum(1.45 - 2.6 * np.maximum(gap, 0.06) ** 0.75 + 0.25, 1.45)
             line = np.maximum(line * 0.4, cone)
         return np.maximum(line, 0.25)
     if kind == "mesas":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ldm.data.world_looks import Look
+from ldm.data.world_look import Look
 from ldm.data.world_scene import Road
 
 DRIVES = (

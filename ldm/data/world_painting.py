@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ldm.data.world_backdrop import AZIMUTH, LEVELS, TEXELS, TILE, Cylinder, ground_levels, smoothstep
-from ldm.data.world_looks import Look
+from ldm.data.world_backdrop import AZIMUTH, LEVELS, TEXELS, TILE, Cylinder, ground_levels
+from ldm.data.world_look import Look
 from ldm.data.world_scene import HALF_ROAD, Camera, Road
-from ldm.data.world_sketches import GROUND_LINE, rgb
+from ldm.data.world_sketch import rgb
 
 FARTHEST = 1e4  # metres: the depth of the sky
 NEAR = 0.6  # metres: nothing closer is drawn

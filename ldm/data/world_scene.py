@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ldm.data.world_looks import Look, Things
+from ldm.data.world_look import Look, Things
 from ldm.data.world_things import BILLBOARDS, BOXES, NUM_VARIANTS, WALLS, levels_of
 
 EYE = 2.0  # metres of the camera above the road
@@ -256,5 +256,8 @@ def draw_cars(look: Look, rng: np.random.Generator, speed: float, seconds: float
     tint = np.full((count, 3), 0.6 if look.night else 1.0, np.float32)
     nowhere = np.zeros((count, 3))
     return Cars(
-        z, speeds, side, Standing(nowhere, nowhere, np.full(count, 1.5), np.full(count, 2.0), tint, np.zeros(count), levels)
+        z,
+        speeds,
+        side,
+        Standing(nowhere, nowhere, np.full(count, 1.5), np.full(count, 2.0), tint, np.zeros(count), levels),
     )

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ldm.data.world_looks import Look
+from ldm.data.world_look import Look
 from ldm.data.world_painting import NEAR, Canvas, road_profile
 from ldm.data.world_scene import Camera, Road, Standing
-from ldm.data.world_sketches import GROUND_LINE, rgb
+from ldm.data.world_sketch import GROUND_LINE, rgb
 from ldm.data.world_things import STEPS
 
 SHARPEST = 1.0  # texels of a picture for a pixel, at most
@@ -38,7 +38,9 @@ class Seen:
     cut: np.ndarray
 
 
-def find_seen(canvas: Canvas, road: Road, look: Look, standing: Standing, next_start: np.ndarray, first_surface: int) -> Seen:
+def find_seen(
+    canvas: Canvas, road: Road, look: Look, standing: Standing, next_start: np.ndarray, first_surface: int
+) -> Seen:
     """Choose what is in sight of the camera and put it in order."""
     camera = canvas.camera
     right = np.empty((len(standing.start), 2))

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ldm.data.world_painting import NEAR, Canvas
 from ldm.data.world_backdrop import smoothstep
-from ldm.data.world_sketches import rgb
+from ldm.data.world_painting import NEAR, Canvas
+from ldm.data.world_sketch import rgb
 
 
 @dataclass(frozen=True)
