@@ -167,13 +167,19 @@ def _check_fit(
     if {name: tensor.shape for name, tensor in expected.items()} != {name: one.shape for name, one in image.items()}:
         found = unet_words(image, where=str(base.path))
         differing = [
-            f"{word} {words.get(word)}, not {found[word]}" for word in SHAPE_WORDS if words.get(word) != found[word]
+            f"{word} {words[word]}, not {found[word]}"
+            for word in SHAPE_WORDS
+            if word in words and _in_order(word, words[word]) != _in_order(word, found[word])
         ]
         raise CheckpointError(
             f"{temporal.path}: expected to be put into a network with {'; '.join(differing) or 'other image layers'}, "
             f"as {base.path} has. Take a base of the shape it was trained on."
         )
     account({name: tensor for name, tensor in outline.items() if is_temporal(name)}, layers, where=str(temporal.path))
+
+
+def _in_order(word: str, value: Any) -> Any:
+    return sorted(value) if word == "attention_resolutions" else value
 
 
 def _merged_config(base: Checkpoint, words: Mapping[str, Any]) -> dict[str, Any]:

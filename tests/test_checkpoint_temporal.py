@@ -195,7 +195,7 @@ def test_an_image_model_has_nothing_to_give(tmp_path):
     [
         ({"model_channels": 64}, r"with model_channels 32, not 64, as .*wide.ckpt has. Take a base of the shape"),
         ({"context_dim": 24}, r"with context_dim 16, not 24"),
-        ({"attention_resolutions": [1, 2]}, r"with attention_resolutions \[2\], not \[2, 1\]"),
+        ({"attention_resolutions": [1, 2]}, r"with attention_resolutions \[2\], not \[2, 1\], as"),
         ({"out_channels": 3, "in_channels": 3}, r"with other image layers, as"),
     ],
 )
