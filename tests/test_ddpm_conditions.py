@@ -8,6 +8,7 @@ import torch
 from ldm.data.clips import Batch
 from ldm.errors import UserError
 from ldm.models.diffusion.ddpm import LatentVideoDiffusion
+from ldm.models.diffusion.filling import filled
 from ldm.models.diffusion.known_mixture import KINDS, Known
 from tests.conftest import relative_error
 from tests.test_ddpm import NOT_BUILT, REFERENCE, UNET, make_batch, make_model
@@ -54,7 +55,7 @@ def test_the_network_sees_noisy_latents_mask_and_known_latents():
     (clean, noise, timesteps), known, _, (x, _, _, told) = recorded(model, batch)
     assert x.shape == (12, 5, 9, 8, 8)
     assert torch.equal(x[:, :, 4:5], known.mask)
-    assert torch.equal(x[:, :, 5:], known.latents * (1 - known.mask))
+    assert torch.equal(x[:, :, 5:], filled(known.latents, known.mask))
     shown = known.mask * clean + (1 - known.mask) * known.latents
     assert torch.allclose(x[:, :, :4], model.schedule.add_noise(shown, noise, timesteps), atol=1e-6)
     assert torch.equal(told["fps"], batch.fps) and torch.equal(told["known_level"], known.level)

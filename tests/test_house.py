@@ -22,7 +22,12 @@ ALLOWED = {
     "ldm/modules/": {"torch", "einops", "ldm.errors", "ldm.modules"},
     "ldm/models/diffusion/schedule.py": {"torch", "ldm.errors"},
     "ldm/models/diffusion/noise.py": {"torch", "ldm.errors"},
+    "ldm/models/diffusion/filling.py": {"torch"},
     "ldm/models/diffusion/known_mixture.py": {"torch", "ldm.errors"},
+    "ldm/evaluation/flow.py": {"numpy", "cv2", "ldm.errors"},
+    "ldm/evaluation/motion.py": {"numpy", "cv2", "ldm.evaluation"},
+    "ldm/evaluation/references.py": {"numpy", "cv2", "ldm.evaluation"},
+    "ldm/evaluation/statistics.py": {"numpy"},
     "ldm/errors.py": set(),
     "ldm/atomic.py": set(),
 }
@@ -49,6 +54,7 @@ NEVER = {
     "ldm/models/diffusion/stages.py": {"ldm.modules", "ldm.models.diffusion.ddpm", "ldm.models.diffusion.sampling"},
     "ldm/models/diffusion/windows.py": {"ldm.modules", "ldm.models.diffusion.sampling"},
     "ldm/checkpoint": {"ldm.data", "ldm.callbacks", "ldm.training_run", "ldm.models.diffusion.ddpm"},
+    "ldm/evaluation/": {"torch", "ldm.models", "ldm.modules", "ldm.checkpoint", "ldm.callbacks", "ldm.training_run"},
     "ldm/config": {"ldm.data", "ldm.models", "ldm.modules", "ldm.checkpoint", "ldm.callbacks"},
     "ldm/video.py": {"ldm.data", "ldm.models", "ldm.modules", "ldm.checkpoint"},
 }

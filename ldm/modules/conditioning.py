@@ -2,9 +2,9 @@
 
 Each starts as nothing: the convolution over the known frames and the last layer of each embedding are zero, so that
 the network they are added to gives what it gave. Known frames are told as in the public inpainting checkpoint of Stable
-Diffusion, by more input channels: a mask, 1 where latents are to be made, and the known latents, 0 where they are not
-known. The noise on known frames and its level are the conditioning augmentation of Ho et al. 2021, "Cascaded Diffusion
-Models" (section 4). Shapes as in `temporal.py`.
+Diffusion, by more input channels: a mask, 1 where latents are to be made, and the known latents. What these are where
+nothing is known is for the caller to say. The noise on known frames and its level are the conditioning augmentation of
+Ho et al. 2021, "Cascaded Diffusion Models" (section 4). Shapes as in `temporal.py`.
 """
 
 from __future__ import annotations

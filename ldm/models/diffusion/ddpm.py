@@ -21,6 +21,7 @@ from ldm.checkpoint_names import FIRST_STAGE_PREFIX, TEXT_PREFIX, UNET_PREFIX
 from ldm.config import build
 from ldm.data.clips import Batch, check_prepared
 from ldm.errors import UserError
+from ldm.models.diffusion.filling import filled
 from ldm.models.diffusion.known_mixture import Known, KnownFrameMixture
 from ldm.models.diffusion.noise import NoiseFamily
 from ldm.models.diffusion.optimizers import build_optimizer, check_options, warm_up
@@ -148,7 +149,7 @@ class LatentVideoDiffusion(pl.LightningModule):
             return self.unet(noisy, timesteps, context, fps=fps)
         if known is None:
             known = Known.nothing(noisy)
-        inputs = torch.cat([noisy, known.mask, known.latents * (1 - known.mask)], dim=-3)
+        inputs = torch.cat([noisy, known.mask, filled(known.latents, known.mask)], dim=-3)
         return self.unet(inputs, timesteps, context, fps=fps, known_level=known.level)
 
     def loss(

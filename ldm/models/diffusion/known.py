@@ -1,9 +1,10 @@
 """Known frames when sampling: what is told to the network, and what comes back untouched.
 
-The network is shown known latents twice: as further channels, beside a mask that is 1 where latents are to be made, and
-in the noisy channels, where they are noised to the diffusion step at hand with the clip's own noise. Training does the
-same, in `ddpm`. What the network answers at known places is not used. Known latents may carry some noise, whose level
-the network is told: the conditioning augmentation of Ho et al. 2021, "Cascaded Diffusion Models" (section 4).
+The network is shown known latents twice: as further channels, with a guess between them (`filling`) and a mask that is
+1 where latents are to be made, and in the noisy channels, where they are noised to the diffusion step at hand with the
+clip's own noise. Training does the same, in `ddpm`. What the network answers at known places is not used. Known latents
+may carry some noise, whose level the network is told: the conditioning augmentation of Ho et al. 2021, "Cascaded
+Diffusion Models" (section 4).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from einops import rearrange, reduce
 from torch import Tensor
 
 from ldm.errors import UserError
+from ldm.models.diffusion.filling import filled
 from ldm.models.diffusion.schedule import NoiseSchedule
 
 Generators = torch.Generator | Sequence[torch.Generator]
@@ -93,7 +95,7 @@ class KnownDenoiser:
             told = self._noised(told, generator)
         self.told = torch.where(self.is_known, told, 0)
         mask = (~self.is_known).to(self.noise).expand(len(noise), -1, -1, -1, -1)
-        self.conditions = torch.cat([mask, self.told], dim=2)
+        self.conditions = torch.cat([mask, filled(self.told, mask)], dim=2)
 
     def __call__(self, latents: Tensor, timesteps: Tensor) -> Tensor:
         """One evaluation, with known latents noised to these timesteps, which may be fractional."""
