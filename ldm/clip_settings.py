@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ldm.config_values import check_values, mapping_at
+from ldm.config_values import ConfigError, check_values, mapping_at
 from ldm.video import parse_size
 
 SD_V1_SIZE, DEFAULT_FRAMES, DEFAULT_FPS = 512, 5, 10.0
@@ -82,6 +82,8 @@ class Training:
         check_values({"fps": prepare.get("fps")}, {"fps": float | None}, "prepare")
         strides = [found["strides"]] if isinstance(found["strides"], int) else found["strides"]
         fps, size = prepare.get("fps"), prepare.get("size")
+        if fps is not None and not 0 < fps < float("inf"):
+            raise ConfigError(f"prepare.fps: expected frames a second above 0, found {fps!r}")
         known = mapping_at("model.params.known_frames", model.get("known_frames"))
         check_values({"max_noise": known.get("max_noise", 0)}, {"max_noise": int}, "model.params.known_frames")
         return cls(

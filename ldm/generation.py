@@ -106,7 +106,9 @@ class ClipGenerator:
         if not 1 <= settings.frames <= MAX_FRAMES:
             raise UserError(f"frames: expected 1 to {MAX_FRAMES}, found {settings.frames}")
         if not 0 < settings.fps <= 240:
-            raise UserError(f"fps: expected more than 0 and at most 240 frames a second, found {settings.fps:g}")
+            raise UserError(
+                f"fps: expected more than 0 and at most 240 frames a second, found {settings.fps:g}; set --fps"
+            )
         if settings.window is not None and settings.window < 1:
             raise UserError(f"window: expected at least 1 frame, found {settings.window}")
         if settings.overlap < 0:
