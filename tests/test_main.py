@@ -351,6 +351,6 @@ def test_the_video_model_from_start_to_resume(tmp_path):
     assert len(list((straight / "images" / "samples").glob("*.gif"))) == 3, "at steps 0, 2 and 4"
     checkpoint = straight / "checkpoints" / "last.ckpt"
     assert read_checkpoint(checkpoint).config["data"]["params"]["frames"] == 3
-    assert load_unet(checkpoint)(torch.zeros(1, 3, 4, 4, 4), torch.tensor([5]), context).shape == (1, 3, 4, 4, 4)
+    assert load_unet(checkpoint)(torch.zeros(1, 3, 9, 4, 4), torch.tensor([5]), context).shape == (1, 3, 4, 4, 4)
     with pytest.raises(DatasetError, match="prepared with another scale factor"):
         command.main([*arguments, "--max_steps", "1", "model.params.scale_factor=0.7"])
