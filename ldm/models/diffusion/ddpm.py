@@ -16,7 +16,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from ldm.checkpoint import encoder_tensors, identity, latent_scale, load_weights, read_checkpoint, unet_tensors
+from ldm.checkpoint import encoder_tensors, fill_unet, identity, latent_scale, read_checkpoint
 from ldm.checkpoint_names import FIRST_STAGE_PREFIX, TEXT_PREFIX, UNET_PREFIX
 from ldm.config import build
 from ldm.data.clips import Batch, check_prepared
@@ -106,8 +106,7 @@ class LatentVideoDiffusion(pl.LightningModule):
         self.groups = ParameterGroups(self.unet, {"temporal": True} if trainable is None else trainable)
         self.groups.freeze_the_rest()
         if ckpt_path is not None:
-            tensors = unet_tensors(read_checkpoint(ckpt_path))
-            load_weights(self.unet, tensors, where=f"UNet from {ckpt_path}")
+            fill_unet(self.unet, read_checkpoint(ckpt_path))
         self._encoder_tensors: dict[str, Tensor] = {}
         self._prepared_as: dict[str, Any] = {}  # goes into the config of checkpoints: what the sampler takes as default
 
