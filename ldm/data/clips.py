@@ -211,9 +211,11 @@ class ClipDataModule(StreamDataModule):
         self.val_clips = HeldOutClips(prepared, held_out, frames, strides)
         self.prepared = prepared
         short = sum(scene.num_frames < min(reaches) for scene in prepared.scenes)
+        kind = "clips" if self.image_share < 1 else "samples of single frames"
         self.summary = (
-            f"{self.root}: {len(training)} scenes to train on ({len(self.train_clips)} clips side by side), "
-            f"{len(held_out)} held out ({self.val_clips.summary(strides)}), {short} too short for {min(reaches)} frames"
+            f"{self.root}: {len(training)} scenes to train on ({len(self.train_clips)} {kind} side by side), "
+            f"{len(held_out)} held out ({self.val_clips.summary(strides)}), {short} too short for {min(reaches)} "
+            f"frame{'s' if min(reaches) > 1 else ''}"
         )
         if self._stills is not None:
             self.summary += (
