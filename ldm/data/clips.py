@@ -132,7 +132,9 @@ class ClipDataModule(StreamDataModule):
         seed: of the order and of every draw.
         verify: check the checksum of every tensor at the start; each clip is checked as it is read anyhow.
         image_share: share of the training samples that are not a clip but `frames` single frames of different scenes,
-            which cost about as much; 1 trains on single frames alone, and what is held out are single frames too.
+            which cost a little less; 1 trains on single frames alone, and what is held out are single frames too. On
+            several cards a batch without clips leaves layers over time without a gradient, which Lightning wants to be
+            told: --strategy ddp_find_unused_parameters_true.
         image_root: another prepared folder that single frames are taken from; null: the training scenes of `root`.
 
     Raises `DatasetError` when a folder is not a prepared set or no scene is long enough.
