@@ -29,7 +29,10 @@ SIZES = (16, 1024)  # pixels of either side
 SPEEDS = (0.0, 30.0)  # metres a second
 RATES = (0.5, 240.0)  # frames a second
 MOST_FRAMES = 10_000
+WHOLE = int | np.integer
 USUAL_SPEEDS = (5.0, 10.0)
+ROAD, CARS, SKIES, CAPTIONS, WEATHER = range(5)  # every part of a clip has a seed of its own
+COVERED = 0.04  # of a pixel: weather that covers less of it does not count
 
 
 @dataclass(frozen=True)
@@ -82,20 +85,17 @@ def draw_clip(
     speed: float | None = None,
     truth: bool = False,
 ) -> WorldClip:
-    """Draw a clip of a look at `fps` frames a second; `size` = (h, w) or one number, `speed` in m/s or None for a usual one.
+    """Draw a clip of a look at `fps` frames a second; a longer clip begins like a shorter one of the same settings.
 
-    Raises UserError for an unknown look and for a size, speed, frame rate or number of frames out of range.
+    `size` is (h, w) or one number, `speed` metres a second or None for a usual one (5 to 10), `truth` asks for flow,
+    depth and occlusion too. Raises UserError for an unknown look and for a size, speed, frame rate or number of frames
+    out of range.
     """
     sides = _check(look, seed, num_frames, size, fps, speed)
     scene, speeds = plan_scene(look, seed, num_frames, sides, fps, speed)
-    captions = write_captions(
-        scene.look,
-        scene.road,
-        scene.cameras[0].z,
-        scene.cameras[-1].z,
-        float(speeds.mean()),
-        np.random.default_rng([seed, 3]),
-    )
+    ends = (scene.cameras[0].z, scene.cameras[-1].z)
+    rng = np.random.default_rng([seed, CAPTIONS])
+    captions = write_captions(scene.look, scene.road, ends, float(speeds.mean()), rng)
     frames = np.empty((num_frames, *sides, 3), np.uint8)
     truths = []
     for number, camera in enumerate(scene.cameras):
@@ -103,7 +103,7 @@ def draw_clip(
         canvas, cover = paint_frame(scene, number, camera, following)
         frames[number] = np.clip(canvas.picture + 0.5, 0, 255).astype(np.uint8).transpose(1, 2, 0)
         if truth:
-            truths.append(_Truth(canvas.target, canvas.depth, canvas.surface, canvas.shared, cover > 0.04))
+            truths.append(_Truth(canvas.target, canvas.depth, canvas.surface, canvas.shared, cover > COVERED))
     yaw = np.array([camera.yaw for camera in scene.cameras])
     clip = WorldClip(look, captions[0], tuple(captions), fps, frames, speeds, yaw)
     return _with_truth(clip, truths) if truth else clip
@@ -116,16 +116,13 @@ def _check(
     if look not in world_looks.LOOKS:
         near = difflib.get_close_matches(str(look), LOOKS, 1, 0.0)[0]
         raise UserError(f"look: expected one of {', '.join(LOOKS)}, found {look!r}; did you mean {near!r}?")
-    sides = (size, size) if isinstance(size, int) else tuple(size)
-    if len(sides) != 2 or not all(
-        isinstance(side, int | np.integer) and SIZES[0] <= side <= SIZES[1] for side in sides
-    ):
-        raise UserError(
-            f"size: expected sides of {SIZES[0]} to {SIZES[1]} pixels, found {size}; choose one number or (height, width)"
-        )
-    if not isinstance(seed, int | np.integer) or seed < 0:
+    sides = (size, size) if isinstance(size, WHOLE) else tuple(size) if isinstance(size, Sequence) else ()
+    if len(sides) != 2 or not all(isinstance(side, WHOLE) and SIZES[0] <= side <= SIZES[1] for side in sides):
+        expected = f"expected one number of pixels or (height, width), each {SIZES[0]} to {SIZES[1]}"
+        raise UserError(f"size: {expected}, found {size!r}")
+    if not isinstance(seed, WHOLE) or seed < 0:
         raise UserError(f"seed: expected a whole number from 0, found {seed!r}")
-    if not isinstance(num_frames, int | np.integer) or not 1 <= num_frames <= MOST_FRAMES:
+    if not isinstance(num_frames, WHOLE) or not 1 <= num_frames <= MOST_FRAMES:
         raise UserError(f"num_frames: expected 1 to {MOST_FRAMES:,}, found {num_frames!r}")
     if not RATES[0] <= fps <= RATES[1]:
         raise UserError(f"fps: expected {RATES[0]:g} to {RATES[1]:g} frames a second, found {fps:g}")
@@ -139,7 +136,8 @@ def plan_scene(
 ) -> tuple[Scene, np.ndarray]:
     """What a clip will show, and the camera's speed by frame in m/s."""
     its = world_looks.LOOKS[look]
-    rng = np.random.default_rng(seed)
+    parts = (ROAD, CARS, SKIES, WEATHER)
+    rng, car_rng, sky_rng, weather_rng = (np.random.default_rng([seed, part]) for part in parts)
     road = draw_road(rng)
     usual = rng.uniform(*USUAL_SPEEDS)
     speed = usual if speed is None else float(speed)
@@ -155,20 +153,20 @@ def plan_scene(
         road=road,
         cameras=cameras,
         standing=build_world(its, road, seed, places[-1] + its.visible, resolution),
-        cars=draw_cars(its, rng, speed, num_frames / fps, resolution),
-        sky=draw_sky(its, rng, cameras[0].focal),
-        hills=draw_hills(its, rng, cameras[0].focal),
-        falling=draw_weather(its.weather, rng) if its.weather else None,
+        cars=draw_cars(its, car_rng, speed, num_frames / fps, resolution),
+        sky=draw_sky(its, sky_rng, cameras[0].focal),
+        hills=draw_hills(its, sky_rng, cameras[0].focal),
+        falling=draw_weather(its.weather, weather_rng) if its.weather else None,
         offset=(rng.uniform(0, 64), rng.uniform(0, 32)),
         fps=fps,
     ), speeds
 
 
 def paint_frame(scene: Scene, number: int, camera: Camera, following: Camera | None) -> tuple[Canvas, np.ndarray]:
-    """Paint frame `number`, with ground truth towards the camera `following`; and how much falling weather covers, `h w`."""
+    """Paint frame `number`, noting where all is for the camera `following`; also how much weather covers, `h w`."""
     canvas = Canvas(camera, following)
     look = scene.look
-    last_row = min(camera.height, int(camera.row + 0.12 * camera.focal) + 2)
+    last_row = min(camera.height, int(camera.row + 0.16 * camera.focal) + 2)
     paint_cylinder(canvas, scene.sky, last_row, SKY)
     for layer, hills in enumerate(scene.hills):
         paint_cylinder(canvas, hills, last_row, GROUND + 1 + layer)
@@ -186,8 +184,8 @@ def paint_frame(scene: Scene, number: int, camera: Camera, following: Camera | N
 
 @dataclass(frozen=True)
 class _Truth:
-    """What a frame noted of every pixel: column, row and depth in the next frame `3 h w`; depth, surface, `h w`; whether
-    surfaces share it, whether weather covers it."""
+    """What a frame noted of every pixel: column, row and depth in the next frame, `3 h w`; depth, surface, whether
+    surfaces share it and whether weather covers it, `h w`."""
 
     target: np.ndarray
     depth: np.ndarray

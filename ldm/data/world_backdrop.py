@@ -69,7 +69,7 @@ def _draw_sun(planes: np.ndarray, up: np.ndarray, azimuth: np.ndarray, look: Loo
     glow = 0.5 * np.exp(-((gap / (radius * 3)) ** 1.2)) + 0.12 * np.exp(-gap * 3)
     disc = np.clip(0.5 - (gap - radius) * planes.shape[1] / 1.15, 0, 1)
     light = rgb(colour)[:, None, None]
-    if look.name == "synthwave":  # the sun of the genre is cut into bands
+    if look.banded_sun:
         bands = np.clip(
             0.5 - np.sin((up - height) / radius * 16) * 2 + 2 * smoothstep(up, height, height + radius), 0, 1
         )
@@ -87,7 +87,7 @@ def _draw_sun(planes: np.ndarray, up: np.ndarray, azimuth: np.ndarray, look: Loo
 def _draw_clouds(planes: np.ndarray, up: np.ndarray, azimuth: np.ndarray, look: Look, rng: np.random.Generator) -> None:
     colour, share = look.clouds
     height, width = planes.shape[1:]
-    if look.name == "arctic aurora":
+    if look.aurora:
         line = 0.3 + rng.uniform(-0.06, 0.06) * azimuth + 0.03 * np.sin(1.4 * azimuth + rng.uniform(0, 6))
         rays = 0.85 + 0.3 * np.sin(azimuth * 2.3 + rng.uniform(0, 6))
         for shift, strength, tint in ((0.0, 1.0, rgb(colour)), (0.12, 0.6, rgb("#8c5cf0"))):
@@ -137,7 +137,7 @@ def _skyline(kind: str, azimuth: np.ndarray, rng: np.random.Generator) -> np.nda
     width = azimuth.shape[1]
 
     def wave(cells: int) -> np.ndarray:
-        return blotches(rng, 2, width, 1) if cells == 1 else _line(rng, width, cells)
+        return _line(rng, width, cells)
 
     if kind in ("mountains", "snow mountains", "volcano"):
         line = 1.2 - 1.2 * np.abs(wave(6)) - 0.1 * np.abs(wave(14))
@@ -222,9 +222,9 @@ def ground_levels(pattern: str) -> tuple[np.ndarray, np.ndarray]:
     return np.ascontiguousarray(np.concatenate(pieces, 1)), starts
 
 
-def tiled_noise(rng: np.random.Generator, wavelength: float, stretch: float = 1) -> np.ndarray:
-    """Noise that repeats without a seam, mean 0, deviation 1; features of `wavelength` texels, longer along the road by `stretch`."""
-    along, across = np.fft.fftfreq(TILE[0])[:, None] * stretch, np.fft.rfftfreq(TILE[1])[None]
+def tiled_noise(rng: np.random.Generator, wavelength: float) -> np.ndarray:
+    """Noise that repeats without a seam, mean 0, deviation 1; features about `wavelength` texels wide."""
+    along, across = np.fft.fftfreq(TILE[0])[:, None], np.fft.rfftfreq(TILE[1])[None]
     strength = np.exp(-((np.hypot(along, across) * wavelength) ** 2))
     noise = np.fft.irfft2(np.fft.rfft2(rng.standard_normal(TILE)) * strength, TILE)
     noise -= noise.mean()
@@ -253,7 +253,7 @@ def _draw_ground(pattern: str, rng: np.random.Generator) -> np.ndarray:
     elif pattern in ("grid", "paving"):
         line = np.minimum(np.abs(along % 2 - 1), np.abs(across % 2 - 1))  # metres to the nearest joint
         tiles = rng.uniform(0, 1, (TILE[0] // (2 * TEXELS), TILE[1] // (2 * TEXELS))).astype(np.float32)
-        patch = np.kron(np.roll(tiles, 0), np.ones((2 * TEXELS, 2 * TEXELS), np.float32))
+        patch = np.kron(tiles, np.ones((2 * TEXELS, 2 * TEXELS), np.float32))
         patch = np.roll(patch, (TEXELS, TEXELS), (0, 1))
         speck = smoothstep(0.2 - line, 0.0, 0.16)
         if pattern == "paving":

@@ -31,7 +31,7 @@ SPEEDS = (
 
 
 def road_shape(road: Road, start: float, end: float) -> str:
-    """straight, left, right or winding: what the road does from where the camera is first to a little beyond the end."""
+    """straight, left, right or winding: what the road does from where the camera is first to 70 m beyond its last."""
     headings = np.array([road.heading(z) for z in np.linspace(start, end + 70, 60)])
     turned, both = headings[-1] - headings[0], headings.max() - headings.min()
     if both < 0.10:
@@ -47,11 +47,12 @@ def is_hilly(road: Road, start: float, end: float) -> bool:
 
 
 def write_captions(
-    look: Look, road: Road, start: float, end: float, speed: float, rng: np.random.Generator
+    look: Look, road: Road, ends: tuple[float, float], speed: float, rng: np.random.Generator
 ) -> list[str]:
-    """Four different captions: the first three with all the detail, the last with the look alone."""
-    shape = road_shape(road, start, end)
-    hilly = is_hilly(road, start, end)
+    """Four different captions: three with look, road and speed, the first of them with the look's own name, and last
+    the look alone. `ends`: where the camera is first and last, metres along z; `speed` in m/s."""
+    shape = road_shape(road, *ends)
+    hilly = is_hilly(road, *ends)
     pace = next(words for limit, words in SPEEDS if speed < limit)
 
     def pick(words: tuple[str, ...]) -> str:

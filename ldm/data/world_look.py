@@ -34,6 +34,7 @@ class Look:
     road: asphalt, marks, shoulder. hills: (kind, colour, height as an angle), far ones first. sun: (colour, height as
     an angle, radius as an angle). clouds: (colour, share of the sky). stars: how many. rail: what runs beside the road.
     sea: its colour, to the left of the road. weather: what falls or floats. night: cars have their lights on.
+    banded_sun: the sun is cut into bands. aurora: the clouds are one.
     """
 
     name: str
@@ -54,6 +55,8 @@ class Look:
     sea: str | None = None
     weather: str | None = None
     night: bool = False
+    banded_sun: bool = False
+    aurora: bool = False
 
 
 ASPHALT = ("#6a6a70", "#eeeadc", "#9b8f7a")  # with its marks and shoulder

@@ -122,6 +122,7 @@ DREAMT = (
         ),
         hills=(("snow mountains", "#34506c", 0.108), ("hills", "#54748c", 0.036)), clouds=("#3cf0a4", 0.45), stars=60,
         visible=110, night=True,
+        aurora=True,
     ),
     Look(
         "synthwave", ("synthwave", "retro synthwave sunset", "neon grid synthwave"),
@@ -134,6 +135,7 @@ DREAMT = (
         ),
         hills=(("mountains", "#4c1f7c", 0.094), ("mountains", "#2c1458", 0.05)), sun=("#ffd048", 0.13, 0.14),
         stars=90, haze_power=1.7, rail=("rail", "#f45cd0"), night=True,
+        banded_sun=True,
     ),
     Look(
         "candy land", ("candy land", "land of sweets", "sugar candy world"),

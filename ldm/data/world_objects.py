@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 
 from ldm.data.world_sketch import Painter, Sketch, blotches
@@ -13,7 +15,7 @@ def _rock(s: Sketch, main: np.ndarray, second: np.ndarray) -> None:
     corners *= s.rng.uniform(0.78, 1, (8, 1))
     corners[[0, -1], 1] = 0
     outline = np.full_like(s.x, -1)
-    for first, last in zip(corners[:-1], corners[1:], strict=True):
+    for first, last in pairwise(corners):
         normal = np.array([last[1] - first[1], first[0] - last[0]])
         normal /= np.linalg.norm(normal) + 1e-6
         outline = np.maximum(outline, (s.x - first[0]) * normal[0] + (s.y - first[1]) * normal[1])

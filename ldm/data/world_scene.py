@@ -67,11 +67,9 @@ def draw_road(rng: np.random.Generator) -> Road:
     else:  # the curvature of amplitude * sin is largest where the phase is a quarter turn
         middle = -np.pi / 2 if kind == "right" else np.pi / 2
         large = (rng.uniform(16, 26), frequency, middle - frequency * rng.uniform(25, 60))
-    heights = (
-        rng.uniform(1.6, 3.4) if hilly else rng.uniform(0.1, 0.4),
-        2 * np.pi / rng.uniform(120, 240),
-        rng.uniform(0, 6.28),
-    )
+    frequency = 2 * np.pi / rng.uniform(120, 240)
+    steepest = rng.uniform(0.05, 0.11) if hilly else rng.uniform(0.0, 0.012)
+    heights = (steepest / frequency, frequency, rng.uniform(0, 6.28))
     return Road(np.array([large, small]), np.array([heights]))
 
 
@@ -239,19 +237,21 @@ class Cars:
 
 def draw_cars(look: Look, rng: np.random.Generator, speed: float, seconds: float, resolution: int) -> Cars:
     """A car ahead in our lane at nearly our speed, perhaps, and some that come towards us."""
-    paint = ["#c8342c", "#e8e4dc", "#2c58a8", "#d8a82c", "#3c3c44", "#4c8c5c"]
+    paint = ("#c8342c", "#e8e4dc", "#2c58a8", "#d8a82c", "#3c3c44", "#4c8c5c")
     rows, levels = [], []
+
+    def add(z: float, its_speed: float, side: int) -> None:
+        kind, light = ("car rear", "#ff3028") if side > 0 else ("car front", "#fff4d0" if look.night else "#e8ecf0")
+        rows.append((z, its_speed, side))
+        levels.append(levels_of(kind, (paint[int(rng.integers(len(paint)))], light), 0, resolution))
+
     if rng.uniform() < 0.4:
-        rows.append((rng.uniform(14, 40), speed * rng.uniform(1.0, 1.08), 1))
+        add(rng.uniform(14, 40), speed * rng.uniform(1.0, 1.08), 1)
     oncoming = rng.uniform(4, 9)
     z = rng.uniform(20, 160)
     while z < 160 + seconds * (speed + oncoming):
-        rows.append((z, -oncoming, -1))
+        add(z, -oncoming, -1)
         z += rng.uniform(60, 260)
-    for *_, side in rows:
-        colour = paint[int(rng.integers(len(paint)))]
-        kind, light = ("car rear", "#ff3028") if side > 0 else ("car front", "#fff4d0" if look.night else "#e8ecf0")
-        levels.append(levels_of(kind, (colour, light), 0, resolution))
     count, (z, speeds, side) = len(rows), np.array(rows, np.float64).reshape(-1, 3).T
     tint = np.full((count, 3), 0.6 if look.night else 1.0, np.float32)
     nowhere = np.zeros((count, 3))

@@ -18,7 +18,7 @@ def rgb(colour: str) -> np.ndarray:
 
 
 def blotches(rng: np.random.Generator, height: int, width: int, cells: int) -> np.ndarray:
-    """Smooth noise in -1..1, float32 `h w`: random values `cells` to the height, joined smoothly, and two octaves more."""
+    """Smooth noise in -1..1, float32 `h w`: random values, `cells` to the height, joined smoothly, in three octaves."""
     total = np.zeros((height, width), np.float32)
     for octave in range(3):
         count = cells * 2**octave

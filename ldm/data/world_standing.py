@@ -82,10 +82,10 @@ def paint_standing(canvas: Canvas, seen: Seen, look: Look) -> None:
     tall, wide = standing.tall * scale, standing.wide * scale
     left = camera.column + seen.right[:, 0] * scale - wide / 2
     top = camera.row + (camera.y - standing.start[:, 1]) * scale - tall * (1 - GROUND_LINE)
-    bounds = [np.clip(np.ceil(edge - 0.5), 0, side).astype(int) for edge, side in
-              ((top, camera.height), (top + tall, camera.height), (left, camera.width), (left + wide, camera.width))]  # fmt: skip
-    texels = np.array([levels[0].shape[1] - 2 for levels in standing.levels])
+    edges = ((top, camera.height), (top + tall, camera.height), (left, camera.width), (left + wide, camera.width))
+    bounds = [np.clip(np.ceil(edge - 0.5), 0, side).astype(int) for edge, side in edges]
     bounds[1] = np.minimum(bounds[1], np.minimum(np.ceil(seen.cut - 0.5), camera.height).astype(int))
+    texels = np.array([levels[0].shape[1] - 2 for levels in standing.levels])
     level = np.ceil(STEPS * np.log2(np.maximum(texels / (SHARPEST * tall), 1))).astype(int)
     mixing = _mixing(seen, look, depth)
     boxes = np.stack([top, left, tall, wide], 1).tolist()

@@ -1,4 +1,4 @@
-"""What falls or floats through the drawn world: snow, rain, leaves, embers, with places in the world and a motion of its own."""
+"""What falls or floats through the drawn world: snow, rain, leaves, embers, with places and a motion of their own."""
 
 from __future__ import annotations
 
