@@ -1,0 +1,214 @@
+"""How the picture moves: dense optical flow, where it can be trusted, and what of it is the camera's own doing.
+
+A camera that drives ahead makes everything stream away from one point, the focus of expansion; a camera that turns
+moves the whole picture, near and far alike. The far band around the focus shows the turning alone, so that it can be
+taken off, and the focus is then fitted to the directions of what is left. Directions, not lengths or signs: a clip
+that plays backwards has the same focus.
+
+Everything happens at one working size, 256 pixels on the longer side, whatever the size of the clip; all lengths below
+are pixels of that size. `t` frames make `p` = t - 1 pairs; flow is `p h w 2`, (x right, y down), from a frame to the
+next. Flow: Kroeger et al. 2016, "Fast Optical Flow using Dense Inverse Search".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache, cached_property
+from itertools import pairwise
+
+import cv2
+import numpy as np
+
+from ldm.errors import UserError
+
+WORKING_SIDE = 256
+TAU = 0.25  # pixels; motion well below this counts as none
+MIN_CORNER = 0.7  # grey levels per pixel that the weaker of the two gradients must have
+PRIOR_FOCUS = (0.5, 0.45)  # of width and height: where a camera on a car usually looks
+PRIOR_SPREAD = 0.25  # of the width
+PRIOR_WEIGHT = 0.01  # of the weight of all measured directions
+FOCUS_LIMITS = ((0.15, 0.2), (0.85, 0.8))  # of width and height
+MIN_DIRECTIONS, MAX_DIRECTIONS = 50, 4000  # pixels that a fit needs, and that it looks at
+ANGLE_SCALE = 0.15  # sine of the angle beyond which a direction is taken for a stray
+BAND = (0.2, 0.06)  # of width and height: half the far band around the focus
+MAX_BAND = 1000  # pixels of it that a fit looks at
+
+
+@dataclass(frozen=True)
+class Motion:
+    """The motion of one clip at the working size."""
+
+    grey: np.ndarray  # `t h w` uint8
+    flow: np.ndarray  # `p h w 2` float32
+    textured: np.ndarray  # `p h w` bool: where the flow means something
+    rotation: np.ndarray  # `p 2`: what the turning of the camera adds to every flow
+    focus: np.ndarray  # `2`: x, y of the focus of expansion
+
+    @cached_property
+    def stream(self) -> np.ndarray:
+        """The flow without the camera's turning, `p h w 2`."""
+        return self.flow - self.rotation[:, None, None].astype(np.float32)
+
+    @cached_property
+    def offset(self) -> np.ndarray:
+        """Where each pixel lies as seen from the focus, `h w 2`."""
+        return positions(self.grey.shape[1:]) - self.focus.astype(np.float32)
+
+    @cached_property
+    def distance(self) -> np.ndarray:
+        """How far each pixel lies from the focus, `h w`, at least 1."""
+        return np.maximum(np.linalg.norm(self.offset, axis=-1), 1)
+
+    @cached_property
+    def outward(self) -> np.ndarray:
+        """The part of the stream that leads away from the focus, `p h w`; negative towards it."""
+        return (self.stream * self.offset).sum(axis=-1) / self.distance
+
+
+def measure_motion(frames: np.ndarray, flow: np.ndarray | None = None) -> Motion:
+    """Frames uint8 RGB `t h w 3`, two or more -> their motion.
+
+    `flow`, if given, is the true flow `p h w 2` in pixels of the frames and takes the place of the measured one.
+    Raises UserError for a single frame.
+    """
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
+        raise ValueError(f"expected uint8 frames `t h w 3`, found {frames.dtype} {list(frames.shape)}")
+    if len(frames) < 2:
+        raise UserError(f"expected a clip of at least 2 frames, found {len(frames)}; nothing moves in a picture")
+    grey = working_grey(frames)
+    flow = dense_flow(grey) if flow is None else working_flow(flow)
+    textured = np.stack([find_texture(picture) for picture in grey[:-1]])
+    focus = focus_of_expansion(flow, textured)
+    for _ in range(2):  # each needs the other; what could be either is taken for expansion
+        rotation = np.stack([camera_rotation(*pair, focus) for pair in zip(flow, textured, strict=True)])
+        focus = focus_of_expansion(flow - rotation[:, None, None], textured)
+    return Motion(grey, flow, textured, rotation, focus)
+
+
+def working_size(height: int, width: int) -> tuple[int, int]:
+    """Height and width -> those with 256 pixels on the longer side."""
+    scale = WORKING_SIDE / max(height, width)
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def working_grey(frames: np.ndarray) -> np.ndarray:
+    """Frames uint8 RGB `t h w 3` of any size -> grey, `t h w` uint8 at the working size."""
+    grey = np.stack([cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames])
+    return np.stack([_resize(picture) for picture in grey])
+
+
+def working_flow(flow: np.ndarray) -> np.ndarray:
+    """Flow `p h w 2` in pixels of any size -> at the working size and in its pixels."""
+    height, width = flow.shape[1:3]
+    new_height, new_width = working_size(height, width)
+    scale = np.array([new_width / width, new_height / height], np.float32)
+    return np.stack([_resize(pair.astype(np.float32)) for pair in flow]) * scale
+
+
+def _resize(picture: np.ndarray) -> np.ndarray:
+    height, width = working_size(*picture.shape[:2])
+    if picture.shape[:2] == (height, width):
+        return picture
+    method = cv2.INTER_AREA if width < picture.shape[1] else cv2.INTER_LINEAR
+    return cv2.resize(picture, (width, height), interpolation=method)
+
+
+@cache
+def _finder() -> cv2.DISOpticalFlow:
+    return cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+
+
+def dense_flow(grey: np.ndarray) -> np.ndarray:
+    """Grey pictures `t h w` uint8 -> flow `p h w 2` float32."""
+    return np.stack([_finder().calc(a, b, None) for a, b in pairwise(grey)])
+
+
+def find_texture(grey: np.ndarray) -> np.ndarray:
+    """Where a picture `h w` changes in both directions -> `h w` bool.
+
+    The smaller eigenvalue of the structure tensor decides (Shi and Tomasi 1994): along a straight edge or on a plain
+    surface nobody can tell how far something moved.
+    """
+    smooth = cv2.GaussianBlur(grey.astype(np.float32), (0, 0), 1.0)
+    across, down = (cv2.Sobel(smooth, cv2.CV_32F, *order, ksize=3) / 8 for order in ((1, 0), (0, 1)))
+    xx, yy, xy = (cv2.GaussianBlur(part, (0, 0), 2.5) for part in (across**2, down**2, across * down))
+    smaller = (xx + yy) / 2 - np.sqrt(((xx - yy) / 2) ** 2 + xy**2)
+    return smaller > MIN_CORNER**2
+
+
+def camera_rotation(flow: np.ndarray, textured: np.ndarray, focus: np.ndarray) -> np.ndarray:
+    """What the turning of the camera adds to one pair's flow `h w 2` -> `2`, zero where it cannot be told.
+
+    In the far band around the focus, flow is fitted as rotation + growth d, d a pixel as seen from the focus and the
+    growth another left and right of it, by least absolute deviations: what is left at the focus itself is rotation. It
+    is taken off only when it explains more than it leaves. A turn counts as a shift of the picture, which is right
+    near the focus and 20 to 30% too little at the edges of a wide picture.
+    """
+    height, width = textured.shape
+    offset = positions(textured.shape) - focus.astype(np.float32)
+    band = np.flatnonzero(textured & (abs(offset[..., 0]) < BAND[0] * width) & (abs(offset[..., 1]) < BAND[1] * height))
+    chosen = _thin_out(band, MAX_BAND)
+    place, moved = offset.reshape(-1, 2)[chosen].astype(float), flow.reshape(-1, 2)[chosen].astype(float)
+    is_left = place[:, :1] < 0
+    if min(is_left.sum(), (~is_left).sum()) < MIN_DIRECTIONS:
+        return np.zeros(2)
+    ones = np.tile(np.eye(2), (len(place), 1))
+    terms = np.concatenate([ones, (place * is_left).reshape(-1, 1), (place * ~is_left).reshape(-1, 1)], axis=1)
+    near_focus = 1 / (np.linalg.norm(place, axis=1) + 0.05 * width)
+    weight = near_focus
+    for _ in range(15):
+        weighted = terms * np.repeat(weight, 2)[:, None]
+        matrix = weighted.T @ terms
+        fit = np.linalg.solve(matrix + 1e-9 * np.trace(matrix) * np.eye(4), weighted.T @ moved.reshape(-1))
+        left_over = np.linalg.norm(moved - (terms @ fit).reshape(-1, 2), axis=1)
+        weight = near_focus / np.maximum(left_over, 0.1)
+    rotation = fit[:2]
+    return rotation if np.median(left_over) < np.linalg.norm(rotation) else np.zeros(2)
+
+
+def focus_of_expansion(stream: np.ndarray, textured: np.ndarray) -> np.ndarray:
+    """The point that the stream `p h w 2` leads away from or towards -> `2`, x and y; the prior when little moves.
+
+    Least squares over the angles between each pixel's direction and its line to the point, by reweighting: strays
+    (Geman-McClure) and short vectors count little, and a weak Gaussian prior decides where the directions do not.
+    """
+    size = np.array(textured.shape[:0:-1])
+    prior = np.array(PRIOR_FOCUS) * size
+    length = np.linalg.norm(stream, axis=-1)
+    chosen = np.flatnonzero(textured & (length > TAU))
+    if len(chosen) < MIN_DIRECTIONS:
+        return prior
+    chosen = _thin_out(chosen, MAX_DIRECTIONS)
+    place = positions(textured.shape[1:]).reshape(-1, 2)[chosen % textured[0].size].astype(float)
+    direction = stream.reshape(-1, 2)[chosen] / length.reshape(-1)[chosen, None]
+    normal = np.stack([-direction[:, 1], direction[:, 0]], axis=-1)
+    trust = length.reshape(-1)[chosen] / (length.reshape(-1)[chosen] + 1)
+    pull = PRIOR_WEIGHT * trust.sum() / (PRIOR_SPREAD * size[0]) ** 2
+    focus = prior
+    for _ in range(20):
+        distance = np.linalg.norm(place - focus, axis=1) + 0.03 * size[0]  # near the point angles are wild
+        sine = (normal * (place - focus)).sum(axis=1) / distance
+        weight = trust / (1 + (sine / ANGLE_SCALE) ** 2) ** 2 / distance**2
+        matrix = (normal * weight[:, None]).T @ normal + pull * np.eye(2)
+        vector = (normal * weight[:, None]).T @ (normal * place).sum(axis=1) + pull * prior
+        moved = np.clip(np.linalg.solve(matrix, vector), *(np.array(limit) * size for limit in FOCUS_LIMITS))
+        step, focus = np.linalg.norm(moved - focus), moved
+        if step < 0.05:
+            break
+    return focus
+
+
+def _thin_out(chosen: np.ndarray, most: int) -> np.ndarray:
+    """At most `most` of the chosen places, evenly spread."""
+    return chosen[np.linspace(0, len(chosen) - 1, min(len(chosen), most)).astype(int)]
+
+
+def endpoint_error(flow: np.ndarray, true_flow: np.ndarray, where: np.ndarray) -> float:
+    """Mean distance in pixels between two flows `p h w 2` over the pixels `where` (`p h w` bool, not all false)."""
+    return float(np.linalg.norm(flow - true_flow, axis=-1)[where].mean())
+
+
+def positions(size: tuple[int, ...]) -> np.ndarray:
+    """x and y of every pixel of a picture of (height, width), `h w 2` float32."""
+    height, width = size
+    return np.stack(np.meshgrid(np.arange(width), np.arange(height)), axis=-1).astype(np.float32)

@@ -1,0 +1,274 @@
+"""What is measured on one clip: does it move as a drive moves?
+
+Each measure is one number with its formula, its range and what it cannot see, all in `MEASURES`. None of them is worth
+much alone - a zoom into a photograph expands as well as any drive, a frozen clip never flickers - and none is worth
+anything on a single clip: compare means over many clips with those of true clips and of clips spoilt on purpose
+(`references.py`). What cannot be judged, for want of texture, has a reason instead of a number.
+
+Notation: F flow from a frame to the next in pixels at the working size (`flow.py`), S the same without the camera's
+turning, e the focus of expansion, (dx, dy) = d a pixel as seen from e (dy down), r = d / |d|, h and w the height and
+width, tau = 0.25 px. Only textured pixels count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import cv2
+import numpy as np
+
+from ldm.evaluation.flow import TAU, Motion, measure_motion, positions
+
+MIN_TEXTURE = 0.002  # share of the picture that a region must have texture in
+MIN_TEXTURE_ANYWHERE = 0.005  # and the whole picture
+MOVING_SHARE = 0.02  # of the textured pixels: fewer that move make a pair a frozen one
+BRIGHTNESS_BLUR = 4.0  # pixels; flicker is looked for in patches of about this size
+STRIPS = (0.06, 0.08, 0.1, 0.13, 0.16, 0.2, 0.25, 0.3)  # of the height, below the focus
+MIN_OVERLAP = 0.25  # share of the picture that must still be inside after motion compensation
+
+
+class CannotJudgeError(Exception):
+    """The clip does not show what the measure needs; the message says what is missing."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One measure of one clip: a number, or None and the reason why there is none."""
+
+    value: float | None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A measure and what a reader must know of it; `better` is +1 if true clips score high, -1 low, 0 neither.
+
+    places: decimals worth printing.
+    """
+
+    title: str
+    formula: str
+    scale: str
+    blind_to: str
+    better: int
+    places: int
+    compute: Callable[[Motion], float]
+
+
+def judge(frames: np.ndarray) -> dict[str, Reading]:
+    """All measures of one clip, uint8 RGB `t h w 3`, by their names in `MEASURES`; see `judge_motion`."""
+    return judge_motion(measure_motion(frames))
+
+
+def judge_motion(motion: Motion) -> dict[str, Reading]:
+    """All measures of a clip whose motion is known.
+
+    A clip without texture - black, of one colour, a smooth gradient - has a reason and no number for any of them.
+    """
+    if motion.textured.mean() < MIN_TEXTURE_ANYWHERE:
+        reason = "the picture is black or constant or has too little texture to see any motion"
+        return dict.fromkeys(MEASURES, Reading(None, reason))
+    readings = {}
+    for name, measure in MEASURES.items():
+        try:
+            readings[name] = Reading(measure.compute(motion))
+        except CannotJudgeError as reason:
+            readings[name] = Reading(None, str(reason))
+    return readings
+
+
+def sides_region(motion: Motion) -> np.ndarray:
+    """Where the roadside is, given the focus, `h w` bool: beside the road, from well above the horizon to below it."""
+    height, width = motion.grey.shape[1:]
+    dx, dy = np.moveaxis(motion.offset, -1, 0)
+    beside = (abs(dx) > 2.6 * np.maximum(dy, 0)) & (abs(dx) > 0.12 * width)
+    return beside & (dy > -0.35 * height) & (dy < 0.12 * height)
+
+
+def road_region(motion: Motion) -> np.ndarray:
+    """Where the road is, given the focus, `h w` bool: a cone below it."""
+    dx, dy = np.moveaxis(motion.offset, -1, 0)
+    return (dy > 0.06 * motion.grey.shape[1]) & (abs(dx) < 1.2 * dy)
+
+
+def ground_region(motion: Motion) -> np.ndarray:
+    """Where the ground is, `h w` bool: road and verge, but for what is too near for its motion to be followed."""
+    height = motion.grey.shape[1]
+    dx, dy = np.moveaxis(motion.offset, -1, 0)
+    return (dy > 0.06 * height) & (dy < 0.3 * height) & (abs(dx) < 2.6 * dy)
+
+
+def roadside_expansion(motion: Motion) -> float:
+    """How much of the roadside's motion leads outward."""
+    return _expansion(motion, sides_region(motion), "at the roadside")
+
+
+def road_expansion(motion: Motion) -> float:
+    """How much of the road's motion leads towards the camera."""
+    return _expansion(motion, road_region(motion), "on the road")
+
+
+def _expansion(motion: Motion, region: np.ndarray, where: str) -> float:
+    """Mean over pairs of the mean of outward / (length + tau) over the region's texture."""
+    pairs = [
+        (outward[seen] / (np.linalg.norm(stream[seen], axis=-1) + TAU)).mean()
+        for outward, stream, seen in zip(motion.outward, motion.stream, motion.textured & region, strict=True)
+        if seen.mean() >= MIN_TEXTURE
+    ]
+    if 2 * len(pairs) < len(motion.flow):
+        raise CannotJudgeError(f"too little texture {where} in more than half of the frames")
+    return float(np.mean(pairs))
+
+
+def smoothness(motion: Motion) -> float:
+    """How much of the motion goes on from one pair of frames to the next."""
+    if len(motion.flow) < 2:
+        raise CannotJudgeError("the clip has 2 frames, and whether motion goes on is seen from 3 on")
+    place = positions(motion.grey.shape[1:])
+    scores = []
+    for now, then, seen in zip(motion.flow[:-1], motion.flow[1:], motion.textured[:-1], strict=True):
+        arrived = place + now
+        inside = seen & _inside(arrived)
+        if inside.mean() < MIN_TEXTURE:
+            continue
+        later = cv2.remap(then, arrived[..., 0], arrived[..., 1], cv2.INTER_LINEAR)[inside]
+        lengths = np.linalg.norm(now[inside], axis=-1) + np.linalg.norm(later, axis=-1)
+        scores.append(((lengths - np.linalg.norm(later - now[inside], axis=-1)) / (lengths + 2 * TAU)).mean())
+    if not scores:
+        raise CannotJudgeError("nothing textured stays inside the picture for three frames")
+    return float(np.mean(scores))
+
+
+def parallax_order(motion: Motion) -> float:
+    """How much faster the near ground grows than what stands at the horizon beside the road."""
+    height, width = motion.grey.shape[1:]
+    dy = motion.offset[..., 1]
+    near = motion.textured & ground_region(motion) & (dy > 0.08 * height)
+    far = motion.textured & sides_region(motion) & (dy < 0.04 * height)
+    if min(near.mean(), far.mean()) < MIN_TEXTURE:
+        raise CannotJudgeError("too little texture on the ground or at the horizon to compare the two")
+    growth = motion.outward / motion.distance
+    near_growth, far_growth = float(np.median(growth[near])), float(np.median(growth[far]))
+    return (near_growth - far_growth) / (abs(near_growth) + abs(far_growth) + 4 * TAU / width)
+
+
+def speed(motion: Motion) -> float:
+    """How fast the ground comes nearer, from frame to frame.
+
+    Strip by strip, and the fastest strip counts: flow loses ground that is too near and moves too far, and smears what
+    is far and moves little; both make it slower.
+    """
+    height = motion.grey.shape[1]
+    dy = motion.offset[..., 1]
+    seen = motion.textured & ground_region(motion)
+    if seen.mean() < MIN_TEXTURE:
+        raise CannotJudgeError("too little texture on the road and its verge")
+    approach = motion.outward / (motion.distance * np.maximum(dy, 1)) * height
+    strips = [seen & (dy >= top * height) & (dy < bottom * height) for top, bottom in pairwise(STRIPS)]
+    medians = [float(np.median(approach[strip])) for strip in strips if strip.mean() >= MIN_TEXTURE / len(strips)]
+    return max(medians, key=abs)
+
+
+def frozen_share(motion: Motion) -> float:
+    """Of all pairs of frames, those in which nothing moves."""
+    return float(np.mean(moving_shares(motion) < MOVING_SHARE))
+
+
+def moving_shares(motion: Motion) -> np.ndarray:
+    """For each pair the share of its textured pixels that move by more than tau, `p`."""
+    moving = (np.linalg.norm(motion.flow, axis=-1) > TAU) & motion.textured
+    return moving.sum(axis=(1, 2)) / np.maximum(motion.textured.sum(axis=(1, 2)), 1)
+
+
+def flicker(motion: Motion) -> float:
+    """How much patches of the picture change in brightness when they are followed along their motion."""
+    place = positions(motion.grey.shape[1:])
+    changes = []
+    for now, then, flow in zip(motion.grey[:-1], motion.grey[1:], motion.flow, strict=True):
+        arrived = place + flow
+        inside = _inside(arrived).astype(np.float32)
+        share = cv2.GaussianBlur(inside, (0, 0), BRIGHTNESS_BLUR)
+        followed = cv2.remap(then, arrived[..., 0], arrived[..., 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+        change = (followed.astype(np.float32) - now) * inside
+        patches = cv2.GaussianBlur(change, (0, 0), BRIGHTNESS_BLUR)[inside > 0] / share[inside > 0]
+        if inside.mean() >= MIN_OVERLAP:
+            changes.append(abs(patches).mean() / 255)
+    if not changes:
+        raise CannotJudgeError("no two frames show the same place")
+    return float(np.mean(changes))
+
+
+def _inside(place: np.ndarray) -> np.ndarray:
+    """Which places `h w 2` (x, y) lie inside the picture, `h w` bool."""
+    height, width = place.shape[:2]
+    return (place >= 0).all(axis=-1) & (place[..., 0] <= width - 1) & (place[..., 1] <= height - 1)
+
+
+MEASURES = {
+    "roadside_expansion": Measure(
+        "roadside expansion",
+        "mean of (S . r) / (|S| + tau) over |dx| > 2.6 max(dy, 0), |dx| > 0.12 w, -0.35 h < dy < 0.12 h",
+        "-1 to 1: +1 everything beside the road streams outward, 0 nothing moves or in all ways, -1 driving backwards",
+        "how fast; whether near things move faster than far ones (a zoom into a still scores high); the road",
+        1,
+        2,
+        roadside_expansion,
+    ),
+    "road_expansion": Measure(
+        "road expansion",
+        "mean of (S . r) / (|S| + tau) over dy > 0.06 h, |dx| < 1.2 dy",
+        "-1 to 1, as above",
+        "the same, and everything beside the road; a plain road without marks cannot be judged",
+        1,
+        2,
+        road_expansion,
+    ),
+    "smoothness": Measure(
+        "motion smoothness",
+        "mean of (|a| + |b| - |a - b|) / (|a| + |b| + 2 tau), a = F at a pixel, b = the next pair's F where it went",
+        "0 to 1: 1 all motion goes on, 0 none does or nothing moves",
+        "the direction: a drive backwards is as smooth; camera shake counts against true footage too",
+        1,
+        2,
+        smoothness,
+    ),
+    "parallax_order": Measure(
+        "parallax order",
+        "(n - f) / (|n| + |f| + 4 tau / w), the medians of (S . r) / |d| on the near ground, 0.08 h < dy < 0.3 h, "
+        "|dx| < 2.6 dy, and beside the road at the horizon and above, dy < 0.04 h",
+        "-1 to 1: above 0 the near grows faster than the far, 0 a zoomed or unmoving still, below 0 backwards",
+        "the order of things among the near or the far; noisy for one clip and for plain roads, so average over many",
+        1,
+        2,
+        parallax_order,
+    ),
+    "frozen_share": Measure(
+        "frozen share",
+        "share of the pairs in which fewer than 2% of the textured pixels move by more than tau",
+        "0 to 1: 0 every frame moves, 1 a still",
+        "why: a car that waits at a light is frozen too; motion of a part of the picture counts as motion",
+        -1,
+        2,
+        frozen_share,
+    ),
+    "flicker": Measure(
+        "brightness flicker",
+        "mean of |blurred (next frame fetched along F - frame)| / 255, blur of 4 px, where F stays inside",
+        "0 to 1: 0 every patch keeps its brightness; true clips have some, where things come into sight",
+        "changes of colour alone, and of texture finer than the blur; a frozen clip scores best",
+        -1,
+        3,
+        flicker,
+    ),
+    "speed": Measure(
+        "ground speed",
+        "h times the median of (S . r) / (|d| dy), the fastest of seven strips of 0.06 h < dy < 0.3 h, |dx| < 2.6 dy",
+        "camera heights travelled from frame to frame, times picture height over focal length; negative backwards",
+        "metres: the camera's height and lens are not known, so it compares clips of one camera only",
+        0,
+        2,
+        speed,
+    ),
+}

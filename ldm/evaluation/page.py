@@ -1,0 +1,144 @@
+"""The whole evaluation as one HTML file that needs nothing else: numbers, plots, contact sheets and playing clips."""
+
+from __future__ import annotations
+
+import base64
+import io
+import tempfile
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from ldm.evaluation.flow import measure_motion
+from ldm.evaluation.plots import draw_motion, interval_plot
+from ldm.evaluation.report import Row, notes, number
+from ldm.video import contact_sheet, write_gif, write_mp4
+
+SHEET_FRAMES = 6
+SHOWN_WIDTH = 224  # pixels of a playing clip on the page
+SHEET_SIDE = 128  # pixels of the longer side of a frame on a sheet
+
+NOTATION = (
+    "A dot is a clip. F is the flow from a frame to the next in pixels at 256 on the longer side, S the same without "
+    "the camera's turning, d = (dx, dy) a pixel as seen from the focus of expansion, dy down, r = d / |d|, h and w "
+    "height and width, tau = 0.25 pixels."
+)
+LEGEND = (
+    "Evenly spread over each row, not chosen. In the lower line of a sheet teal streams outward from the cross, the "
+    "focus of expansion, and orange towards it; grey is still or without texture."
+)
+STYLE = """
+:root { color-scheme: light dark; --ink: #1c2024; --soft: #60666d; --line: #d5d9de; --paper: #fff; --box: #f5f6f8;
+        --given: #c2410c; --reference: #1d5fa8; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e8ea; --soft: #9aa1a9; --line: #3a4047; --paper: #16191c;
+        --box: #1f2327; --given: #ff9a5c; --reference: #74b3f2; } }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 1100px;
+       margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.6rem; } h2 { margin-top: 2.5rem; } h3 { margin: 1.5rem 0 .3rem; }
+p, li { max-width: 75ch; } .soft, dt { color: var(--soft); }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
+th:first-child, td:first-child { text-align: left; }
+td small { display: block; color: var(--soft); white-space: nowrap; }
+.warnings { background: var(--box); border-left: 4px solid var(--given); padding: .6rem 1rem; }
+.warnings ul { margin: 0; padding-left: 1.1rem; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem .8rem; margin: .3rem 0 0; max-width: 80ch; }
+dd { margin: 0; } svg { max-width: 100%; height: auto; }
+svg text { font: 12px system-ui, sans-serif; fill: var(--ink); } svg .label { text-anchor: end; }
+svg .tick { text-anchor: middle; fill: var(--soft); } svg .none { fill: var(--soft); font-style: italic; }
+svg .grid { stroke: var(--line); } svg .zero { stroke: var(--soft); } svg .clip { fill: var(--soft); opacity: .45; }
+svg g line { stroke-width: 3; } svg .given line { stroke: var(--given); } svg .given circle { fill: var(--given); }
+svg .reference line { stroke: var(--reference); } svg .reference circle { fill: var(--reference); }
+.clips { display: flex; flex-wrap: wrap; gap: .5rem; } .clips video, .clips img { border-radius: 4px; }
+.clips .sheet { max-width: 100%; height: auto; margin-top: .5rem; }
+"""
+
+
+def html_page(summary: Mapping[str, Any], rows: Sequence[Row], title: str) -> str:
+    """The page for a report's summary; `rows` are those of the same report, for the clips they show."""
+    form = summary["clips"]
+    what = (
+        f"Clips of {form['num_frames']} frames, {form['rate']:.4g} a second, read at {form['width']}x{form['height']} "
+        "pixels. Means over clips; below each its 95% bootstrap interval."
+    )
+    warned = "".join(f"<li>{escape(note)}</li>" for note in notes(summary))
+    body = [
+        f"<h1>{escape(title)}</h1><p>{escape(what)}</p>",
+        f'<div class="warnings"><ul>{warned}</ul></div>' if warned else "",
+        f"<h2>Numbers</h2>{_table(summary, 'estimates')}",
+    ]
+    if any(row["of_true"] for row in summary["rows"]):
+        body.append(
+            "<h3>As parts of the true clips'</h3><p class='soft'>Ratios of means; none where the true mean cannot be "
+            f"told from 0.</p>{_table(summary, 'of_true')}"
+        )
+    body.append(f"<h2>Measures</h2><p class='soft'>{escape(NOTATION)}</p>")
+    body += [_measure(summary, name) for name in summary["measures"]]
+    body.append(f"<h2>Clips</h2><p class='soft'>{escape(LEGEND)}</p>")
+    body += [_clips(row, form["rate"]) for row in rows]
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
+    head += f"<style>{STYLE}</style>"
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>{"".join(body)}</body></html>\n'
+
+
+def _table(summary: Mapping[str, Any], part: str) -> str:
+    names = [name for name in summary["measures"] if any(name in row[part] for row in summary["rows"])]
+    heads = "".join(f"<th>{escape(summary['measures'][name]['title'])}</th>" for name in names)
+    lines = []
+    for row in summary["rows"]:
+        if not row[part]:
+            continue
+        cells = (number(row[part].get(name), summary["measures"][name]["places"]) for name in names)
+        shown = "".join(f"<td>{mean}<small>{interval}</small></td>" for mean, interval in cells)
+        lines.append(f"<tr><td>{escape(row['name'])}</td><td>{row['num_clips']}</td>{shown}</tr>")
+    return f'<div class="scroll"><table><tr><th></th><th>clips</th>{heads}</tr>{"".join(lines)}</table></div>'
+
+
+def _measure(summary: Mapping[str, Any], name: str) -> str:
+    measure = summary["measures"][name]
+    entries = (("is", measure["formula"]), ("ranges", measure["scale"]), ("cannot see", measure["blind_to"]))
+    told = "".join(f"<dt>{term}</dt><dd>{escape(text)}</dd>" for term, text in entries)
+    return f"<h3>{escape(measure['title'])}</h3>{interval_plot(summary, name)}<dl>{told}</dl>"
+
+
+def _clips(row: Row, rate: float) -> str:
+    playing = "".join(_player(frames, rate) for frames in row.shown)
+    sheets = "".join(_sheet(frames) for frames in row.shown)
+    return f'<h3>{escape(row.name)}</h3><div class="clips">{playing}</div><div class="clips">{sheets}</div>'
+
+
+def _player(frames: np.ndarray, rate: float) -> str:
+    """A clip that plays by itself: MP4, or GIF where a side is odd."""
+    is_even = frames.shape[1] % 2 == 0 and frames.shape[2] % 2 == 0
+    kind, write = ("video/mp4", write_mp4) if is_even else ("image/gif", write_gif)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "clip"
+        write(path, frames, rate)
+        source = _data_uri(kind, path.read_bytes())
+    if is_even:
+        return f'<video src="{source}" width="{SHOWN_WIDTH}" autoplay loop muted playsinline></video>'
+    return f'<img src="{source}" width="{SHOWN_WIDTH}" alt="a clip">'
+
+
+def _sheet(frames: np.ndarray) -> str:
+    """Frames of a clip above what moves in them."""
+    places = np.linspace(0, len(frames) - 2, min(SHEET_FRAMES, len(frames) - 1)).round().astype(int)
+    motion = measure_motion(frames)
+    height, width = motion.grey.shape[1:]
+    small = [round(side * SHEET_SIDE / max(height, width)) for side in (width, height)]
+    rows = [
+        np.stack([cv2.resize(pictures[place], small, interpolation=cv2.INTER_AREA) for place in places])
+        for pictures in (frames, draw_motion(motion))
+    ]
+    buffer = io.BytesIO()
+    contact_sheet(rows).save(buffer, format="JPEG", quality=85)
+    return f'<img class="sheet" src="{_data_uri("image/jpeg", buffer.getvalue())}" alt="frames and their motion">'
+
+
+def _data_uri(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
