@@ -96,7 +96,7 @@ def test_displacement_follows_speed():
         road = (clip.depth[0] < 20) & (np.arange(SIZE)[:, None] > 0.6 * SIZE)
         moved.append(np.median(np.linalg.norm(clip.flow[0], axis=-1)[road]))
         assert clip.speed == pytest.approx([speed, speed], rel=0.07)
-    assert moved[0] == 0
+    assert moved[0] < 1e-4
     assert np.all(np.diff(moved) > 0.3)
 
 
@@ -171,7 +171,7 @@ def test_things_come_into_sight_little_by_little():
 
 def test_what_is_seen_standing_still_stands_still():
     clip = draw_clip("fog", 11, 3, SIZE, 8, speed=0, truth=True)
-    ground = (clip.depth[0] < 60) & ~clip.occluded[0] & (np.abs(clip.flow[0]).max(-1) == 0)
+    ground = (clip.depth[0] < 60) & ~clip.occluded[0] & (np.abs(clip.flow[0]).max(-1) < 1e-3)
     assert ground.mean() > 0.3
     assert np.array_equal(clip.frames[0][ground], clip.frames[1][ground])
 
@@ -179,7 +179,7 @@ def test_what_is_seen_standing_still_stands_still():
 def test_yaw_and_captions_agree_on_the_bend():
     turned = {"left": [], "right": []}
     for seed in range(30):
-        clip = draw_clip("desert", seed, 16, 16, 1, speed=5)
+        clip = draw_clip("desert", seed, 4, 16, 0.5, speed=10)
         for side, yaws in turned.items():
             if side in clip.caption and "sides" not in clip.caption:
                 yaws.append(clip.yaw[-1] - clip.yaw[0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ldm.data.world_sketch import Painter, Sketch, rgb
+from ldm.data.world_sketch import Painter, Sketch, glow, rgb
 
 
 def _car_rear(s: Sketch, main: np.ndarray, second: np.ndarray) -> None:
@@ -62,18 +62,18 @@ def _tower(s: Sketch, main: np.ndarray, second: np.ndarray) -> None:
     """A tall front full of windows, some of them lit, with a band of light."""
     s.paint(s.box(-s.half * 0.98, -0.1, s.half * 0.98, 0.97), main, s.grain(8, 0.3))
     columns, rows = 4, 15
-    lit = [(colour + main) / 2 for colour in (second, rgb("#ffd87a"), rgb("#6fe8ff"))]
+    lit = [0.42 * colour + 0.58 * main for colour in (second, rgb("#ffd87a"), rgb("#6fe8ff"))]
     colours = [*lit, main * 0.7, main * 0.7, main * 1.4]
     for row in range(rows):
         for column in range(columns):
             x, y = s.half * (-0.8 + 1.6 * column / (columns - 1)), 0.03 + 0.92 * row / rows
             s.paint(s.box(x - 0.15 * s.half, y, x + 0.15 * s.half, y + 0.038), colours[s.rng.integers(len(colours))])
     x = s.half * s.rng.choice([-0.95, 0.95])
-    s.paint(s.box(x - 0.012, 0.05, x + 0.012, 0.95), second, 1.2)
+    glow(s, s.box(x - 0.008, 0.05, x + 0.008, 0.95), second)
     if s.rng.uniform() < 0.7:
         y = s.rng.uniform(0.15, 0.6)
         s.paint(s.box(-0.6 * s.half, y, 0.6 * s.half, y + 0.12), second * 0.4)
-        s.paint(np.abs(s.box(-0.56 * s.half, y + 0.01, 0.56 * s.half, y + 0.11)) - 0.006, second, 1.2)
+        glow(s, np.abs(s.box(-0.5 * s.half, y + 0.02, 0.5 * s.half, y + 0.10)) - 0.004, second)
 
 
 def _hut_front(s: Sketch, main: np.ndarray, second: np.ndarray) -> None:

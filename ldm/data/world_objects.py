@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from ldm.data.world_sketch import Painter, Sketch, blotches
+from ldm.data.world_sketch import Painter, Sketch, blotches, glow
 
 
 def _rock(s: Sketch, main: np.ndarray, second: np.ndarray) -> None:
@@ -109,13 +109,12 @@ def _neon_sign(s: Sketch, main: np.ndarray, second: np.ndarray) -> None:
     if s.rng.uniform() < 0.5:
         main, second = second, main
     s.paint(s.bar((0, 0), (0, 0.9), (0.025, 0.025)), "#3c3c58", s.round_shade(0, 0.03))
-    s.paint(s.box(-0.19, 0.36, 0.19, 0.97), main * 0.35)
-    s.paint(np.abs(s.box(-0.175, 0.38, 0.175, 0.955)) - 0.012, main, 1.1)
-    for row in range(4):
-        y = 0.46 + 0.14 * row
-        for _ in range(3):
-            ends = s.rng.uniform(-0.12, 0.12, 2), s.rng.uniform(-0.045, 0.045, 2)
-            s.paint(s.bar((ends[0][0], y + ends[1][0]), (ends[0][1], y + ends[1][1]), (0.014, 0.014)), second, 1.15)
+    s.paint(s.box(-0.19, 0.36, 0.19, 0.97) - 0.01, main * 0.4)
+    glow(s, np.abs(s.box(-0.17, 0.385, 0.17, 0.95)) - 0.012, main)
+    for y in (0.48, 0.67, 0.85):
+        for _ in range(2):
+            (left, right), (low, high) = s.rng.uniform(-0.11, 0.11, 2), s.rng.uniform(-0.05, 0.05, 2)
+            glow(s, s.bar((left, y + low), (right, y + high), (0.016, 0.016)), second)
 
 
 def _gate(s: Sketch, main: np.ndarray, second: np.ndarray) -> None:
@@ -123,13 +122,10 @@ def _gate(s: Sketch, main: np.ndarray, second: np.ndarray) -> None:
     for side in (-0.78, 0.78):
         s.paint(s.box(side - 0.03, 0, side + 0.03, 0.9), main, s.grain(20, 0.2))
     s.paint(s.box(-0.84, 0.7, 0.84, 0.95), main, s.grain(16, 0.3))
-    s.paint(np.abs(s.box(-0.82, 0.72, 0.82, 0.93)) - 0.014, second, 0.9)
-    for x in np.arange(-0.7, 0.75, 0.1):
-        for _ in range(2):
-            ends = s.rng.uniform(-0.035, 0.035, 4)
-            s.paint(
-                s.bar((x + ends[0], 0.82 + 2 * ends[1]), (x + ends[2], 0.82 + 2 * ends[3]), (0.012, 0.012)), second, 1.1
-            )
+    glow(s, np.abs(s.box(-0.81, 0.73, 0.81, 0.92)) - 0.006, second)
+    for x in np.arange(-0.68, 0.7, 0.17):
+        ends = s.rng.uniform(-0.05, 0.05, 4)
+        glow(s, s.bar((x + ends[0], 0.825 + ends[1]), (x + ends[2], 0.825 + ends[3]), (0.014, 0.014)), second)
 
 
 def _torii(s: Sketch, main: np.ndarray, second: np.ndarray) -> None:

@@ -99,4 +99,10 @@ class Sketch:
         self.paint(self.disc(x, y, radius, squash) + edge, colour, np.clip(light, 0.5, 1.45) * grain)
 
 
+def glow(sketch: Sketch, distance: np.ndarray, colour: np.ndarray) -> None:
+    """A tube of light: bright in the middle, softly out of its edges."""
+    for wider, cover in ((0.03, 0.25), (0.017, 0.35), (0.006, 0.5)):
+        sketch.paint(distance - wider, colour, 1, cover)
+
+
 Painter = Callable[[Sketch, np.ndarray, np.ndarray], None]  # sketch, first and second colour
