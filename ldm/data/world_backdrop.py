@@ -120,7 +120,7 @@ def draw_hills(look: Look, rng: np.random.Generator, focal: float) -> list[Cylin
         slope = np.gradient(line[0])[None] * scale
         rough = blotches(rng, height, width, max(5, round(height / 9)))
         shade = 1 + 0.05 * np.clip(slope * 2, -1, 1) + 0.03 * rough + 0.3 * (up / high - 0.4)
-        pale = (0.12 if kind == "volcano" else 0.38) * (
+        pale = (0.3 if kind == "volcano" else 0.38) * (
             1 if number == 0 else 0.6
         )  # far things take the colour of the air
         planes = (rgb(colour) * (1 - pale) + rgb(look.haze) * pale)[:, None, None] * shade

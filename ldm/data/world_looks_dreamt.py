@@ -10,13 +10,13 @@ DREAMT = (
         sky=("#2a1114", "#c2411a"), haze="#5d2118", ground=("#2b2322", "#46302b", "#ff8a1e"), pattern="lava",
         road=("#33302f", "#c9a27a", "#4a3a33"),
         things=(
-            Things("bare tree", 14, 6, 26, (4, 7), ("#1c1514", "#3a2a22")),
+            Things("bare tree", 18, 6, 22, (5, 8), ("#1c1514", "#3a2a22")),
             Things("rock", 20, 4.8, 22, (0.8, 2.6), ("#54423d", "#2a2020")),
-            Things("mound", 17, 6.5, 24, (3, 6.5), ("#4a302a", "#b8481c")),
+            Things("mound", 24, 6.5, 22, (3, 6.5), ("#4a302a", "#b8481c")),
             Things("flame", 15, 5.5, 26, (1.4, 3.6), ("#ffb52e", "#ff4a12"), 0.8),
             Things("tuft", 10.4, 4.6, 9, (0.4, 0.8), ("#6b3a22", "#d8641e")),
         ),
-        hills=(("volcano", "#3a1a18", 0.221), ("mountains", "#2a1716", 0.058)), clouds=("#6a2a1c", 0.55), visible=100,
+        hills=(("volcano", "#3a1a18", 0.19), ("hills", "#2a1716", 0.04)), clouds=("#5a2018", 0.35), visible=100,
         haze_power=1.4, weather="embers", night=True,
     ),
     Look(
