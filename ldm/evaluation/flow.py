@@ -57,12 +57,13 @@ class Motion:
     @cached_property
     def distance(self) -> np.ndarray:
         """How far each pixel lies from the focus, `h w`, at least 1."""
-        return np.maximum(np.linalg.norm(self.offset, axis=-1), 1)
+        return np.maximum(lengths(self.offset), 1)
 
     @cached_property
     def outward(self) -> np.ndarray:
         """The part of the stream that leads away from the focus, `p h w`; negative towards it."""
-        return (self.stream * self.offset).sum(axis=-1) / self.distance
+        along = self.stream[..., 0] * self.offset[..., 0] + self.stream[..., 1] * self.offset[..., 1]
+        return along / self.distance
 
 
 def measure_motion(frames: np.ndarray, flow: np.ndarray | None = None) -> Motion:
@@ -81,7 +82,7 @@ def measure_motion(frames: np.ndarray, flow: np.ndarray | None = None) -> Motion
     focus = focus_of_expansion(flow, textured)
     for _ in range(2):  # each needs the other; what could be either is taken for expansion
         rotation = np.stack([camera_rotation(*pair, focus) for pair in zip(flow, textured, strict=True)])
-        focus = focus_of_expansion(flow - rotation[:, None, None], textured)
+        focus = focus_of_expansion(flow - rotation[:, None, None], textured, focus)
     return Motion(grey, flow, textured, rotation, focus)
 
 
@@ -154,27 +155,28 @@ def camera_rotation(flow: np.ndarray, textured: np.ndarray, focus: np.ndarray) -
         return np.zeros(2)
     ones = np.tile(np.eye(2), (len(place), 1))
     terms = np.concatenate([ones, (place * is_left).reshape(-1, 1), (place * ~is_left).reshape(-1, 1)], axis=1)
-    near_focus = 1 / (np.linalg.norm(place, axis=1) + 0.05 * width)
+    near_focus = 1 / (lengths(place) + 0.05 * width)
     weight = near_focus
     for _ in range(15):
         weighted = terms * np.repeat(weight, 2)[:, None]
         matrix = weighted.T @ terms
         fit = np.linalg.solve(matrix + 1e-9 * np.trace(matrix) * np.eye(4), weighted.T @ moved.reshape(-1))
-        left_over = np.linalg.norm(moved - (terms @ fit).reshape(-1, 2), axis=1)
+        left_over = lengths(moved - (terms @ fit).reshape(-1, 2))
         weight = near_focus / np.maximum(left_over, 0.1)
     rotation = fit[:2]
     return rotation if np.median(left_over) < np.linalg.norm(rotation) else np.zeros(2)
 
 
-def focus_of_expansion(stream: np.ndarray, textured: np.ndarray) -> np.ndarray:
+def focus_of_expansion(stream: np.ndarray, textured: np.ndarray, guess: np.ndarray | None = None) -> np.ndarray:
     """The point that the stream `p h w 2` leads away from or towards -> `2`, x and y; the prior when little moves.
 
     Least squares over the angles between each pixel's direction and its line to the point, by reweighting: strays
     (Geman-McClure) and short vectors count little, and a weak Gaussian prior decides where the directions do not.
+    `guess` is where to start, None for the prior.
     """
     size = np.array(textured.shape[:0:-1])
     prior = np.array(PRIOR_FOCUS) * size
-    length = np.linalg.norm(stream, axis=-1)
+    length = lengths(stream)
     chosen = np.flatnonzero(textured & (length > TAU))
     if len(chosen) < MIN_DIRECTIONS:
         return prior
@@ -182,15 +184,16 @@ def focus_of_expansion(stream: np.ndarray, textured: np.ndarray) -> np.ndarray:
     place = positions(textured.shape[1:]).reshape(-1, 2)[chosen % textured[0].size].astype(float)
     direction = stream.reshape(-1, 2)[chosen] / length.reshape(-1)[chosen, None]
     normal = np.stack([-direction[:, 1], direction[:, 0]], axis=-1)
+    at_normal = (normal * place).sum(axis=1)
     trust = length.reshape(-1)[chosen] / (length.reshape(-1)[chosen] + 1)
     pull = PRIOR_WEIGHT * trust.sum() / (PRIOR_SPREAD * size[0]) ** 2
-    focus = prior
+    focus = prior if guess is None else guess
     for _ in range(20):
-        distance = np.linalg.norm(place - focus, axis=1) + 0.03 * size[0]  # near the point angles are wild
-        sine = (normal * (place - focus)).sum(axis=1) / distance
+        distance = lengths(place - focus) + 0.03 * size[0]  # near the point angles are wild
+        sine = (at_normal - normal @ focus) / distance
         weight = trust / (1 + (sine / ANGLE_SCALE) ** 2) ** 2 / distance**2
         matrix = (normal * weight[:, None]).T @ normal + pull * np.eye(2)
-        vector = (normal * weight[:, None]).T @ (normal * place).sum(axis=1) + pull * prior
+        vector = (normal * weight[:, None]).T @ at_normal + pull * prior
         moved = np.clip(np.linalg.solve(matrix, vector), *(np.array(limit) * size for limit in FOCUS_LIMITS))
         step, focus = np.linalg.norm(moved - focus), moved
         if step < 0.05:
@@ -205,7 +208,12 @@ def _thin_out(chosen: np.ndarray, most: int) -> np.ndarray:
 
 def endpoint_error(flow: np.ndarray, true_flow: np.ndarray, where: np.ndarray) -> float:
     """Mean distance in pixels between two flows `p h w 2` over the pixels `where` (`p h w` bool, not all false)."""
-    return float(np.linalg.norm(flow - true_flow, axis=-1)[where].mean())
+    return float(lengths(flow - true_flow)[where].mean())
+
+
+def lengths(vectors: np.ndarray) -> np.ndarray:
+    """Vectors `... 2` -> their lengths `...`; much faster than a norm over the short axis."""
+    return np.sqrt(np.square(vectors[..., 0]) + np.square(vectors[..., 1]))
 
 
 def positions(size: tuple[int, ...]) -> np.ndarray:

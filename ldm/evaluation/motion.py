@@ -19,7 +19,7 @@ from itertools import pairwise
 import cv2
 import numpy as np
 
-from ldm.evaluation.flow import TAU, Motion, measure_motion, positions
+from ldm.evaluation.flow import TAU, Motion, lengths, measure_motion, positions
 
 MIN_TEXTURE = 0.002  # share of the picture that a region must have texture in
 MIN_TEXTURE_ANYWHERE = 0.005  # and the whole picture
@@ -113,7 +113,7 @@ def road_expansion(motion: Motion) -> float:
 def _expansion(motion: Motion, region: np.ndarray, where: str) -> float:
     """Mean over pairs of the mean of outward / (length + tau) over the region's texture."""
     pairs = [
-        (outward[seen] / (np.linalg.norm(stream[seen], axis=-1) + TAU)).mean()
+        (outward[seen] / (lengths(stream[seen]) + TAU)).mean()
         for outward, stream, seen in zip(motion.outward, motion.stream, motion.textured & region, strict=True)
         if seen.mean() >= MIN_TEXTURE
     ]
@@ -134,8 +134,8 @@ def smoothness(motion: Motion) -> float:
         if inside.mean() < MIN_TEXTURE:
             continue
         later = cv2.remap(then, arrived[..., 0], arrived[..., 1], cv2.INTER_LINEAR)[inside]
-        lengths = np.linalg.norm(now[inside], axis=-1) + np.linalg.norm(later, axis=-1)
-        scores.append(((lengths - np.linalg.norm(later - now[inside], axis=-1)) / (lengths + 2 * TAU)).mean())
+        both = lengths(now[inside]) + lengths(later)
+        scores.append(((both - lengths(later - now[inside])) / (both + 2 * TAU)).mean())
     if not scores:
         raise CannotJudgeError("nothing textured stays inside the picture for three frames")
     return float(np.mean(scores))
@@ -178,7 +178,7 @@ def frozen_share(motion: Motion) -> float:
 
 def moving_shares(motion: Motion) -> np.ndarray:
     """For each pair the share of its textured pixels that move by more than tau, `p`."""
-    moving = (np.linalg.norm(motion.flow, axis=-1) > TAU) & motion.textured
+    moving = (lengths(motion.flow) > TAU) & motion.textured
     return moving.sum(axis=(1, 2)) / np.maximum(motion.textured.sum(axis=(1, 2)), 1)
 
 

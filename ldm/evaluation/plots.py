@@ -10,7 +10,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from ldm.evaluation.flow import TAU, Motion
+from ldm.evaluation.flow import TAU, Motion, lengths
 
 WIDTH, LABELS, MARGIN, ROW, HEAD, FOOT = 660, 170, 20, 26, 6, 26  # of a plot, in its own units
 OUTWARD, INWARD = (45, 190, 200), (240, 130, 40)  # teal and orange can be told apart by every eye
@@ -85,7 +85,7 @@ def draw_motion(motion: Motion) -> np.ndarray:
 
     Grey is where nothing moves outward or inward or no motion can be told, the cross is the focus of expansion.
     """
-    share = motion.outward / (np.linalg.norm(motion.stream, axis=-1) + TAU)
+    share = motion.outward / (lengths(motion.stream) + TAU)
     strength = (abs(share) * motion.textured)[..., None]
     colour = np.where(share[..., None] > 0, np.float32(OUTWARD), np.float32(INWARD))
     grey = motion.grey[:-1, ..., None].astype(np.float32)
