@@ -254,6 +254,8 @@ def test_a_clip_of_which_everything_is_given_is_refused(tmp_path):
     Image.new("L", (64, 64)).save(tmp_path / "black.png")
     with pytest.raises(UserError, match=r"--frames: expected more than 3, since that many .*\(--overlap\), found 3"):
         start_from_video(tmp_path / "a.mp4", None, 3, 10, (64, 64), 3)
+    with pytest.raises(UserError, match=r"--overlap: expected at least 1, .* last frames of .*a.mp4 begin .* found 0"):
+        start_from_video(tmp_path / "a.mp4", None, 5, 10, (64, 64), 0)
     with pytest.raises(UserError, match="expected something to make, found all 5 frames of the clip given; ask for"):
         start_from_video(tmp_path / "a.mp4", tmp_path / "black.png", 5, 10, (64, 64), 3)
     with pytest.raises(UserError, match="expected something to make, found all 1 frames of the clip given"):

@@ -249,6 +249,11 @@ def start_from_video(
     if mask is not None:
         made = read_mask(mask, num_frames, size)
         pictures = read_first_frames(path, fps, size, num_frames)
+    elif overlap < 1:
+        raise UserError(
+            f"--overlap: expected at least 1, since that many of the last frames of {path} begin the clip, found "
+            f"{overlap}"
+        )
     elif overlap < num_frames:
         pictures, made = read_last_frames(path, fps, size, overlap), None
     else:
