@@ -190,6 +190,8 @@ def test_what_leaves_the_picture_at_once_cannot_be_followed(drive):
 def test_a_picture_has_no_motion(drive):
     with pytest.raises(UserError, match="at least 2 frames, found 1; nothing moves in a picture"):
         judge(drive[:1])
+    with pytest.raises(UserError, match="at most 16 times as long as narrow, found 128x4 pixels"):
+        judge(drive[:, :4])
     with pytest.raises(ValueError, match="expected uint8 frames `t h w 3`, found float64"):
         judge(drive / 255)
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from ldm.errors import UserError
 
-WORKING_SIDE = 256
+WORKING_SIDE, NARROWEST_SIDE = 256, 16
 TAU = 0.25  # pixels; motion well below this counts as none
 MIN_CORNER = 0.7  # grey levels per pixel that the weaker of the two gradients must have
 PRIOR_FOCUS = (0.5, 0.45)  # of width and height: where a camera on a car usually looks
@@ -70,12 +70,18 @@ def measure_motion(frames: np.ndarray, flow: np.ndarray | None = None) -> Motion
     """Frames uint8 RGB `t h w 3`, two or more -> their motion.
 
     `flow`, if given, is the true flow `p h w 2` in pixels of the frames and takes the place of the measured one.
-    Raises UserError for a single frame.
+    Raises UserError for a single frame and for a narrow strip.
     """
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
         raise ValueError(f"expected uint8 frames `t h w 3`, found {frames.dtype} {list(frames.shape)}")
     if len(frames) < 2:
         raise UserError(f"expected a clip of at least 2 frames, found {len(frames)}; nothing moves in a picture")
+    if min(working_size(*frames.shape[1:3])) < NARROWEST_SIDE:
+        height, width = frames.shape[1:3]
+        raise UserError(
+            f"expected clips at most {WORKING_SIDE // NARROWEST_SIDE} times as long as narrow, found {width}x{height} "
+            "pixels; no flow can be measured on a strip"
+        )
     grey = working_grey(frames)
     flow = dense_flow(grey) if flow is None else working_flow(flow)
     textured = np.stack([find_texture(picture) for picture in grey[:-1]])
