@@ -8,6 +8,7 @@ import signal
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 
 from ldm.data.batch import Batch
@@ -223,6 +224,21 @@ def test_processes_divide_the_stream(root):
 
 
 # ---- bad input
+
+
+@pytest.mark.parametrize(("strategy", "share", "is_refused"), [
+    ("ddp", 0.5, True), ("ddp", 0.0, False), ("ddp_find_unused_parameters_true", 0.5, False), ("auto", 0.5, False),
+])  # fmt: skip
+def test_processes_that_would_wait_for_each_other_are_refused(root, strategy, share, is_refused):
+    data = data_module(root, image_share=share)
+    data.trainer = pl.Trainer(accelerator="cpu", devices=2 if "ddp" in strategy else 1, strategy=strategy, logger=False)
+    if is_refused:
+        with pytest.raises(
+            DatasetError, match=r"image_share: with several .* --strategy ddp_find_unused_parameters_true"
+        ):
+            data.train_dataloader()
+    else:
+        assert len(data.train_dataloader()) > 0
 
 
 @pytest.mark.parametrize(

@@ -132,9 +132,7 @@ class ClipDataModule(StreamDataModule):
         seed: of the order and of every draw.
         verify: check the checksum of every tensor at the start; each clip is checked as it is read anyhow.
         image_share: share of the training samples that are not a clip but `frames` single frames of different scenes,
-            which cost a little less; 1 trains on single frames alone, and what is held out are single frames too. On
-            several cards a batch without clips leaves layers over time without a gradient, which Lightning wants to be
-            told: --strategy ddp_find_unused_parameters_true.
+            which cost a little less; 1 trains on single frames alone, and what is held out are single frames too.
         image_root: another prepared folder that single frames are taken from; null: the training scenes of `root`.
 
     Raises `DatasetError` when a folder is not a prepared set or no scene is long enough.
@@ -250,6 +248,14 @@ class ClipDataModule(StreamDataModule):
                 prepared.verify(scene)
 
     def train_dataloader(self) -> DataLoader:
+        """Raises `DatasetError` where processes would wait for each other: one with a batch of single frames alone has
+        no gradients of the layers over time."""
+        options = getattr(getattr(self.trainer, "strategy", None), "_ddp_kwargs", None)
+        if self.image_share > 0 and options is not None and not options.get("find_unused_parameters"):
+            raise DatasetError(
+                "data.params.image_share: with several processes expected --strategy ddp_find_unused_parameters_true, "
+                "for a batch may have no clip; found another"
+            )
         return self.stream_loader(self.train_clips)
 
     def val_dataloader(self) -> DataLoader | list:
