@@ -201,7 +201,20 @@ def set_steps(scheduler: SchedulerMixin, steps: int, device: torch.device | str 
             "of training"
         )
     scheduler.set_timesteps(steps, device=device)
+    if scheduler.config.timestep_spacing == "trailing":
+        _lay_out_trailing(scheduler, steps)
     return scheduler.timesteps
+
+
+def _lay_out_trailing(scheduler: SchedulerMixin, steps: int) -> None:
+    """Put exactly `steps` steps where diffusers counts down in floats, which goes below step 0 for some numbers."""
+    left = torch.arange(steps, 0, -1, dtype=torch.float64)
+    grid = (scheduler.config.num_train_timesteps * left / steps).round().long() - 1
+    scheduler.timesteps = grid.to(scheduler.timesteps)
+    scheduler.num_inference_steps = steps
+    if not isinstance(scheduler, DDIMScheduler):
+        ratios = ((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod) ** 0.5
+        scheduler.sigmas = torch.cat([ratios[grid].to(scheduler.sigmas), scheduler.sigmas[-1:]])
 
 
 def initial_noise(
