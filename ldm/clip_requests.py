@@ -63,7 +63,9 @@ def read_request(options: Mapping[str, Any], generator: ClipGenerator) -> ClipRe
     settings = ClipSettings(**given)
     if files.interpolate is None:
         settings = _with_windows(settings, trained, options)
-    generator.check(settings)  # before files are opened
+        generator.check(settings)  # before files are opened
+    else:
+        generator.check(replace(settings, prompt=""))  # whose length, for a schedule, is not yet known
     frames = read_given(settings, files)
     if files.interpolate is not None:
         settings = replace(settings, frames=len(frames.shown), fps=options.get("fps", frames.fps))
@@ -117,9 +119,20 @@ def notes(request: ClipRequest, generator: ClipGenerator) -> Iterator[str]:
             if not 0.999 * low <= fps <= 1.001 * high:
                 rates = f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
                 yield f"{fps:.3g} frames a second: trained on {rates}; motion may be wrong outside of that"
-    most = trained.max_known_noise
-    if most is not None and settings.known_noise > most:
-        yield f"noise of step {settings.known_noise} on known frames: trained on none beyond step {most}"
+    if trained.max_known_noise is not None:
+        yield from _notes_on_noise(settings.known_noise, trained.max_known_noise, request.plan)
+
+
+def _notes_on_noise(level: int, most: int, plan: Plan | None) -> Iterator[str]:
+    if level > most:
+        yield f"noise of step {level} on known frames: trained on none beyond step {most}"
+    if most and not level and _has_followers(plan):
+        yield f"in several windows: --known-noise, here up to {most}, makes going on from earlier ones more robust"
+
+
+def _has_followers(plan: Plan | None) -> bool:
+    """Whether windows know frames that earlier ones made."""
+    return plan is not None and any(window.known - plan.given for window in plan.windows)
 
 
 def _read_files(options: Mapping[str, Any]) -> tuple[GivenFiles, int]:
@@ -130,7 +143,8 @@ def _read_files(options: Mapping[str, Any]) -> tuple[GivenFiles, int]:
         raise UserError(f"{sources[0]}: expected one way to give frames, found {' and '.join(sources)}; choose one")
     if files["mask"] is not None and not sources:
         raise UserError(
-            "--mask: expected --init-image or --init-video beside it, from which what is black is kept, found neither"
+            "--mask: expected --init-image, --init-video or --interpolate beside it, from which what is black is kept, "
+            "found none of them"
         )
     factor = 1
     if files["interpolate"] is not None:
@@ -147,8 +161,10 @@ def _read_files(options: Mapping[str, Any]) -> tuple[GivenFiles, int]:
 
 
 def _with_windows(settings: ClipSettings, trained: Training, options: Mapping[str, Any]) -> ClipSettings:
-    """The settings with `window` and `overlap` filled in."""
+    """The settings with `window` and `overlap` filled in; pictures of their own need no more than one window."""
     length = trained.frames or DEFAULT_FRAMES
+    if length == 1 or not trained.has_time:
+        length = max(2, settings.frames)
     window = min(options.get("window", settings.frames if settings.frames <= 2 * length else length), settings.frames)
     third = max(2, options.get("window", length) // 3)
     return replace(settings, window=window, overlap=options.get("overlap", max(1, min(third, window - 1))))

@@ -7,6 +7,7 @@ line are the business of scripts/txt2vid.py.
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from ldm.checkpoint import (
     SD_V1_SCALE,
     UNET_PATH,
     Checkpoint,
-    is_temporal,
+    has_temporal_layers,
     latent_scale,
     load_first_stage,
     load_text_encoder,
@@ -84,7 +85,7 @@ class ClipGenerator:
         self._words = unet["params"]
         self.takes_known_frames = self._words["in_channels"] == 2 * self._words["out_channels"] + 1
         self._check_channels()
-        self.training = Training.of_config(whole, any(map(is_temporal, unet_tensors(self.checkpoint))))
+        self.training = Training.of_config(whole, has_temporal_layers(unet_tensors(self.checkpoint)))
         schedule = {key: self._params.get(key, value) for key, value in SD_V1_SCHEDULE.items()}
         node = {"target": "ldm.models.diffusion.schedule.NoiseSchedule", "params": schedule}
         self.schedule = build(node, "model").to(self.device)
@@ -109,8 +110,13 @@ class ClipGenerator:
             raise UserError(
                 f"fps: expected more than 0 and at most 240 frames a second, found {settings.fps:g}; set --fps"
             )
-        if settings.window is not None and settings.window < 1:
-            raise UserError(f"window: expected at least 1 frame, found {settings.window}")
+        if not math.isfinite(settings.scale):
+            raise UserError(f"scale: expected a finite number, found {settings.scale}; set --scale")
+        if settings.window is not None and settings.window < min(2, settings.frames):
+            raise UserError(
+                "window: expected at least 2 frames, so that those made at a time belong together, found "
+                f"{settings.window}"
+            )
         if settings.overlap < 0:
             raise UserError(f"overlap: expected at least 1 frame, found {settings.overlap}")
         check_size(settings.height, settings.width, self.size_multiple)
@@ -135,7 +141,7 @@ class ClipGenerator:
         if given is not None:
             self.check_given("given frames")
         wholly_known = [] if given is None else given.wholly_known()
-        return plan_clip(settings, self.training, self.takes_known_frames, wholly_known)
+        return plan_clip(settings, self.training, self.takes_known_frames, self.is_told_fps, wholly_known)
 
     def read_prompts(self, prompts: Sequence[str]) -> dict[str, str]:
         """Encode prompts for later; returns the prompts that were too long, each with the end that was cut off.

@@ -24,10 +24,15 @@ Progress = Callable[[int, int], None] | None  # called with (done, total)
 
 
 def plan_clip(
-    settings: ClipSettings, training: Training, takes_known_frames: bool, given: Sequence[int] = ()
+    settings: ClipSettings,
+    training: Training,
+    takes_known_frames: bool,
+    is_told_fps: bool,
+    given: Sequence[int] = (),
 ) -> Plan | None:
     """The stages in which a clip is made; None for one pass, or overlapping windows.
 
+    is_told_fps: whether the network can know that keyframes lie further apart; if not, there are none.
     given: the frames that are wholly known. Raises UserError for what cannot be planned.
     """
     window = settings.window or settings.frames
@@ -36,7 +41,7 @@ def plan_clip(
         return None
     if settings.interpolate > 1:
         return plan_interpolation(settings.frames, settings.interpolate, window, settings.overlap, given)
-    levels = count_levels(settings.fps, training.rates[-1]) if training.rates else 0
+    levels = count_levels(settings.fps, training.rates[-1]) if training.rates and is_told_fps else 0
     return plan_stages(settings.frames, window, settings.overlap, levels, given)
 
 

@@ -30,7 +30,7 @@ four uses:
 All but the first need a checkpoint that was trained with known frames. Clips longer than a window are made in
 several: the plan is printed before it starts. Seeds belong to clips: clip i of a run has seed + i, whatever
 --n_samples is; making several at a time changes rounding, not content. --precision is that of the UNet; text and
-pictures are always exact.
+pictures are always exact. A finished clip is held in memory as 8-bit pixels: 0.8 GB for 1,000 frames of 512x512.
 """
 
 
@@ -60,8 +60,9 @@ def clip_parser() -> Parser:
         help="grey picture or video: in every frame white is made, and black kept from what is given",
     )  # fmt: skip
     given.add_argument(
-        "--known-noise", type=int, metavar="S", help="noise on what earlier windows made, a diffusion step (default: 0)"
-    )
+        "--known-noise", type=int, metavar="S",
+        help="noise on known frames where earlier windows made some, a diffusion step (default: 0)",
+    )  # fmt: skip
     long = parser.add_argument_group("long clips")
     long.add_argument(
         "--window",

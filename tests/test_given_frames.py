@@ -217,8 +217,13 @@ def test_bad_videos_get_one_message(tmp_path):
         read_last_frames(tmp_path / "a.mp4", 20, (64, 64), 2)
     with pytest.raises(FootageError, match=r"short.mp4: the file is damaged or cut short"):
         read_last_frames(tmp_path / "short.mp4", 10, (64, 64), 2)
-    with pytest.raises(FootageError, match=r"one.mp4: expected a video, found a single frame"):
-        read_every_frame(tmp_path / "one.mp4", (64, 64), 4)
+    Image.new("RGB", (64, 64)).save(tmp_path / "one.png")
+    for name in ("one.mp4", "one.png"):
+        message = rf"{name}: expected a video.* found a single frame; a picture can begin .* give it to --init-image"
+        with pytest.raises(UserError, match=message):
+            read_every_frame(tmp_path / name, (64, 64), 4)
+        with pytest.raises(UserError, match=message):
+            read_last_frames(tmp_path / name, 10, (64, 64), 2)
     for factor in (1, 65, -2):
         with pytest.raises(UserError, match=f"--interpolate: expected a factor of 2 to 64, found {factor}"):
             read_every_frame(tmp_path / "a.mp4", (64, 64), factor)

@@ -20,12 +20,14 @@ import numpy as np
 from einops import reduce
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ldm.data.footage import MAX_ENLARGEMENT, VideoInfo, probe, read_frames
+from ldm.data.footage import MAX_ENLARGEMENT, FootageError, VideoInfo, probe, read_frames
 from ldm.errors import UserError
 
 MAX_FRAMES = 10_000  # of a clip
 FACTORS = range(2, 65)  # by which the frames of a video can be multiplied
 MADE = 128  # grey levels from here on are to be made, so that a mask survives JPEG and H.264
+
+A_PICTURE = "a picture can begin a clip: give it to --init-image"
 
 Size = tuple[int, int]  # height, width in pixels
 
@@ -100,12 +102,13 @@ def read_last_frames(path: Path | str, fps: float, size: Size, count: int) -> np
 
     Raises UserError for a shorter video, and FootageError as `read_frames` does.
     """
-    info = probe(path)
+    info = _probe_frames(path)
     last = deque(read_frames(path, _rate(info, fps), size), maxlen=count)
     if len(last) < count:
+        found = f"a single frame; {A_PICTURE}, or" if len(last) == 1 else f"{len(last)};"
         raise UserError(
             f"{path}: expected a video of at least {count} frames at {fps:g} a second, since that many begin the new "
-            f"clip (--overlap), found {len(last)}; give a longer video or a smaller --overlap"
+            f"clip (--overlap), found {found} give a longer video or a smaller --overlap"
         )
     return np.stack(last)
 
@@ -123,17 +126,30 @@ def read_every_frame(path: Path | str, size: Size, factor: int) -> tuple[np.ndar
     """
     if factor not in FACTORS:
         raise UserError(f"--interpolate: expected a factor of {FACTORS[0]} to {FACTORS[-1]}, found {factor}")
-    info = probe(path)
+    info = _probe_frames(path)
     limit = (MAX_FRAMES - 1) // factor + 1
     frames = list(islice(read_frames(path, info.rate, size), limit + 1))
     if len(frames) < 2:
-        raise UserError(f"{path}: expected a video of at least 2 frames to find others between them, found 1")
+        raise UserError(
+            f"{path}: expected a video of at least 2 frames to find others between them, found a single frame; "
+            f"{A_PICTURE}"
+        )
     if len(frames) > limit:
         raise UserError(
             f"{path}: expected at most {limit} frames, of which {factor} times as many make {MAX_FRAMES}, found more; "
             "cut it into pieces or ask for a smaller factor"
         )
     return np.stack(frames), info.fps
+
+
+def _probe_frames(path: Path | str) -> VideoInfo:
+    """`probe`, for footage that a clip goes on from."""
+    try:
+        return probe(path)
+    except FootageError as error:
+        if str(error).endswith("found a single frame"):
+            raise UserError(f"{error}; {A_PICTURE}") from error
+        raise
 
 
 def _rate(info: VideoInfo, fps: float) -> float | Fraction:
