@@ -64,6 +64,7 @@ __all__ = [
     "SD_V1_SCALE",
     "Checkpoint",
     "CheckpointError",
+    "check_unet",
     "encoder_tensors",
     "fill_unet",
     "first_stage_tensors",
@@ -80,6 +81,7 @@ __all__ = [
     "load_unet",
     "load_weights",
     "outline_first_stage",
+    "outline_unet",
     "read_checkpoint",
     "text_tensors",
     "unet_node",
@@ -117,20 +119,7 @@ def load_weights(
         there, and so may each of the conditions, such as known frames.
     spelled: see `account`.
     """
-    expected = module.state_dict()
-    for prefix, (what, word) in CONDITIONS.items():
-        if any(name.startswith(prefix) for name in set(tensors) - set(expected)):
-            raise CheckpointError(
-                f"{where}: expected a network that is told {what}, as the one in the file is, found a config of one "
-                f"that is not. Set unet_config.params.{word}, or take other weights."
-            )
-    if may_miss is None:
-        there = {_group(name) for name in tensors}
-
-        def may_miss(name: str) -> bool:
-            return is_temporal(name) and _group(name) not in there
-
-    account(expected, tensors, where=where, may_miss=may_miss, spelled=spelled)
+    _account(module.state_dict(), tensors, where, may_miss, spelled)
     module.load_state_dict(tensors, strict=False)  # what may be missing was settled a line above
 
 
@@ -164,14 +153,23 @@ def fill_unet(unet: UNetModel, checkpoint: Checkpoint, use_average: bool = True,
             "the author's release has it, found a config of another. Set both in unet_config.params."
         )
     tensors = unet_tensors(checkpoint, use_average)
-    is_whole = is_its_own and has_temporal_layers(tensors)
-    load_weights(
-        unet,
-        tensors,
-        where=where,
-        may_miss=(lambda name: False) if is_whole else None,
-        spelled=checkpoint.spelled,
-    )
+    load_weights(unet, tensors, where=where, may_miss=_may_miss(tensors, is_its_own), spelled=checkpoint.spelled)
+
+
+def check_unet(checkpoint: Checkpoint) -> None:
+    """Raise `CheckpointError` unless the UNet's tensors, and their averages, are those `load_unet` would load."""
+    refuse_linear_projections(unet_tensors(checkpoint), checkpoint.path)
+    expected = outline_unet(unet_node(checkpoint)).state_dict()
+    for use_average in (False, True):
+        tensors = unet_tensors(checkpoint, use_average)
+        may_miss = _may_miss(tensors, is_its_own=checkpoint.own_config is not None)
+        _account(expected, tensors, f"UNet from {checkpoint.path}", may_miss, checkpoint.spelled)
+
+
+def outline_unet(node: Mapping[str, Any]) -> UNetModel:
+    """The network of a node with target and params, on the meta device: names and shapes without values."""
+    with torch.device("meta"):
+        return build(node, UNET_PATH)
 
 
 def unet_node(checkpoint: Checkpoint, config: Config | None = None) -> dict[str, Any]:
@@ -239,6 +237,34 @@ def identity(tensors: Mapping[str, Tensor]) -> str:
             digest.update(name.encode())
             digest.update(tensor.detach().float().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _account(
+    expected: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
+    where: str,
+    may_miss: Callable[[str], bool] | None,
+    spelled: Callable[[Any], Mapping[str, str]] | None,
+) -> None:
+    """What `load_weights` does before it copies."""
+    for prefix, (what, word) in CONDITIONS.items():
+        if any(name.startswith(prefix) for name in set(tensors) - set(expected)):
+            raise CheckpointError(
+                f"{where}: expected a network that is told {what}, as the one in the file is, found a config of one "
+                f"that is not. Set unet_config.params.{word}, or take other weights."
+            )
+    if may_miss is None:
+        there = {_group(name) for name in tensors}
+
+        def may_miss(name: str) -> bool:
+            return is_temporal(name) and _group(name) not in there
+
+    account(expected, tensors, where=where, may_miss=may_miss, spelled=spelled)
+
+
+def _may_miss(tensors: Mapping[str, Tensor], is_its_own: bool) -> Callable[[str], bool] | None:
+    """Nothing in the network of the checkpoint's own config, if there are layers over time; else as `load_weights`."""
+    return (lambda name: False) if is_its_own and has_temporal_layers(tensors) else None
 
 
 def _node_of_words(words: Mapping[str, Any]) -> dict[str, Any]:

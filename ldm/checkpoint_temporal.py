@@ -14,19 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ldm.checkpoint import UNET_PATH, has_temporal_layers, identity, is_temporal, unet_node, unet_tensors
+from ldm.checkpoint import has_temporal_layers, identity, is_temporal, outline_unet, unet_node, unet_tensors
 from ldm.checkpoint_config import UNET
 from ldm.checkpoint_encoders import SD_V1_FIRST_STAGE, SD_V1_SCALE, SD_V1_TEXT, opened, prefixed
 from ldm.checkpoint_names import AVERAGE_PREFIX, UNET_PREFIX
 from ldm.checkpoint_reading import TEMPORAL_KIND, Checkpoint, CheckpointError, account, part_tensors
 from ldm.checkpoint_shapes import unet_words
-from ldm.config import build
 from ldm.config_values import mapping_at
 from ldm.models.diffusion.parameter_groups import ParameterGroups
-from ldm.modules.unet import UNetModel
 
 MODEL = "ldm.models.diffusion.ddpm.LatentVideoDiffusion"
 # Words of the model that say what its network's output means, and their values where a config is silent.
@@ -135,7 +132,7 @@ def _refuse_trained_image_weights(checkpoint: Checkpoint, node: Mapping[str, Any
         return  # nobody knows
     trainable = checkpoint.config["model"]["params"].get("trainable")
     trainable = {"temporal": True} if trainable is None else mapping_at("model.params.trainable", trainable)
-    groups = ParameterGroups(_outline(node), trainable)
+    groups = ParameterGroups(outline_unet(node), trainable)
     others = [
         group.name
         for group in groups.groups
@@ -162,7 +159,7 @@ def _check_fit(
             f"{temporal.path}: expected the words of its network in the metadata (unet), found none. Write the file "
             "again with scripts/convert.py --format temporal."
         )
-    outline = _outline({"target": UNET, "params": dict(words)}).state_dict()
+    outline = outline_unet({"target": UNET, "params": dict(words)}).state_dict()
     expected = _image_part(outline)
     if {name: tensor.shape for name, tensor in expected.items()} != {name: one.shape for name, one in image.items()}:
         found = unet_words(image, where=str(base.path))
@@ -199,11 +196,6 @@ def _merged_config(base: Checkpoint, words: Mapping[str, Any]) -> dict[str, Any]
                 place = place.setdefault(step, {})
             place[path[-1]] = words[word]
     return config
-
-
-def _outline(node: Mapping[str, Any]) -> UNetModel:
-    with torch.device("meta"):
-        return build(node, UNET_PATH)
 
 
 def _at(config: Mapping[str, Any], path: tuple[str, ...]) -> Any:

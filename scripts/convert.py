@@ -16,7 +16,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ldm.checkpoint import Checkpoint, read_checkpoint
+from ldm.checkpoint import Checkpoint, check_unet, read_checkpoint
 from ldm.checkpoint_export import write_author, write_diffusers
 from ldm.checkpoint_names import AVERAGE_PREFIX, FIRST_STAGE_PREFIX, TEXT_PREFIX, UNET_PREFIX
 from ldm.checkpoint_temporal import BASE_IDENTITY, base_identity, load_with_temporal
@@ -66,6 +66,7 @@ def read_input(options: argparse.Namespace, console: Console) -> Checkpoint:
                 f"--base: belongs to a file of temporal layers alone, and {options.source} is {KINDS[found.kind]}; "
                 "leave it out"
             )
+        check_unet(found)
         return found
     if options.format == "temporal":
         raise UserError(f"--in: {options.source} is a file of temporal layers alone already; choose another format")
@@ -75,6 +76,7 @@ def read_input(options: argparse.Namespace, console: Console) -> Checkpoint:
         )
     base = read_checkpoint(options.base)
     console.print(f"base: {options.base}: {KINDS[base.kind]}, {in_numbers(base)}, {size(options.base)}")
+    check_unet(base)
     merged = load_with_temporal(base, found)
     if merged.warning:
         console.print(f"note: {merged.warning}")

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
 from ldm.checkpoint import load_unet, read_checkpoint
-from ldm.checkpoint_names import UNET_PREFIX
+from ldm.checkpoint_names import UNET_PREFIX, average_names
 from ldm.checkpoint_temporal import base_identity
 from ldm.errors import UserError, run_command
 from scripts.convert import main
-from tests.tiny_checkpoint import CONFIG, assert_same, image_state, save_as_public, video_state, write_safetensors
+from tests.tiny_checkpoint import (
+    CONFIG,
+    assert_same,
+    image_state,
+    part,
+    save_as_public,
+    video_state,
+    write_safetensors,
+)
 from tests.tiny_release import release_state, write_folder
 
 
@@ -102,6 +111,8 @@ def test_a_public_file(folder, tmp_path, capsys):
         ("last.ckpt", "x", "author", [], "cannot be written in its form: norm_over_clip is false"),
         ("other.safetensors", "x.safetensors", "temporal", [], "expected a network with temporal layers, found"),
         ("torn", "x.ckpt", "full", [], "found one without conv_out.spatial_conv.weight"),
+        ("motion.safetensors", "x.ckpt", "full", ["--base", "torn"], "found one without conv_out.spatial_conv.weight"),
+        ("motion.safetensors", "x.ckpt", "full", ["--base", "motion.safetensors"], "expected a whole UNet, found temp"),
     ],
 )
 def test_mistakes(folder, tmp_path, monkeypatch, source, out, form, options, message):
@@ -122,6 +133,50 @@ def test_mistakes(folder, tmp_path, monkeypatch, source, out, form, options, mes
         convert(source, out, form, *options)
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
     assert list(tmp_path.iterdir()) == []
+
+
+FORMATS = [("x.ckpt", "full"), ("x.safetensors", "temporal"), ("x", "diffusers"), ("x", "author")]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "attentions.0.transformer_blocks.0.attn2.to_q.weight",
+        "mid_block.resnets.1.norm2.bias",
+        "attn_temporal.to_k.weight",
+        "conv1.temporal_conv.bias",
+        "down_blocks.1.downsamplers.0.conv.spatial_conv.weight",
+    ],
+)
+@pytest.mark.parametrize(("out", "form"), FORMATS)
+def test_a_release_without_one_of_its_tensors(tmp_path, out, form, name):
+    state = release_state(4)
+    lost = next(one for one in state if name in one)
+    del state[lost]
+    write_folder(state, tmp_path / "torn")
+    with pytest.raises(UserError, match=rf"torn: .*{re.escape(lost)}"):
+        convert(tmp_path / "torn", tmp_path / out, form)
+    assert [one.name for one in tmp_path.iterdir()] == ["torn"]
+
+
+@pytest.mark.parametrize(("out", "form"), FORMATS)
+def test_a_run_without_one_of_its_tensors_or_with_one_of_another_shape(tmp_path, out, form):
+    query = "middle_block.1.transformer_blocks.0.attn2.to_q.weight"
+    names = average_names(part(video_state(), UNET_PREFIX))
+    averages = {names[name]: one for name, one in part(video_state(), UNET_PREFIX).items()}
+    for changes, message in (
+        ({UNET_PREFIX + query: None}, f"1 missing: {query}"),
+        ({UNET_PREFIX + query: torch.zeros(3, 4)}, f"1 of another shape: {query}"),
+        (averages | {names[query]: torch.zeros(3, 4)}, f"1 of another shape: {query}"),
+        (averages | {UNET_PREFIX + query: torch.zeros(3, 4)}, f"1 of another shape: {query}"),
+        ({UNET_PREFIX + "out.2.temporal.bias": None}, "1 missing: out.2.temporal.bias"),
+        ({UNET_PREFIX + "out.3.bias": torch.zeros(3)}, "1 unexpected: out.3.bias"),
+    ):
+        state = {name: one for name, one in (video_state() | changes).items() if one is not None}
+        torch.save({"state_dict": state, "config": CONFIG}, tmp_path / "last.ckpt")
+        with pytest.raises(UserError, match=rf"UNet from .*last.ckpt: the tensors in the file are not .*{message}"):
+            convert(tmp_path / "last.ckpt", tmp_path / out, form)
+        assert [one.name for one in tmp_path.iterdir()] == ["last.ckpt"]
 
 
 def test_the_words_of_the_command_line(capsys):
