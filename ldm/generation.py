@@ -38,6 +38,7 @@ from ldm.config_values import mapping_at
 from ldm.data.given_frames import MAX_FRAMES, GivenFrames
 from ldm.errors import UserError
 from ldm.long_clips import ClipSampler, plan_clip
+from ldm.models.diffusion.filling import fill_of_config
 from ldm.models.diffusion.known import KnownLatents, check_known_level, check_takes_known_frames
 from ldm.models.diffusion.noise import NoiseFamily
 from ldm.models.diffusion.sampling import build_scheduler, check_eta, check_size, decode_chunks, set_steps
@@ -90,6 +91,7 @@ class ClipGenerator:
         node = {"target": "ldm.models.diffusion.schedule.NoiseSchedule", "params": schedule}
         self.schedule = build(node, "model").to(self.device)
         self.noise = NoiseFamily.of_config(self._params.get("noise"))
+        self.fill = fill_of_config(self._params.get("known_frames"))
         self.scale_factor = latent_scale(whole) if self._params else SD_V1_SCALE
         first_stage = outline_first_stage(self._params.get("first_stage_config") or SD_V1_FIRST_STAGE)
         self.num_channels, self.downsampling = first_stage.num_channels, first_stage.downsampling
@@ -221,6 +223,7 @@ class ClipGenerator:
             context,
             self._contexts[settings.negative_prompt].to(self.dtype) if settings.scale != 1 else None,
             [torch.Generator().manual_seed(seed) for seed in seeds],
+            self.fill,
         )
         size = (settings.height // self.downsampling, settings.width // self.downsampling)
         return sampler.make(plan, (self.num_channels, *size), known, progress)

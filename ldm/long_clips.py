@@ -66,7 +66,7 @@ class ClipSampler:
 
     context: for numbers of frames, their captions `1 n d`, or one for each frame `1 t n d`, on the network's device.
     uncond: what guidance moves away from, `1 n d`; None for no guidance.
-    family: of the noise. generators: one per sample.
+    family: of the noise. generators: one per sample. fill: as the network was trained, see `filling`.
     """
 
     unet: nn.Module
@@ -76,6 +76,7 @@ class ClipSampler:
     context: Callable[[Sequence[int]], Tensor]
     uncond: Tensor | None
     generators: Sequence[torch.Generator]
+    fill: str
 
     def make(self, plan: Plan | None, size: tuple[int, int, int], given: KnownLatents | None, show: Progress) -> Tensor:
         """Scaled latents `b t c h w` of a clip per generator, on the network's device.
@@ -100,7 +101,7 @@ class ClipSampler:
 
     def _make_window(self, task: WindowTask) -> Tensor:
         denoiser = self._denoiser(task.frames, self.settings.fps / task.spacing)
-        known = KnownDenoiser(denoiser, self.schedule, task.known, task.noise, self.generators)
+        known = KnownDenoiser(denoiser, self.schedule, task.known, task.noise, self.generators, self.fill)
         return self._sample(known, task.noise, task.progress)
 
     def _denoiser(self, frames: Sequence[int], fps: float) -> GuidedDenoiser:

@@ -77,7 +77,7 @@ def compare(plan: Plan, out: Path, more: Sequence[str], run: Runner) -> dict[str
 
 def run_main(words: Sequence[str]) -> int:
     """Run main.py with these words in a process of its own."""
-    return subprocess.run([sys.executable, *words], cwd=ROOT, check=False).returncode
+    return subprocess.run([sys.executable, str(ROOT / words[0]), *words[1:]], check=False).returncode
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -194,6 +194,10 @@ def test_a_told_network_from_image_weights_starts_as_the_image_network(tmp_path)
         ({"min_snr_gamma": 0}, "min_snr_gamma: expected a number above 0 or null, found 0"),
         ({"noise": {"kind": "mixed"}}, "noise: expected a share above 0"),
         ({"zero_terminal_snr": True}, "zero_terminal_snr: expected parameterization v or x0"),
+        (
+            {"zero_terminal_snr": True, "parameterization": "v", "min_snr_gamma": 5},
+            "min_snr_gamma: expected null with zero_terminal_snr",
+        ),
     ],
 )
 def test_words_that_do_not_go_together_are_refused(options, message):
@@ -204,6 +208,28 @@ def test_words_that_do_not_go_together_are_refused(options, message):
 def test_known_frames_cannot_be_noisier_than_the_schedule():
     with pytest.raises(UserError, match="max_noise: expected a diffusion step below 1000, found 1000"):
         make_told(known_frames={"mixture": {"first": 1}, "max_noise": 1000})
+
+
+def test_noise_on_known_frames_needs_a_network_that_is_told_of_it():
+    deaf = copy.deepcopy(TOLD)
+    deaf["params"]["known_level_embedding"] = False
+    with pytest.raises(UserError, match="max_noise: expected 0 for a network that is not told"):
+        LatentVideoDiffusion(deaf, NOT_BUILT, NOT_BUILT, 1e-3, trainable=REFERENCE, known_frames=ALL_KINDS)
+
+
+@pytest.mark.parametrize("fill", ["blend", "zeros"])
+def test_the_network_finds_between_known_frames_what_was_set(fill):
+    mixture = {"mixture": {"ends": 1}, "fill": fill}
+    _, known, _, (x, _, _, _) = recorded(make_told(known_frames=mixture), make_batch([0, 1]))
+    assert torch.equal(x[:, :, 5:], filled(known.latents, known.mask, fill))
+    assert bool(x[:, 2, 5:].any()) == (fill == "blend")
+
+
+def test_of_a_clip_of_one_frame_nothing_is_known():
+    model = make_told(known_frames={"mixture": {"pixels": 1}})
+    model.unet = Recorder(lambda x: torch.zeros_like(x[..., :4, :, :]))
+    model.batch_errors(make_batch([0, 1], frames=1))
+    assert model.unet.calls[0][0][:, :, 4].min() == 1
 
 
 def test_nothing_known_is_said_of_images_and_of_clips():

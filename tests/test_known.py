@@ -115,22 +115,17 @@ def test_the_start_of_sampling_is_the_noise_where_nothing_is_known():
     assert torch.equal(network.calls[0]["noisy"][to_be_made], noise[to_be_made])
 
 
-def test_known_frames_of_a_level_are_noised_once_those_given_stay_clean():
+def test_known_latents_of_a_level_are_noised_once():
     schedule, noise, network, level = NoiseSchedule(), randn(2, 5, 4, 4, 4), Listener(), 200
-    clip, mask, made = randn(2, 5, 4, 4, 4, seed=4), torch.ones(2, 5, 1, 4, 4), torch.zeros(2, 5, 1, 4, 4)
+    clip, mask = randn(2, 5, 4, 4, 4, seed=4), torch.ones(2, 5, 1, 4, 4)
     mask[:, [0, 2, 4]] = 0
-    made[:, 4] = 1
-    made[:, 2, ..., 2:] = 1
-    known = KnownLatents(clip, mask, level, made)
+    known = KnownLatents(clip, mask, level)
     denoiser = KnownDenoiser(GuidedDenoiser(network, torch.zeros(2, 1, 1)), schedule, known, noise, seeded(1, 2))
     latents = sample(denoiser, build_scheduler("dpm++", schedule), noise, 4)
     told = network.calls[0]["known"]
     drawn = torch.stack([torch.randn(5, 4, 4, 4, generator=generator) for generator in seeded(1, 2)])
     noised = schedule.add_noise(clip, drawn, torch.tensor([level, level]))
-    is_noised = (made * (1 - mask) == 1).expand_as(clip)
-    assert torch.equal(told[is_noised], noised[is_noised]) and not torch.equal(noised, clip)
-    is_clean = ((1 - made) * (1 - mask) == 1).expand_as(clip)
-    assert torch.equal(told[is_clean], clip[is_clean])
+    assert torch.equal(told[:, [0, 2, 4]], noised[:, [0, 2, 4]]) and not torch.equal(noised, clip)
     for call in network.calls:
         assert torch.equal(call["known"], told) and call["level"].tolist() == [level, level]
         step = call["timesteps"].long()
@@ -139,7 +134,7 @@ def test_known_frames_of_a_level_are_noised_once_those_given_stay_clean():
     assert torch.equal(latents[:, [0, 2, 4]], clip[:, [0, 2, 4]])
 
 
-def test_without_more_said_all_known_frames_carry_the_level():
+def test_the_guess_between_known_frames_is_as_noisy_as_they_are():
     noise, network = randn(1, 3, 4, 4, 4), Listener()
     known = KnownLatents.placed(torch.ones(1, 2, 4, 4, 4), [0, 2], 3)
     known = replace(known, level=300)
@@ -147,7 +142,15 @@ def test_without_more_said_all_known_frames_carry_the_level():
     denoiser(noise, torch.tensor([500]))
     told = network.calls[0]["known"]
     assert (told[:, [0, 2]] != 1).all()
-    assert torch.allclose(told[:, 1], told[:, [0, 2]].mean(dim=1))  # the guess between them is as noisy
+    assert torch.allclose(told[:, 1], told[:, [0, 2]].mean(dim=1))
+
+
+def test_a_network_trained_on_zeros_between_known_frames_finds_zeros():
+    noise, network = randn(1, 3, 4, 4, 4), Listener()
+    known = KnownLatents.placed(randn(1, 2, 4, 4, 4, seed=2), [0, 2], 3)
+    guided = GuidedDenoiser(network, torch.zeros(1, 1, 1))
+    KnownDenoiser(guided, NoiseSchedule(), known, noise, fill="zeros")(noise, torch.tensor([500]))
+    assert not network.calls[0]["known"][:, 1].any() and network.calls[0]["known"][:, [0, 2]].all()
 
 
 def test_a_single_frame_has_no_rate():

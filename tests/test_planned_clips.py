@@ -40,8 +40,6 @@ class NumberedWindows:
                 expected = self.given.get(frame, self.made.get(frame))
                 assert not task.known.mask[:, index].any()
                 assert (task.known.latents[:, index] == expected).all()
-                is_noised = frame not in self.given
-                assert (task.known.made[:, index] == is_noised).all()
             else:
                 assert task.known.mask[:, index].all()
                 self.made[frame] = number
@@ -58,7 +56,7 @@ def test_windows_are_told_what_was_made_before_and_nothing_made_is_changed():
     assert shown == [(done, 2 * len(plan.windows)) for done in range(1, 2 * len(plan.windows) + 1)]
 
 
-def test_given_frames_come_back_bit_for_bit_and_stay_clean():
+def test_given_frames_come_back_bit_for_bit_and_alone_stay_clean():
     frames = torch.arange(3.0).view(1, 3, 1, 1, 1) / 3 + 0.1
     given = KnownLatents.placed(frames.expand(1, 3, 4, 4, 4), [0, 1, 20], 33)
     windows = NumberedWindows({frame: value.item() for frame, value in zip([0, 1, 20], frames.flatten(), strict=True)})
@@ -78,7 +76,7 @@ def test_a_mask_of_pixels_holds_in_every_window():
     left = []
 
     def sample_window(task):
-        left.append(task.known.mask[..., :2].sum() + task.known.made[..., :2].sum())
+        left.append(task.known.mask[..., :2].sum())
         return task.known.restore(torch.zeros_like(task.noise))
 
     clip = sample_plan(plan_stages(17, 5, 1, 1, [5]), sample_window, noise_of(1), given, known_noise=9)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from ldm.checkpoint import first_stage_tensors, identity, read_checkpoint, text_tensors
 from ldm.errors import UserError
 from ldm.generation import ClipGenerator
 from ldm.models.diffusion.ddpm import LatentVideoDiffusion
@@ -21,10 +22,13 @@ DATA = {"root": "elsewhere", "frames": 5, "strides": [1, 2], "val_share": 0.4, "
 
 
 @pytest.fixture
-def prepared(tmp_path):
-    """Scenes whose latents grow from frame to frame, squared, so that a blend is off by what can be reckoned."""
-    folder = make_prepared(tmp_path / "set", [20] * 8, moments_shape=[8, 4, 4], context_shape=[3, 16])
-    return folder
+def prepared(tmp_path, checkpoint):
+    """Scenes whose latents grow evenly from frame to frame, so that a blend is exact."""
+    contents = read_checkpoint(checkpoint)
+    return make_prepared(
+        tmp_path / "set", [20] * 8, moments_shape=[8, 4, 4], context_shape=[3, 16], scale_factor=0.01,
+        first_stage=identity(first_stage_tensors(contents)), text_encoder=identity(text_tensors(contents)),
+    )  # fmt: skip
 
 
 @pytest.fixture
@@ -71,10 +75,24 @@ def test_a_network_that_blends_scores_as_the_blend(checkpoint, prepared):
     assert all(row["model"] < 3 * left for row in rows)
 
 
-def test_errors_are_those_of_the_frames_made():
+def test_errors_are_those_of_the_frames_made(checkpoint, prepared, monkeypatch):
     frames = torch.tensor([0.0, 1.0, 4.0, 9.0, 16.0]).view(1, 5, 1, 1, 1)
     blended = score_inbetweens.blend(frames[:, 0], frames[:, -1], 5)
     assert (blended - frames).flatten().tolist() == [0, 3, 4, 3, 0]
+    squares = 100 * frames.expand(1, 5, 4, 4, 4), torch.zeros(1, 3, 16), torch.tensor([10.0])  # scaled by 0.01
+    monkeypatch.setattr(score_inbetweens, "windows", lambda data, num: iter([squares]))
+    generator = ClipGenerator(checkpoint)
+    generator._unet = Blender(generator.schedule)
+    (row,) = score_inbetweens.score(generator, None, num=1, steps=50, sampler="ddim", seed=0)
+    assert row["blend"] == pytest.approx((9 + 16 + 9) / 3)
+    assert row["model"] == pytest.approx(row["blend"], rel=0.05)
+    assert "| 10 | 1 | 3.3665 |" in score_inbetweens.summary([row])
+
+
+def test_clips_of_other_encoders_are_not_scored(checkpoint, tmp_path):
+    other = make_prepared(tmp_path / "other", [20] * 8, moments_shape=[8, 4, 4], context_shape=[3, 16])
+    with pytest.raises(UserError, match="other"):
+        score_inbetweens.held_out(ClipGenerator(checkpoint), other)
 
 
 def test_the_command_scores_clips_never_trained_on(checkpoint, prepared, tmp_path, capsys):

@@ -51,8 +51,8 @@ class LatentVideoDiffusion(pl.LightningModule):
     timesteps, linear_start, linear_end, parameterization, zero_terminal_snr: of `NoiseSchedule`.
     noise: kind, share and offset of `NoiseFamily`; None: every frame has noise of its own.
     min_snr_gamma: of `NoiseSchedule.loss_weight`.
-    known_frames: mixture and max_noise of `KnownFrameMixture`, for a network that takes known frames; None: nothing is
-        ever known.
+    known_frames: mixture, max_noise and fill of `KnownFrameMixture`, for a network that takes known frames; None:
+        nothing is ever known.
     scale_factor: latents = scale_factor * sample of the posterior. None: the one measured with the autoencoder, from
         its checkpoint.
     seed: with a clip's position in the stream of samples it fixes every random draw made for that clip.
@@ -85,7 +85,7 @@ class LatentVideoDiffusion(pl.LightningModule):
         self.unet = build(unet_config, "model.params.unet_config")
         self.schedule = NoiseSchedule(timesteps, linear_start, linear_end, parameterization, zero_terminal_snr)
         self.noise = NoiseFamily.of_config(noise)
-        self.min_snr_gamma = _checked_gamma(min_snr_gamma)
+        self.min_snr_gamma = _checked_gamma(min_snr_gamma, zero_terminal_snr)
         self.mixture = KnownFrameMixture.of_config(known_frames)
         if self.mixture is not None:
             _check_takes_known_frames(self.unet, self.mixture, timesteps)
@@ -118,7 +118,13 @@ class LatentVideoDiffusion(pl.LightningModule):
         """Check that the clips were prepared with this model's encoders, and find the encoders' weights."""
         if stage != "fit" or self._encoder_tensors:
             return
-        if self.trainer.datamodule.frames == 1 and self.groups.is_temporal_alone:
+        data = self.trainer.datamodule
+        if getattr(data, "image_share", 0) and self.groups.is_temporal_alone:
+            raise UserError(
+                "data.params.image_share: expected 0, since nothing but the temporal layers is trained and they do not "
+                "take part in single frames; leave it out or train other groups too"
+            )
+        if data.frames == 1 and self.groups.is_temporal_alone:
             raise UserError(
                 "data.params.frames: expected at least 2, since nothing but the temporal layers is trained and they do "
                 "not take part in a clip of 1 frame; ask for more frames or train other groups too"
@@ -148,7 +154,8 @@ class LatentVideoDiffusion(pl.LightningModule):
             return self.unet(noisy, timesteps, context, fps=fps)
         if known is None:
             known = Known.nothing(noisy)
-        inputs = torch.cat([noisy, known.mask, filled(known.latents, known.mask)], dim=-3)
+        fill = "zeros" if self.mixture is None else self.mixture.fill
+        inputs = torch.cat([noisy, known.mask, filled(known.latents, known.mask, fill)], dim=-3)
         return self.unet(inputs, timesteps, context, fps=fps, known_level=known.level)
 
     def loss(
@@ -203,7 +210,8 @@ class LatentVideoDiffusion(pl.LightningModule):
         errors, timesteps = [], []
         if len(batch.moments):
             drawn = self.draw(batch, first, after, CLIP_STREAM + held_out)
-            known = self.draw_known(batch, drawn[0], KNOWN_STREAM + held_out)
+            is_clip = drawn[0].shape[1] > 1  # of a single frame nothing is known, as of stills
+            known = self.draw_known(batch, drawn[0], KNOWN_STREAM + held_out) if is_clip else None
             errors.append(self.error(*drawn, batch.context.float(), batch.fps, known) / len(batch))
             timesteps.append(drawn[2])
         if batch.stills is not None:
@@ -316,7 +324,12 @@ def _mix(seed: int, stream: int, position: int) -> int:
     return (mixed ^ (mixed >> 31)) >> 1
 
 
-def _checked_gamma(gamma: float | None) -> float | None:
+def _checked_gamma(gamma: float | None, zero_terminal_snr: bool) -> float | None:
+    if gamma is not None and zero_terminal_snr:
+        raise UserError(
+            "model.params.min_snr_gamma: expected null with zero_terminal_snr: where sampling begins, the weight "
+            "min(SNR, gamma) is zero and nothing would be learned; leave out one of them"
+        )
     if gamma is not None and (isinstance(gamma, bool) or not isinstance(gamma, int | float) or gamma <= 0):
         raise UserError(f"model.params.min_snr_gamma: expected a number above 0 or null, found {gamma!r}")
     return gamma
@@ -327,6 +340,11 @@ def _check_takes_known_frames(unet: torch.nn.Module, mixture: KnownFrameMixture,
         raise UserError(
             f"model.params.known_frames: expected a network that takes known frames, unet_config.params.in_channels "
             f"{2 * unet.out_channels + 1} for out_channels {unet.out_channels}, found in_channels {unet.in_channels}"
+        )
+    if mixture.max_noise and not unet.has_known_level:
+        raise UserError(
+            "model.params.known_frames.max_noise: expected 0 for a network that is not told of the noise, found "
+            f"{mixture.max_noise}; set unet_config.params.known_level_embedding: true"
         )
     if mixture.max_noise >= timesteps:
         raise UserError(

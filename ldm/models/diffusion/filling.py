@@ -6,19 +6,37 @@ need only learn in what a clip differs from it, and learns so much sooner; the m
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from ldm.errors import UserError
 
-def filled(latents: Tensor, mask: Tensor) -> Tensor:
+FILLS = ("blend", "zeros")
+
+
+def fill_of_config(words: Mapping[str, Any] | None) -> str:
+    """How a network trained with these `model.params.known_frames` has it, "blend" unless they say otherwise.
+
+    None: "zeros", for a network that was trained elsewhere, such as the public inpainting one. Raises `UserError`.
+    """
+    fill = "zeros" if words is None else words.get("fill", "blend")
+    if fill not in FILLS:
+        raise UserError(f"model.params.known_frames.fill: expected one of {', '.join(FILLS)}, found {fill!r}")
+    return fill
+
+
+def filled(latents: Tensor, mask: Tensor, fill: str = "blend") -> Tensor:
     """Known latents, and between them the blend of those nearest in time, beyond them the nearest: `b t c h w`.
 
     mask: 1 where latents are not known, `b t 1 h w`; what `latents` holds there is not read. Images, without t, and
-    places that no frame knows are 0 there.
+    places that no frame knows are 0 there. fill: "zeros" makes all places 0 that are not known.
     """
     is_known = mask == 0
     known = torch.where(is_known, latents, 0)
-    if latents.ndim == 4:
+    if latents.ndim == 4 or fill == "zeros":
         return known
     before, since = _nearest(known, is_known, range(latents.shape[1]))
     after, until = _nearest(known, is_known, range(latents.shape[1] - 1, -1, -1))

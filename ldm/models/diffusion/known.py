@@ -30,13 +30,11 @@ class KnownLatents:
     latents: `b t c h w`, clean; what lies where the mask is 1 is not read.
     mask: `b t 1 h w`, 1 where latents are to be made, 0 where they are known. `1 t ...` holds for a whole batch.
     level: diffusion step of the noise that is put on known latents before the network sees them, 0 for none.
-    made: `b t 1 h w`, 1 where known latents were made by the network itself: they alone get that noise. None: all do.
     """
 
     latents: Tensor
     mask: Tensor
     level: int = 0
-    made: Tensor | None = None
 
     @classmethod
     def nothing(cls, like: Tensor) -> KnownLatents:
@@ -75,6 +73,7 @@ class KnownDenoiser:
     denoiser: called with `b t (2c + 1) h w`, timesteps and the level of the noise on known latents, `b`.
     noise: start noise of the clip, `b t c h w`, with which known latents are noised.
     generator: draws the noise of `known.level`, once; one, or one per sample. It is not needed at level 0.
+    fill: what the network was trained to find where nothing is known, see `filling`.
     """
 
     def __init__(
@@ -84,6 +83,7 @@ class KnownDenoiser:
         known: KnownLatents,
         noise: Tensor,
         generator: Generators | None = None,
+        fill: str = "blend",
     ) -> None:
         check_known_level(known.level, schedule)
         self.denoiser, self.schedule, self.known, self.noise = denoiser, schedule, known, noise.float()
@@ -95,7 +95,7 @@ class KnownDenoiser:
             told = self._noised(told, generator)
         self.told = torch.where(self.is_known, told, 0)
         mask = (~self.is_known).to(self.noise).expand(len(noise), -1, -1, -1, -1)
-        self.conditions = torch.cat([mask, filled(self.told, mask)], dim=2)
+        self.conditions = torch.cat([mask, filled(self.told, mask, fill)], dim=2)
 
     def __call__(self, latents: Tensor, timesteps: Tensor) -> Tensor:
         """One evaluation, with known latents noised to these timesteps, which may be fractional."""
@@ -107,8 +107,7 @@ class KnownDenoiser:
     def _noised(self, latents: Tensor, generator: Generators) -> Tensor:
         drawn = [torch.randn(latents.shape[1:], generator=one) for one in one_for_each(len(latents), generator)]
         levels = torch.full((len(latents),), self.known.level, device=latents.device)
-        noised = self.schedule.with_level(latents, torch.stack(drawn).to(latents), levels)
-        return noised if self.known.made is None else torch.where(self.known.made.to(latents) == 1, noised, latents)
+        return self.schedule.with_level(latents, torch.stack(drawn).to(latents), levels)
 
 
 def one_for_each(num: int, generator: Generators) -> list[torch.Generator]:

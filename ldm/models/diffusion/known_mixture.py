@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from ldm.errors import UserError
+from ldm.models.diffusion.filling import fill_of_config
 
 SMALLEST_PATCH = 0.25  # of a side
+WORDS = {"mixture", "max_noise", "fill"}
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,10 @@ class KnownFrameMixture:
         random       any frames, from one to all but one
         pixels       a rectangle of every frame, or all but a rectangle
     max_noise: known latents get the noise of a diffusion step up to this one, half of the clips none.
+    fill: what the network is handed where nothing is known, see `filling`.
     """
 
-    def __init__(self, mixture: Mapping[str, float], max_noise: int = 0) -> None:
+    def __init__(self, mixture: Mapping[str, float], max_noise: int = 0, fill: str = "blend") -> None:
         where = "model.params.known_frames"
         for kind, weight in mixture.items():
             if kind not in KINDS:
@@ -60,14 +63,17 @@ class KnownFrameMixture:
         self.kinds = [kind for kind, weight in mixture.items() if weight]
         self.weights = torch.tensor([mixture[kind] for kind in self.kinds], dtype=torch.float64)
         self.max_noise = max_noise
+        self.fill = fill_of_config({"fill": fill})
 
     @classmethod
     def of_config(cls, words: Mapping[str, object] | None) -> KnownFrameMixture | None:
         """What `model.params.known_frames` describes, None for None; raises `UserError`."""
         if words is None:
             return None
-        if not isinstance(words, Mapping) or set(words) - {"mixture", "max_noise"} or "mixture" not in words:
-            raise UserError(f"model.params.known_frames: expected the words mixture and max_noise, found {words!r}")
+        if not isinstance(words, Mapping) or set(words) - WORDS or "mixture" not in words:
+            raise UserError(
+                f"model.params.known_frames: expected the words mixture, max_noise and fill, found {words!r}"
+            )
         return cls(**words)
 
     def draw(self, frames: int, h: int, w: int, generator: torch.Generator) -> tuple[Tensor, int]:

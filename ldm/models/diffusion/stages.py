@@ -301,8 +301,8 @@ def sample_plan(
         windows take their frames out of it. Drawn from one generator per sample, from which whatever noise a window
         needs later is drawn too, it makes a sample depend on its seed and the plan alone, not on its batch.
     given: what is known of the whole clip, `b` or 1 of them; its level is not read.
-    known_noise: diffusion step of the noise put on known frames that the network made itself (Ho et al. 2021,
-        "Cascaded Diffusion Models", section 4), 0 for none; given ones stay clean.
+    known_noise: diffusion step of the noise put on all known frames of a window, as in training, if the network made
+        any of them itself (Ho et al. 2021, "Cascaded Diffusion Models", section 4); 0 for none.
     progress: called with (done, total) diffusion steps of all windows.
     """
     whole = set() if given is None else set(given.whole_frames())
@@ -340,9 +340,7 @@ def _known_in(window: Window, given_frames: frozenset[int], clip: Tensor, given:
     else:
         mask = given.mask[:, window.frames.start : window.frames.stop : window.frames.step].to(latents)
         mask = mask.expand(len(latents), -1, -1, -1, -1).clone()
-    made = torch.zeros_like(mask)
     for index, frame in enumerate(window.frames):
         if frame in window.known:
-            made[:, index] = mask[:, index]
             mask[:, index] = 0
-    return KnownLatents(latents, mask, made=made)
+    return KnownLatents(latents, mask)
