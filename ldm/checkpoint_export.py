@@ -26,12 +26,16 @@ from ldm.checkpoint_shapes import KNOWN, join_known
 from ldm.checkpoint_temporal import MODEL_WORDS
 from ldm.checkpoint_writing import check_room, halved, replacing_folder, save_tensors
 from ldm.config import build
+from ldm.config_values import mapping_at
 from ldm.errors import UserError
+from ldm.models.diffusion.filling import fill_of_config
+from ldm.modules.conditioning import Embedding
 from ldm.modules.encoders import KLFirstStage
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SCHEDULE_WORDS = ("timesteps", "linear_start", "linear_end", "parameterization", "zero_terminal_snr")
 PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+KNOWN_LEVEL, TIME_BIAS = "conditioning.temporal.known_level.", "time_embed.2.bias"
 # What a pipeline may have besides and this one lacks.
 LEFT_OUT = ("feature_extractor", "image_encoder", "safety_checker")
 
@@ -39,10 +43,11 @@ LEFT_OUT = ("feature_extractor", "image_encoder", "safety_checker")
 def write_diffusers(checkpoint: Checkpoint, folder: Path, half: bool = False) -> list[str]:
     """The image part as a pipeline that diffusers' `from_pretrained` loads; returns what was left out, in words.
 
-    Running averages take the place of weights. A network that takes known frames becomes an inpainting pipeline.
+    Running averages take the place of weights. A network that takes known frames becomes an inpainting pipeline, whose
+    known latents carry no noise.
     half: float16 in place of float32.
     """
-    tensors = unet_tensors(checkpoint)
+    tensors = _with_clean_known_frames(unet_tensors(checkpoint))
     notes = ["the temporal layers were left out: diffusers has no place for them"] * has_temporal_layers(tensors)
     image = join_known({name: tensor for name, tensor in tensors.items() if not is_temporal(name) or name == KNOWN})
     config = unet_config(unet_node(checkpoint)["params"])
@@ -114,6 +119,31 @@ def scheduler_of(words: Mapping[str, Any]) -> DDIMScheduler:
     )
 
 
+def _with_clean_known_frames(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A UNet's tensors with what level 0 of the noise on known frames adds to every timestep in the bias of those."""
+    parts = {
+        name.removeprefix(KNOWN_LEVEL): one.float() for name, one in tensors.items() if name.startswith(KNOWN_LEVEL)
+    }
+    if not parts:
+        return dict(tensors)
+    embedding = Embedding(*reversed(parts["0.weight"].shape))
+    embedding.load_state_dict(parts)
+    with torch.no_grad():
+        bias = tensors[TIME_BIAS].float() + embedding(torch.zeros(1))[0]
+    return {**tensors, TIME_BIAS: bias.to(tensors[TIME_BIAS])}
+
+
+def _notes_of_known_frames(params: Mapping[str, Any]) -> list[str]:
+    """What users of a network that takes known frames must know, by the words of its model."""
+    words = params.get("known_frames")
+    if fill_of_config(words if words is None else mapping_at("model.params.known_frames", words)) != "blend":
+        return []
+    return [
+        "in clips this network expects the blend of the known frames, not zeros, in the channels of known latents "
+        "where nothing is known (model.params.known_frames.fill: blend), which the folder does not say"
+    ]
+
+
 def _write_folder(
     checkpoint: Checkpoint, folder: Path, unet: Mapping[str, Tensor], config: Mapping[str, Any], half: bool
 ) -> list[str]:
@@ -123,12 +153,13 @@ def _write_folder(
     check_room(folder, {**unet, **others})
     own = checkpoint.config
     params = own["model"]["params"] if own else {}
+    notes = _notes_of_known_frames(params) if config["in_channels"] != config["out_channels"] else []
     with replacing_folder(folder) as partial:
         (partial / "unet").mkdir()
         save_tensors(unet, partial / "unet" / WEIGHTS, {})
         _write_json(partial / "unet" / "config.json", {**config, "_diffusers_version": diffusers.__version__})
         scheduler_of(params).save_pretrained(partial / "scheduler")
-        notes = _write_first_stage(checkpoint, partial, half) + _write_text_encoder(checkpoint, partial, half)
+        notes += _write_first_stage(checkpoint, partial, half) + _write_text_encoder(checkpoint, partial, half)
         if config["_class_name"] != checkpoint_author.CLASS_NAME:
             _write_index(partial, takes_known_frames=config["in_channels"] != config["out_channels"])
     return notes

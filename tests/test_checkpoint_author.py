@@ -18,6 +18,8 @@ from tests.tiny_checkpoint import assert_same, write_bare, write_safetensors
 from tests.tiny_release import FULL, TINY, release_state, write_folder
 
 TOLERANCE = 2e-5
+
+
 @pytest.fixture(scope="module")
 def keys() -> dict[str, list[int]]:
     return json.loads((GOLDENS / "author_release_keys.json").read_text())

@@ -33,7 +33,13 @@ from tests.tiny_release import release_state, write_folder
 OFFLINE = {"local_files_only": True}
 
 
-def trained(path, words):
+BLEND = (
+    "in clips this network expects the blend of the known frames, not zeros, in the channels of known latents where "
+    "nothing is known (model.params.known_frames.fill: blend), which the folder does not say"
+)
+
+
+def trained(path, words, known_frames=None):
     """A checkpoint of a run with all there is, averages among it."""
     shapes = {UNET_PREFIX + name: one.shape for name, one in UNetModel(**UNET | words).state_dict().items()}
     state = fill_by_rule(shapes) | image_state()
@@ -41,6 +47,7 @@ def trained(path, words):
     state |= {names[name]: one * 1.1 for name, one in part(state, UNET_PREFIX).items()}
     config = copy.deepcopy(CONFIG)
     config["model"]["params"] |= {"scale_factor": 0.25, "parameterization": "v", "timesteps": 400}
+    config["model"]["params"]["known_frames"] = known_frames
     config["model"]["params"]["unet_config"]["params"] = UNET | words
     torch.save({"state_dict": state, "config": config}, path)
     return path
@@ -50,7 +57,7 @@ def trained(path, words):
 def exported(request, tmp_path_factory):
     """A checkpoint, its diffusers folder and what was said of it."""
     folder = tmp_path_factory.mktemp("export")
-    words = {"in_channels": 9, "fps_embedding": True} if request.param == 9 else {}
+    words = {"in_channels": 9, "fps_embedding": True, "known_level_embedding": True} if request.param == 9 else {}
     checkpoint = read_checkpoint(trained(folder / "last.ckpt", words))
     return checkpoint, folder / "pipeline", write_diffusers(checkpoint, folder / "pipeline")
 
@@ -63,7 +70,9 @@ def test_the_unet_gives_diffusers_what_it_gives_us(exported):
     ours = load_unet(checkpoint).eval()
     assert theirs.config.in_channels == ours.in_channels
     x, context = torch.randn(1, 3, ours.in_channels, 8, 8), torch.randn(1, 5, 16)
-    frames = ours(x, torch.tensor([300]), context, enable_time=False)
+    frames = ours(x, torch.tensor([300]), context, enable_time=False, known_level=torch.tensor([0]))
+    if ours.has_known_level:  # or the rest would show nothing
+        assert relative_error(ours(x, torch.tensor([300]), context, enable_time=False), frames) > 1e-2
     for index in range(3):
         expected = theirs(x[:, index], torch.tensor([300]), context).sample
         assert relative_error(frames[:, index], expected) < 2e-5
@@ -90,7 +99,11 @@ def test_the_folder_is_read_again(exported, tmp_path):
     checkpoint, folder, _ = exported
     again = read_checkpoint(folder)
     assert (again.kind, again.num_heads, again.scale_factor) == ("diffusers", 4, 0.25)
-    assert_same(image_weights(load_unet(again)), image_weights(load_unet(checkpoint)))
+    ours, theirs = load_unet(checkpoint), load_unet(again)
+    if ours.has_known_level:  # diffusers knows no such thing, so its level 0 is in with the timestep
+        with torch.no_grad():
+            ours.time_embed[2].bias += ours.conditioning["temporal"].known_level(torch.zeros(1))[0]
+    assert_same(image_weights(theirs), image_weights(ours))
     node = CONFIG["model"]["params"]["cond_stage_config"]
     encoder = load_text_encoder(again, node)  # with the tokenizer in the folder
     assert encoder.tokenizer_path == str(folder)
@@ -108,6 +121,32 @@ def test_a_pipeline_of_diffusers(exported):
         pipeline = StableDiffusionInpaintPipeline.from_pretrained(folder, **OFFLINE)
         assert pipeline.tokenizer("a road")["input_ids"][0] == 49406
         assert pipeline.unet.config.in_channels == 9
+
+
+@pytest.mark.parametrize(
+    ("words", "known_frames", "notes"),
+    [
+        ({"in_channels": 9}, {"mixture": {"first": 1}}, [BLEND]),
+        ({"in_channels": 9}, {"mixture": {"first": 1}, "fill": "blend"}, [BLEND]),
+        ({"in_channels": 9}, {"mixture": {"first": 1}, "fill": "zeros"}, []),
+        ({"in_channels": 9}, None, []),
+        ({}, {"mixture": {"first": 1}}, []),
+    ],
+)
+def test_what_the_network_expects_where_nothing_is_known(tmp_path, monkeypatch, words, known_frames, notes):
+    monkeypatch.setattr("ldm.checkpoint_export._write_text_encoder", lambda *arguments: [])
+    words = words | {"norm_over_clip": True, "temporal_attention": {"positions": False}, "num_heads": 8}
+    checkpoint = read_checkpoint(trained(tmp_path / "last.ckpt", words, known_frames))
+    assert write_diffusers(checkpoint, tmp_path / "pipeline")[1:] == notes
+    assert write_author(checkpoint, tmp_path / "release") == notes
+
+
+def test_words_of_known_frames_that_are_none(tmp_path):
+    for words, message in ((7, "known_frames: expected a mapping, found 7"), ({"fill": "x"}, "found 'x'")):
+        checkpoint = read_checkpoint(trained(tmp_path / "last.ckpt", {"in_channels": 9}, words))
+        with pytest.raises(UserError, match=message):
+            write_diffusers(checkpoint, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
 
 
 def test_half(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ldm.checkpoint import CheckpointError, identity, load_unet, read_checkpoint, unet_tensors
+from ldm.checkpoint_encoders import opened
 from ldm.checkpoint_names import UNET_PREFIX, average_names
 from ldm.checkpoint_temporal import BASE_IDENTITY, base_identity, load_with_temporal, temporal_part
 from ldm.checkpoint_writing import write_full, write_temporal
@@ -52,6 +53,12 @@ def trained(path, words=None, averages=False, **params):
         state |= {names[name]: one + 1 for name, one in part(state, UNET_PREFIX).items() if ".temporal." in name}
     torch.save({"state_dict": state, "config": config_of(words, **params)}, path)
     return path
+
+
+def written(checkpoint, path):
+    """The checkpoint, or that of a path, as one file of everything, read again."""
+    write_full(opened(checkpoint), path)
+    return read_checkpoint(path)
 
 
 def fine_tune(path, seed, config=None):
@@ -154,13 +161,16 @@ def test_bases_of_other_kinds(folder, tmp_path, base):
     assert_same(image_weights(unet), part(state if base == "half" else image_state(), UNET_PREFIX))
 
 
-def test_a_network_that_is_told_more(tmp_path):
-    last = trained(tmp_path / "last.ckpt", TOLD, known_frames={"mixture": {"first": 1}})
+@pytest.mark.parametrize("fill", [{}, {"fill": "zeros"}, {"fill": "blend"}])
+def test_a_network_that_is_told_more(tmp_path, fill):
+    known_frames = {"mixture": {"first": 1}} | fill
+    last = trained(tmp_path / "last.ckpt", TOLD, known_frames=known_frames)
     write_temporal(read_checkpoint(last), tmp_path / "motion.safetensors")
     merged = load_with_temporal(fine_tune(tmp_path / "one.ckpt", 0), tmp_path / "motion.safetensors").checkpoint
     unet = load_unet(merged)
     assert (unet.takes_known_frames, unet.has_fps_embedding, unet.has_known_level) == (True, True, True)
-    assert merged.config["model"]["params"]["known_frames"] == {"mixture": {"first": 1}}
+    for checkpoint in (merged, written(last, tmp_path / "full.ckpt"), written(merged, tmp_path / "merged.safetensors")):
+        assert checkpoint.config["model"]["params"]["known_frames"] == known_frames
     temporal = {name: one for name, one in unet.state_dict().items() if ".temporal." in name}
     assert_same(temporal, {n: one for n, one in load_unet(last).state_dict().items() if ".temporal." in n})
 
