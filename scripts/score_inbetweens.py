@@ -107,16 +107,15 @@ def score(generator: ClipGenerator, data: ClipDataModule, num: int, steps: int, 
 
 
 def summary(rows: Sequence[dict]) -> str:
-    """A table in Markdown: root mean squared errors for each rate and all together, and how far below the blend."""
-    lines = ["| frames a second | clips | blend | model | below |", "|---|---|---|---|---|"]
+    """A table in Markdown, for each rate and all together: root mean squared errors, and how far the model's is below
+    the blend's, as it stands and squared."""
+    lines = ["| frames a second | clips | blend | model | below | squared, below |", "|---|---|---|---|---|---|"]
     rates = sorted({row["fps"] for row in rows}, reverse=True)
-    for name, chosen in [
-        *((f"{rate:g}", [row for row in rows if row["fps"] == rate]) for rate in rates),
-        ("all", rows),
-    ]:
-        model, blended = (float(np.mean([row[kind] for row in chosen])) ** 0.5 for kind in ("model", "blend"))
-        below = f"{1 - model / blended:.1%}" if blended else "-"
-        lines.append(f"| {name} | {len(chosen)} | {blended:.4f} | {model:.4f} | {below} |")
+    parts = [(f"{rate:g}", [row for row in rows if row["fps"] == rate]) for rate in rates]
+    for name, chosen in [*parts, ("all", rows)]:
+        model, blended = (float(np.mean([row[kind] for row in chosen])) for kind in ("model", "blend"))
+        below = [f"{1 - (model / blended) ** power:.1%}" if blended else "-" for power in (0.5, 1)]
+        lines.append(f"| {name} | {len(chosen)} | {blended**0.5:.4f} | {model**0.5:.4f} | {' | '.join(below)} |")
     return "\n".join(lines)
 
 

@@ -87,6 +87,8 @@ def test_errors_are_those_of_the_frames_made(checkpoint, prepared, monkeypatch):
     assert row["blend"] == pytest.approx((9 + 16 + 9) / 3)
     assert row["model"] == pytest.approx(row["blend"], rel=0.05)
     assert "| 10 | 1 | 3.3665 |" in score_inbetweens.summary([row])
+    half = {"fps": 10.0, "model": 1.0, "blend": 4.0}
+    assert "| 10 | 1 | 2.0000 | 1.0000 | 50.0% | 75.0% |" in score_inbetweens.summary([half])
 
 
 def test_clips_of_other_encoders_are_not_scored(checkpoint, tmp_path):
