@@ -55,7 +55,7 @@ def optimise(model: LatentVideoDiffusion, batch: Batch, precision: torch.dtype |
     optimizer = model.configure_optimizers()["optimizer"]
     with torch.autocast("cpu", precision, enabled=precision is not None):
         clean, noise, timesteps = model.draw(batch)
-        loss = model.loss(clean, noise, timesteps, batch.context.float()).mean()
+        loss = model.error(clean, noise, timesteps, batch.context.float()).mean()
     loss.backward()
     optimizer.step()
 
@@ -165,7 +165,7 @@ def test_small_batches_accumulate_to_the_large_one():
         model = make_model()
         for positions in batches:
             batch = make_batch(positions)
-            loss = model.loss(*model.draw(batch), batch.context.float()).mean()
+            loss = model.error(*model.draw(batch), batch.context.float()).mean()
             (loss / len(batches)).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     assert relative_error(gradients[1], gradients[0]) <= 1e-5
@@ -180,7 +180,7 @@ def test_it_learns_a_clip_by_heart(parameterization):
     clean, noise, _ = model.draw(batch)
     losses = []
     for _ in range(60):
-        loss = model.loss(clean, noise, torch.tensor([500]), batch.context.float()).mean()
+        loss = model.error(clean, noise, torch.tensor([500]), batch.context.float()).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

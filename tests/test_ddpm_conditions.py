@@ -46,7 +46,7 @@ def recorded(model, batch, answer=lambda x: torch.zeros_like(x[..., :4, :, :])):
     model.unet = Recorder(answer)
     drawn = model.draw(batch)
     known = model.draw_known(batch, drawn[0])
-    loss = model.loss(*drawn, batch.context.float(), batch.fps, known)
+    loss = model.error(*drawn, batch.context.float(), batch.fps, known)
     return drawn, known, loss, model.unet.calls[0]
 
 
@@ -155,10 +155,13 @@ def test_single_frames_leave_the_temporal_layers_alone():
 def test_min_snr_weighs_the_loss():
     plain, weighted = make_model(parameterization="v"), make_model(parameterization="v", min_snr_gamma=5)
     batch = make_batch([0, 1, 2])
+    plain.log = weighted.log = lambda *_, **__: None
     drawn = plain.draw(batch)
-    expected = plain.loss(*drawn, batch.context.float()) * plain.schedule.loss_weight(drawn[2], 5)
-    assert torch.allclose(weighted.loss(*drawn, batch.context.float()), expected)
-    assert not torch.allclose(expected, plain.loss(*drawn, batch.context.float()))
+    errors = plain.error(*drawn, batch.context.float())
+    expected = (errors * plain.schedule.loss_weight(drawn[2], 5)).mean()
+    assert torch.allclose(weighted.training_step(batch, 0), expected)
+    assert torch.allclose(plain.training_step(batch, 0), errors.mean())
+    assert not torch.allclose(expected, errors.mean())
 
 
 def test_training_noise_is_of_the_family_that_was_set():

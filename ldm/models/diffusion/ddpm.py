@@ -158,19 +158,6 @@ class LatentVideoDiffusion(pl.LightningModule):
         inputs = torch.cat([noisy, known.mask, filled(known.latents, known.mask, fill)], dim=-3)
         return self.unet(inputs, timesteps, context, fps=fps, known_level=known.level)
 
-    def loss(
-        self,
-        clean: Tensor,
-        noise: Tensor,
-        timesteps: Tensor,
-        context: Tensor,
-        fps: Tensor | None = None,
-        known: Known | None = None,
-    ) -> Tensor:
-        """`error`, weighted as the schedule says, for each clip."""
-        weight = self.schedule.loss_weight(timesteps, self.min_snr_gamma)
-        return weight * self.error(clean, noise, timesteps, context, fps, known)
-
     def error(
         self,
         clean: Tensor,
