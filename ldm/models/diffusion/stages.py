@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ldm.errors import UserError
-from ldm.models.diffusion.known import KnownLatents, check_takes_known_frames
+from ldm.models.diffusion.known import KnownLatents
 from ldm.models.diffusion.windows import check_overlap
 
 MAX_FRAMES = 10_000
@@ -83,11 +83,6 @@ class Plan:
         """Frames that go through the network in one diffusion step of every window."""
         return sum(len(window.frames) for window in self.windows)
 
-    @property
-    def has_known_frames(self) -> bool:
-        """Whether any window is told frames, so that the network has to take them."""
-        return any(window.known for window in self.windows)
-
     def describe(self, fps: float) -> list[str]:
         """A line for each stage, for the user to read before it starts, and one for all where they are several."""
         lines = [stage.describe(fps) for stage in self.stages]
@@ -96,12 +91,6 @@ class Plan:
             share = self.num_evaluations / num_made
             lines.append(f"together: {len(self.windows)} windows, {share:.2f} frames of them for each one made")
         return lines
-
-    def check_network(self, takes_known_frames: bool) -> None:
-        """Raise UserError if the plan has known frames and the network takes none."""
-        if self.has_known_frames:
-            what = "given frames" if self.given else f"{self.num_frames} frames in stages"
-            check_takes_known_frames(takes_known_frames, what)
 
 
 def plan_stages(
