@@ -25,6 +25,7 @@ from ldm.data.world_weather import Falling, draw_weather, paint_weather
 from ldm.errors import UserError
 
 LOOKS: tuple[str, ...] = tuple(world_looks.LOOKS)
+MOVING_LOOKS, STILL_LOOKS = LOOKS[1::2], LOOKS[::2]  # the experiment: the latter are never seen in motion in training
 SIZES = (16, 1024)  # pixels of either side
 SPEEDS = (0.0, 30.0)  # metres a second
 RATES = (0.5, 240.0)  # frames a second

@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from ldm.data.frames import FrameBatch
 from ldm.errors import UserError
 from ldm.models.autoencoder_loss import AutoencoderLoss
+from ldm.models.equivariance import draw_windows, look_through
 from ldm.modules.encoders import KLFirstStage
 from ldm.modules.posterior import posterior_mean, sample_posterior
 from ldm.video import contact_sheet, to_uint8
@@ -40,7 +41,9 @@ class AutoencoderKL(pl.LightningModule):
     learning_rate: highest rate; it rises over `warmup_steps` steps and falls along a cosine to a fiftieth at the end.
     ckpt_path: weights to start from; None starts from random ones.
     gradient_clip: bound on the norm of the gradient.
-    seed: of the noise on the latents.
+    seed: of every draw.
+    equivariance: share of the frames whose latents are zoomed and shifted before they are decoded, and compared with
+        the frame zoomed and shifted; 0 for none. Latents then move as pictures move, which video models learn sooner.
     config: the config of the run, kept in checkpoints.
 
     Optimisation is manual because the adversarial term needs two optimisers, so Lightning's accumulation and clipping
@@ -59,15 +62,18 @@ class AutoencoderKL(pl.LightningModule):
         warmup_steps: int = 50,
         gradient_clip: float = 1.0,
         seed: int = 23,
+        equivariance: float = 0.0,
         config: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         _refuse_lightnings_own(config or {})
+        if not 0 <= equivariance <= 1:
+            raise UserError(f"model.params.equivariance: expected a share, 0 to 1, found {equivariance!r}")
         self.automatic_optimization = False
         self.first_stage = KLFirstStage(ddconfig, embed_dim, ckpt_path)
         self.loss = AutoencoderLoss(lossconfig)
         self.learning_rate, self.warmup_steps, self.gradient_clip = learning_rate, warmup_steps, gradient_clip
-        self.seed, self.config = seed, config
+        self.seed, self.equivariance, self.config = seed, equivariance, config
         self.latent_moments: Tensor | None = None  # running mean and mean square of the latents
         self.shown: list[tuple[Tensor, Tensor]] = []  # originals and reconstructions of the last validation
         if ckpt_path is None:
@@ -99,8 +105,12 @@ class AutoencoderKL(pl.LightningModule):
         """One step of the autoencoder and, once it takes part, one of the discriminator."""
         moments = self.first_stage.encode(batch.pixels)
         latents = sample_posterior(moments.float(), self._noise(batch, moments.shape))
-        output = self.first_stage.decode(latents).float()
-        terms = self.loss.reconstruction(output, batch.pixels, moments.float())
+        shown, pixels = latents, batch.pixels
+        if self.equivariance:
+            windows = draw_windows(self.seed, batch.positions, self.equivariance)
+            shown, pixels = look_through(latents, windows), look_through(pixels, windows)
+        output = self.first_stage.decode(shown).float()
+        terms = self.loss.reconstruction(output, pixels, moments.float())
         optimizer, *opponents = _listed(self.optimizers())
         scheduler, *opponent_schedulers = _listed(self.lr_schedulers())
         is_adversarial = self.loss.is_adversarial(self.global_step)
@@ -111,7 +121,7 @@ class AutoencoderKL(pl.LightningModule):
         self._step(optimizer, total, self.first_stage)
         scheduler.step()
         if is_adversarial:
-            terms["discrimination"] = self.loss.discrimination(output, batch.pixels)
+            terms["discrimination"] = self.loss.discrimination(output, pixels)
             # The bare optimiser: Lightning would count its step as one of the run's.
             self._step(opponents[0].optimizer, terms["discrimination"], self.loss.discriminator)
             opponent_schedulers[0].step()
