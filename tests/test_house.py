@@ -37,6 +37,8 @@ ALLOWED = {
 MAY_USE_LIGHTNING = (
     "ldm/models/diffusion/ddpm.py",
     "ldm/models/autoencoder",
+    "ldm/models/learning_rate.py",
+    "ldm/models/text_image.py",
     "ldm/data/stream.py",
     "ldm/callbacks/",
 )
