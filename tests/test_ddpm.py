@@ -11,7 +11,7 @@ import torch
 from ldm.data.clips import Batch
 from ldm.errors import UserError
 from ldm.models.diffusion.ddpm import LatentVideoDiffusion
-from ldm.models.diffusion.optimizers import build_optimizer, warm_up
+from ldm.models.diffusion.optimizers import build_optimizer, rate_schedule
 from ldm.modules.attention import SpatialTransformer
 from tests.conftest import relative_error
 
@@ -212,14 +212,27 @@ def test_eight_bit_states_take_two_bytes_a_parameter():
     assert num_bytes / weight.numel() <= 2.1
 
 
-def test_the_learning_rate_rises_then_stays():
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [((4,), [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]), ((2, 4, 6), [1.0, 2.0, 2.0, 1.5, 1.0, 0.5])],
+)
+def test_the_learning_rate_rises_stays_and_falls_where_it_is_told_to(steps: tuple[int, ...], expected: list[float]):
     optimizer = build_optimizer([{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 2.0}])
-    schedule, rates = warm_up(optimizer, 4), []
+    schedule, rates = rate_schedule(optimizer, *steps), []
     for _ in range(6):
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         schedule.step()
-    assert rates == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
+    assert rates == expected
+
+
+def test_a_cooldown_longer_than_the_run_is_refused():
+    model = make_model(cooldown_steps=10)
+    model._trainer = SimpleNamespace(max_steps=9)
+    with pytest.raises(UserError, match=r"cooldown_steps: expected at most lightning.trainer.max_steps, found 10 with"):
+        model.configure_optimizers()
+    model._trainer = SimpleNamespace(max_steps=10)
+    assert model.configure_optimizers()["optimizer"].param_groups[0]["lr"] > 0
 
 
 @pytest.mark.parametrize(

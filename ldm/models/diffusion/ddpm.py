@@ -24,7 +24,7 @@ from ldm.errors import UserError
 from ldm.models.diffusion.filling import filled
 from ldm.models.diffusion.known_mixture import Known, KnownFrameMixture
 from ldm.models.diffusion.noise import NoiseFamily
-from ldm.models.diffusion.optimizers import build_optimizer, check_options, warm_up
+from ldm.models.diffusion.optimizers import build_optimizer, check_options, rate_schedule
 from ldm.models.diffusion.parameter_groups import ParameterGroups
 from ldm.models.diffusion.schedule import NoiseSchedule
 from ldm.modules.posterior import sample_posterior
@@ -47,7 +47,8 @@ class LatentVideoDiffusion(pl.LightningModule):
     trainable: group -> True, or a learning rate of its own, or False; a group that is not named is frozen. Groups are
         `temporal`, `spatial_attention`, `time_embed`, `convolutions`, or the beginning of a parameter's name.
     optimizer: arguments of `build_optimizer`.
-    warmup_steps: optimiser steps over which the learning rate rises.
+    warmup_steps, cooldown_steps: optimiser steps over which the learning rate rises, and the last ones of the run, over
+        which it falls to zero.
     timesteps, linear_start, linear_end, parameterization, zero_terminal_snr: of `NoiseSchedule`.
     noise: kind, share and offset of `NoiseFamily`; None: every frame has noise of its own.
     min_snr_gamma: of `NoiseSchedule.loss_weight`.
@@ -69,6 +70,7 @@ class LatentVideoDiffusion(pl.LightningModule):
         trainable: Mapping[str, bool | float] | None = None,
         optimizer: Mapping[str, Any] | None = None,
         warmup_steps: int = 0,
+        cooldown_steps: int = 0,
         timesteps: int = 1000,
         linear_start: float = 0.00085,
         linear_end: float = 0.012,
@@ -92,7 +94,7 @@ class LatentVideoDiffusion(pl.LightningModule):
         self.learning_rate = learning_rate
         self.optimizer_options = dict(optimizer or {})
         check_options(self.optimizer_options)
-        self.warmup_steps = warmup_steps
+        self.warmup_steps, self.cooldown_steps = warmup_steps, cooldown_steps
         self.seed = seed
         own_config = {
             "ckpt_path": ckpt_path,
@@ -265,10 +267,14 @@ class LatentVideoDiffusion(pl.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = build_optimizer(self.groups.for_optimizer(self.learning_rate), **self.optimizer_options)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": warm_up(optimizer, self.warmup_steps), "interval": "step"},
-        }
+        total = self.trainer.max_steps if self.cooldown_steps else -1
+        if self.cooldown_steps and total < self.cooldown_steps:
+            raise UserError(
+                f"model.params.cooldown_steps: expected at most lightning.trainer.max_steps, found {self.cooldown_steps} "
+                f"with max_steps {total}; say how long the run is, or leave cooldown_steps out"
+            )
+        schedule = rate_schedule(optimizer, self.warmup_steps, self.cooldown_steps, total)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Write the weights under CompVis's names, and beside them the schedule, both encoders and the config."""

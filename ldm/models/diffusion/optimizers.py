@@ -1,4 +1,4 @@
-"""AdamW with 32-bit or 8-bit states, and the warm-up of the learning rate (torch, and torchao for 8 bits)."""
+"""AdamW with 32-bit or 8-bit states, and how the learning rate rises and falls (torch, and torchao for 8 bits)."""
 
 from __future__ import annotations
 
@@ -50,9 +50,22 @@ def build_optimizer(
     raise UserError(f"model.params.optimizer.name: expected one of {', '.join(OPTIMIZERS)}, found '{name}'")
 
 
-def warm_up(optimizer: torch.optim.Optimizer, num_steps: int) -> LambdaLR:
-    """A schedule that raises the learning rate linearly over the first `num_steps` optimiser steps, then keeps it."""
-    return LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, num_steps)))
+def rate_schedule(
+    optimizer: torch.optim.Optimizer, warmup_steps: int, cooldown_steps: int = 0, total_steps: int = -1
+) -> LambdaLR:
+    """A schedule that raises the learning rate linearly over the first steps, keeps it, and lowers it over the last.
+
+    The last of `total_steps` optimiser steps is made at 1 / cooldown_steps of the rate (Haegele et al. 2024, "Scaling
+    Laws and Compute-Optimal Training Beyond Fixed Training Durations"): a run that is taken up again with more steps
+    goes on at the full rate, and cools down later.
+    """
+
+    def share(step: int) -> float:
+        rise = (step + 1) / max(1, warmup_steps)
+        fall = (total_steps - step) / cooldown_steps if cooldown_steps else 1.0
+        return max(0.0, min(1.0, rise, fall))
+
+    return LambdaLR(optimizer, share)
 
 
 def _adamw_8bit(groups: list[dict[str, Any]], weight_decay: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
