@@ -270,8 +270,8 @@ class LatentVideoDiffusion(pl.LightningModule):
         total = self.trainer.max_steps if self.cooldown_steps else -1
         if self.cooldown_steps and total < self.cooldown_steps:
             raise UserError(
-                f"model.params.cooldown_steps: expected at most lightning.trainer.max_steps, found {self.cooldown_steps} "
-                f"with max_steps {total}; say how long the run is, or leave cooldown_steps out"
+                f"model.params.cooldown_steps: expected at most lightning.trainer.max_steps, found "
+                f"{self.cooldown_steps} with max_steps {total}; say how long the run is, or leave cooldown_steps out"
             )
         schedule = rate_schedule(optimizer, self.warmup_steps, self.cooldown_steps, total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
