@@ -48,9 +48,12 @@ def unet_to_release(names: Collection[str]) -> dict[str, str]:
 
 def words_against(words: Mapping[str, Any]) -> list[str]:
     """What keeps a network with these words of `UNetModel` from being written in the form of the release."""
-    attention = words.get("temporal_attention") or {}
+    attention = words.get("temporal_attention")
+    has_attention = attention is not False
+    attention = attention if isinstance(attention, Mapping) else {"positions": has_attention}
     wanted = {
         "temporal": (words.get("temporal", True), True),
+        "temporal_attention": (has_attention, True),
         "norm_over_clip": (words.get("norm_over_clip", False), True),
         "temporal_attention.positions": (attention.get("positions", True), False),
         "temporal_attention.local": (attention.get("local"), None),

@@ -81,6 +81,13 @@ def unet_words(
     }
     if "input_blocks.0.0.temporal.weight" in tensors:
         words["temporal_kernel_size"] = shape("input_blocks.0.0.temporal.weight")[-1]
+    has_convolutions, has_attention = (
+        any(name.endswith(f".temporal.{last}") for name in tensors) for last in ("weight", "to_q.weight")
+    )
+    if has_convolutions and not has_attention:
+        words["temporal_attention"] = False
+    elif has_attention and not has_convolutions:
+        words["temporal_kernel_size"] = None
     for word, name in (("fps_embedding", "fps"), ("known_level_embedding", "known_level")):
         if f"conditioning.temporal.{name}.0.weight" in tensors:
             words[word] = True

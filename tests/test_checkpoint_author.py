@@ -137,6 +137,10 @@ def test_words_that_stand_against_the_form_of_the_release():
         "norm_over_clip is false (there: true)",
         "temporal_attention.positions is true (there: false)",
     ]
+    assert words_against(TINY | {"temporal_attention": False, "temporal_kernel_size": None}) == [
+        "temporal_attention is false (there: true)",
+        "temporal_kernel_size is null (there: 3)",
+    ]
     attention = {"positions": False, "local": 5}
     words = {"temporal_attention": attention, "fps_embedding": True, "known_level_embedding": True, "num_heads": 4}
     assert words_against(TINY | words | {"temporal_kernel_size": 5, "temporal": False}) == [

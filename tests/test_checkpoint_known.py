@@ -118,11 +118,14 @@ def test_a_checkpoint_has_all_that_its_own_config_asks_for(tmp_path):
     load_unet(tmp_path / "last.ckpt", UNET | TOLD)  # a config given by hand may add known frames
 
 
-@pytest.mark.parametrize("words", [{}, {"in_channels": 9}, {"fps_embedding": True}, TOLD])
+ONE_KIND = [{"temporal_attention": False}, {"temporal_kernel_size": None}]  # of the layers over time
+
+
+@pytest.mark.parametrize("words", [{}, {"in_channels": 9}, {"fps_embedding": True}, TOLD, *ONE_KIND])
 def test_the_tensors_tell_what_the_network_is_told(tmp_path, words):
     words = UNET | words
     state = filled(words).state_dict()
-    expected = words | {"transformer_depth": 1, "temporal_kernel_size": 3}
+    expected = {"temporal_kernel_size": 3} | words | {"transformer_depth": 1}
     assert unet_words(state, num_heads=4) == expected
     checkpoint = read_checkpoint(write_bare(state, tmp_path / "bare.ckpt"))
     assert unet_node(checkpoint)["params"] == expected | {"num_heads": 8}

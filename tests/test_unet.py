@@ -130,6 +130,26 @@ def test_frames_of_a_clip_mix_and_clips_do_not():
     assert (difference[1] == 0).all()
 
 
+@pytest.mark.parametrize("words", [{"temporal_attention": False}, {"temporal_kernel_size": None}], ids=str)
+def test_one_kind_of_layers_over_time_alone(words):
+    """It has no parameter of the other kind, the same names for its own, starts as the image network and mixes."""
+    whole, part = set(golden_unet().state_dict()), set(golden_unet(**words).state_dict())
+    attention = {name for name in whole if ".transformer_blocks." in name and ".temporal." in name}
+    convolutions = {name for name in whole if ".temporal." in name} - attention
+    left_out = attention if "temporal_attention" in words else convolutions
+    assert whole - part == left_out and not part - whole and attention and convolutions
+    x, timesteps, context = clip(5)
+    changed = x.clone()
+    changed[:, 4] += 1
+    with torch.no_grad():
+        image = golden_unet(temporal=False)
+        frames = [image(frame, timesteps, context) for frame in x.unbind(1)]
+        assert relative_error(golden_unet(**words)(x, timesteps, context), torch.stack(frames, 1)) <= 2e-6
+        unet = random_time(golden_unet(**words))
+        difference = (unet(changed, timesteps, context) - unet(x, timesteps, context)).abs().amax(dim=(2, 3, 4))
+    assert (difference > 1e-5).all()
+
+
 def test_the_caption_is_read_once_per_clip(unet):
     x, timesteps, context = clip(6)
     lengths = []
@@ -212,6 +232,7 @@ def test_inputs_of_a_wrong_shape_are_refused(unet, change, message):
     ("options", "message"),
     [
         ({"temporal_kernel_size": 2}, "expected an odd number of frames .* found 2"),
+        ({"temporal_kernel_size": None, "temporal_attention": False}, "temporal: expected convolutions or attention"),
         ({"model_channels": 48}, "model_channels: expected a multiple of 32 .* found 48"),
         ({"channel_mult": [1, 2], "num_heads": 24}, "multiple of 2 x num_heads = 48, found 1 x 32"),
         ({"attention_backend": "flash"}, "expected one of sdpa, math, flash_attn, xformers, found 'flash'"),

@@ -132,10 +132,10 @@ class UNetModel(nn.Module):
     dropout: in residual blocks.
     use_checkpoint: keep only the inputs of each block for the backward pass and compute the rest again.
     temporal: False leaves out every temporal layer: the image network of Stable Diffusion v1.
-    temporal_kernel_size: frames that a temporal convolution sees, odd.
+    temporal_kernel_size: frames that a temporal convolution sees, odd; None: no temporal convolutions.
     attention_backend: see `attention_backends`.
     norm_over_clip: residual blocks and the output take the statistics of their norms over all frames of a clip.
-    temporal_attention: `local`, `sees_first`, `positions` of `TemporalAttention`.
+    temporal_attention: `local`, `sees_first`, `positions` of `TemporalAttention`; False: no attention over frames.
     fps_embedding, known_level_embedding: whether the network is told the frame rate, and the noise on known frames.
     """
 
@@ -153,10 +153,10 @@ class UNetModel(nn.Module):
         dropout: float = 0.0,
         use_checkpoint: bool = False,
         temporal: bool = True,
-        temporal_kernel_size: int = 3,
+        temporal_kernel_size: int | None = 3,
         attention_backend: str = "sdpa",
         norm_over_clip: bool = False,
-        temporal_attention: Mapping[str, Any] | None = None,
+        temporal_attention: Mapping[str, Any] | bool | None = None,
         fps_embedding: bool = False,
         known_level_embedding: bool = False,
     ) -> None:
@@ -174,6 +174,7 @@ class UNetModel(nn.Module):
         self.downsampling = 2 ** (len(channel_mult) - 1)
         emb_channels = 4 * model_channels
         attention_over_frames = check_temporal_attention(temporal_attention) if temporal else None
+        _check_time(temporal, attention_over_frames, temporal_kernel_size)
         time = {"temporal_kernel_size": temporal_kernel_size if temporal else None}
 
         def res_block(channels: int, out_channels: int) -> ResBlock:
@@ -304,9 +305,22 @@ def _check_widths(model_channels: int, channel_mult: Sequence[int], num_heads: i
             )
 
 
-def check_temporal_attention(words: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The words of `temporal_attention` as arguments of `TemporalAttention`; raises `UserError` for others."""
-    words, known = dict(words or {}), ("local", "sees_first", "positions")
+def _check_time(temporal: bool, attention: Mapping[str, Any] | None, kernel_size: int | None) -> None:
+    if temporal and attention is None and kernel_size is None:
+        raise UserError(
+            "temporal: expected convolutions or attention over frames, found temporal_kernel_size: null and "
+            "temporal_attention: false; an image network is temporal: false"
+        )
+
+
+def check_temporal_attention(words: Mapping[str, Any] | bool | None) -> dict[str, Any] | None:
+    """The words of `temporal_attention` as arguments of `TemporalAttention`, None for no attention over frames.
+
+    Raises `UserError` for others.
+    """
+    if words is False:
+        return None
+    words, known = {} if words in (None, True) else dict(words), ("local", "sees_first", "positions")
     for word, value in words.items():
         if word not in known:
             raise UserError(f"temporal_attention.{word}: expected one of {', '.join(known)}")
