@@ -16,6 +16,7 @@ from ldm.callbacks import (
     ProgressLines,
     VideoLogger,
     WeightAverage,
+    sampling,
     videos,
 )
 from ldm.errors import UserError
@@ -126,7 +127,7 @@ def encoders(monkeypatch):
             return torch.nn.functional.interpolate(latents, scale_factor=8).repeat(1, 2, 1, 1)[:, :3].tanh()
 
     monkeypatch.setattr(videos, "load_text_encoder_of", lambda config: loaded.append("text") or Text())
-    monkeypatch.setattr(videos, "load_first_stage_of", lambda config: loaded.append("first stage") or FirstStage())
+    monkeypatch.setattr(sampling, "load_first_stage_of", lambda config: loaded.append("first stage") or FirstStage())
     return loaded
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +15,11 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
 
 from ldm.atomic import replacing
-from ldm.callbacks.average import WeightAverage
-from ldm.checkpoint import load_first_stage_of, load_text_encoder_of
-from ldm.data.clips import ClipDataset
+from ldm.callbacks.sampling import Recipe, averaged, decode_clips, sample_latents
+from ldm.checkpoint import load_text_encoder_of
 from ldm.errors import UserError
-from ldm.models.diffusion.known import KnownDenoiser, KnownLatents
-from ldm.models.diffusion.sampling import (
-    GuidedDenoiser,
-    build_scheduler,
-    decode_video,
-    initial_noise,
-    sample,
-    set_steps,
-)
-from ldm.video import contact_sheet, to_uint8, write_gif
+from ldm.models.diffusion.sampling import initial_noise
+from ldm.video import contact_sheet, write_gif
 
 log = logging.getLogger(__name__)
 
@@ -72,18 +61,13 @@ class VideoLogger(pl.Callback):
             )
         self.config, self.folder, self.prompts = config, Path(folder) / "images" / "samples", prompts
         self.every_n_steps, self.at_start, self.frames = every_n_steps, at_start, frames
-        self.steps, self.sampler, self.scale, self.seed = steps, sampler, scale, seed
+        self.recipe, self.seed = Recipe(sampler, steps, scale), seed
         self._context: Tensor | None = None
         self._step_seen = 0
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Encode the prompts and try the sampler's settings: mistakes show before the first step."""
-        for name in ("unet", "schedule", "noise", "scale_factor"):
-            if not hasattr(pl_module, name):
-                raise UserError(
-                    f"VideoLogger: {type(pl_module).__name__} makes no videos; take the callback out of its config"
-                )
-        set_steps(build_scheduler(self.sampler, pl_module.schedule), self.steps)
+        self.recipe.check(pl_module, "VideoLogger")
         if not trainer.is_global_zero:
             return
         text_encoder = load_text_encoder_of(self.config)
@@ -123,44 +107,17 @@ class VideoLogger(pl.Callback):
             contact_sheet(videos, self.prompts).save(partial, format="PNG")
         log.info("sample videos at step %d: %s", trainer.global_step, sheet)
 
-    @torch.no_grad()
     def sample(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[list[np.ndarray], float]:
         """A video per prompt, uint8 `t h w 3`, and their frame rate; the module is left as it was."""
-        clips, device = trainer.datamodule.train_clips, pl_module.device
-        averages = [callback for callback in trainer.callbacks if isinstance(callback, WeightAverage)]
-        was_training = pl_module.unet.training
-        pl_module.unet.eval()
-        try:
-            with averages[0].applied(pl_module) if averages else nullcontext():
-                latents = [self._sample_one(trainer, pl_module, clips, index) for index in range(len(self.prompts))]
-        finally:
-            pl_module.unet.train(was_training)
-        first_stage = load_first_stage_of(self.config).to(device)
-        videos = decode_video(first_stage, torch.cat(latents), pl_module.scale_factor, chunk=1)
-        del first_stage
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        return [to_uint8(video) for video in videos], clips.prepared.info.fps / min(clips.strides)
-
-    def _sample_one(self, trainer: pl.Trainer, pl_module: pl.LightningModule, clips: ClipDataset, index: int) -> Tensor:
-        info = clips.prepared.info
-        place = {"device": pl_module.device, "dtype": next(pl_module.unet.parameters()).dtype}
-        generator = torch.Generator().manual_seed(self.seed + index)
+        clips = trainer.datamodule.train_clips
+        info, fps = clips.prepared.info, clips.prepared.info.fps / min(clips.strides)
         shape = (1, self.frames or clips.frames, info.latent_channels, *info.moments_shape[1:])
-        noise = initial_noise(*shape, generator, pl_module.noise).to(pl_module.device)
-        uncond = torch.from_numpy(np.array(clips.prepared.empty_context))[None]
-        denoiser = GuidedDenoiser(
-            pl_module.unet,
-            self._context[index : index + 1].to(**place),
-            uncond.to(**place),
-            self.scale,
-            fps=torch.tensor([info.fps / min(clips.strides)]),
-        )
-        if pl_module.unet.takes_known_frames:
-            denoiser = KnownDenoiser(denoiser, pl_module.schedule, KnownLatents.nothing(noise), noise)
-        with trainer.precision_plugin.forward_context():
-            return sample(denoiser, build_scheduler(self.sampler, pl_module.schedule), noise, self.steps)
+        latents = []
+        with averaged(trainer, pl_module):
+            for index, context in enumerate(self._context.split(1)):
+                noise = initial_noise(*shape, torch.Generator().manual_seed(self.seed + index), pl_module.noise)
+                latents.append(sample_latents(trainer, pl_module, self.recipe, noise, context, fps))
+        return decode_clips(self.config, pl_module, torch.cat(latents)), fps
 
 
 def _add_gif(logger: TensorBoardLogger, tag: str, gif: bytes, size: tuple[int, int], step: int) -> None:

@@ -1,0 +1,109 @@
+"""How much training has been done: floating-point operations, counted and summed up over all sessions of a run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import pytorch_lightning as pl
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+log = logging.getLogger(__name__)
+
+TERA = 1e12
+RECOUNT = 1000  # batches after which every kind is counted anew: a loss may have come to do more
+
+
+class ComputeCount(pl.Callback):
+    """Sums up the operations of all training steps, forward and backward, and logs them as `train/tflop`.
+
+    Matrix products, convolutions and attention are counted, a multiplication and its addition as two, and what is
+    computed twice to save memory twice; validation, samples and the optimiser are not. Counting slows a step down, so
+    only the first batch of each kind, that is of each set of tensor shapes, is counted, and again after `RECOUNT`
+    batches. Kernels from outside PyTorch (flash-attn, xformers) are not seen. Nothing waits for the device.
+    """
+
+    def __init__(self) -> None:
+        self._flop = 0
+        self._costs: dict[tuple, int] = {}  # of a batch of some kind
+        self._kind: tuple = ()
+        self._num_batches = self._step_seen = 0
+        self._counter: FlopCounterMode | None = None
+
+    @property
+    def tflop(self) -> float:
+        """What all processes together have computed since the run began."""
+        return self._flop / TERA
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._step_seen = trainer.global_step
+        if trainer.global_step and not self._flop:
+            log.warning("train/tflop leaves out the first %d steps: they were not counted", trainer.global_step)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._num_batches % RECOUNT == 0:
+            self._costs.clear()
+        self._num_batches += 1
+        self._kind = _shapes(batch)
+        if self._kind in self._costs:
+            self._flop += self._costs[self._kind] * trainer.world_size
+        else:
+            self._counter = FlopCounterMode(display=False)
+            self._counter.__enter__()
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if pl_module.automatic_optimization:  # else there may be another pass
+            self._take(trainer)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._take(trainer)
+        if trainer.global_step == self._step_seen:
+            return
+        self._step_seen = trainer.global_step
+        if trainer.global_step % trainer.log_every_n_steps == 0:
+            for logger in trainer.loggers:
+                logger.log_metrics({"train/tflop": self.tflop}, step=trainer.global_step)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._stop()
+
+    def state_dict(self) -> dict[str, int]:
+        return {"flop": self._flop}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self._flop = state_dict["flop"]
+
+    def _take(self, trainer: pl.Trainer) -> None:
+        counter = self._stop()
+        if counter is not None:
+            cost = counter.get_total_flops()
+            if self._num_batches == 1:
+                log.info("a batch is %.4g TFLOP on each of %d devices, counted", cost / TERA, trainer.world_size)
+            self._costs[self._kind] = cost
+            self._flop += cost * trainer.world_size
+
+    def _stop(self) -> FlopCounterMode | None:
+        counter, self._counter = self._counter, None
+        if counter is not None:
+            counter.__exit__(None, None, None)
+        return counter
+
+
+def _shapes(value: Any) -> tuple:
+    """The shapes of all tensors in a batch, however it is built."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape)
+    if is_dataclass(value):
+        value = [getattr(value, field.name) for field in fields(value)]
+    elif isinstance(value, Mapping):
+        value = list(value.values())
+    elif not isinstance(value, Sequence) or isinstance(value, str):
+        return ()
+    return tuple(_shapes(part) for part in value if not isinstance(part, (str, int, float)))

@@ -1,0 +1,223 @@
+"""The measures of motion while training: of clips that the network makes now, beside those of the data's own clips."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from ldm.atomic import write_atomically
+from ldm.callbacks.compute import ComputeCount
+from ldm.callbacks.sampling import Recipe, averaged, decode_clips, sample_latents
+from ldm.checkpoint import load_text_encoder_of
+from ldm.data.batch import SceneRange
+from ldm.data.clips import ClipDataModule, HeldOutClips
+from ldm.errors import UserError
+from ldm.evaluation.motion import MEASURES, judge
+from ldm.models.diffusion.sampling import initial_noise
+
+log = logging.getLogger(__name__)
+
+Readings = dict[str, list[float | None]]  # measure -> one value for each clip, None for one that cannot be judged
+
+
+class MotionLogger(pl.Callback):
+    """Samples clips with the averaged weights, where there are any, and measures how they move (`ldm.evaluation`).
+
+    Always from the same captions and the same noise. Logs the means as `<tag>/<measure>` and those of the data as
+    `<tag>_data/<measure>`: of held-out clips as the image autoencoder shows them, at the same frame rate, measured
+    once. `<tag>.json` in the run folder has every clip's values and, with a `ComputeCount` among the callbacks, the
+    TFLOP spent until then, for scripts/curves.py. What is measured depends on the sampler and its steps: compare with
+    runs of the same settings only.
+
+    Args:
+        config, folder: of the run; filled in by main.py.
+        prompts: captions of the clips, taken in turn; None: those of the data's held-out clips.
+        every_n_steps: optimiser steps between occasions; there is one more when training ends.
+        at_start: also before the first step, where one sees the image model alone.
+        num_clips: clips on each occasion, and of the data where it holds out as many.
+        frames, fps: of a clip; None: as many as are trained on, at the highest rate that is trained on.
+        steps, sampler, scale: of the sampling loop, as in scripts/txt2vid.py; guidance (scale) costs as much again.
+        seed: of the noise; every clip has its own.
+        tag: tells several of these callbacks apart.
+    """
+
+    def __init__(  # noqa: PLR0913, PLR0917 - the words of the config
+        self,
+        config: Mapping[str, Any],
+        folder: str,
+        prompts: Sequence[str] | None = None,
+        every_n_steps: int = 1000,
+        at_start: bool = True,
+        num_clips: int = 16,
+        frames: int | None = None,
+        fps: float | None = None,
+        steps: int = 12,
+        sampler: str = "dpm++",
+        scale: float = 1.0,
+        seed: int = 23,
+        tag: str = "motion",
+    ) -> None:
+        if every_n_steps < 1 or num_clips < 1 or (frames is not None and frames < 2):
+            raise UserError(
+                "MotionLogger: expected every_n_steps and num_clips of at least 1 and frames of at least 2, found "
+                f"every_n_steps {every_n_steps}, num_clips {num_clips}, frames {frames}"
+            )
+        if prompts is not None and not prompts:
+            raise UserError("MotionLogger: expected at least one prompt, or null for the data's captions, found none")
+        if not tag.replace("_", "").replace("-", "").isalnum():
+            raise UserError(f"MotionLogger: tag: expected letters, digits, _ and -, found {tag!r}")
+        self.config, self.path, self.tag = config, Path(folder) / f"{tag}.json", tag
+        self.prompts, self.every_n_steps, self.at_start = prompts, every_n_steps, at_start
+        self.num_clips, self.frames, self.fps = num_clips, frames, fps
+        self.recipe, self.seed = Recipe(sampler, steps, scale), seed
+        self._clips: HeldOutClips | None = None
+        self._context: Tensor | None = None
+        self._record: dict[str, Any] = {}
+        self._step_seen = 0
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Find the data's clips, encode the prompts and try the settings: mistakes show before the first step."""
+        self.recipe.check(pl_module, "MotionLogger")
+        if not trainer.is_global_zero:
+            return
+        data = trainer.datamodule
+        self.frames = data.frames if self.frames is None else self.frames
+        self.fps = data.info.fps / min(data.strides) if self.fps is None else self.fps
+        self._clips = _spread_clips(data, self.frames, self.fps, self.num_clips)
+        captions, contexts = self._captions()
+        self._context = torch.stack([contexts[number % len(contexts)] for number in range(self.num_clips)])
+        settings = {
+            "captions": [captions[number % len(captions)] for number in range(self.num_clips)],
+            "num_clips": self.num_clips, "frames": self.frames, "fps": self.fps, "size": list(data.info.size),
+            "sampler": self.recipe.sampler, "steps": self.recipe.steps, "scale": self.recipe.scale, "seed": self.seed,
+        }  # fmt: skip
+        self._record = _begin(self.path, settings, trainer.global_step)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._step_seen = trainer.global_step
+        if not trainer.is_global_zero:
+            return
+        if "data" not in self._record:
+            self._record["data"] = self._measure(pl_module, self._data_latents(pl_module))
+            self._record["data"]["scenes"] = [part.scene.key for part, _, _ in self._clips.windows]
+        if self.at_start and trainer.global_step == 0:
+            self._log_motion(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step != self._step_seen:
+            self._step_seen = trainer.global_step
+            if trainer.global_step % self.every_n_steps == 0:
+                self._log_motion(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.global_step % self.every_n_steps and not trainer.fast_dev_run:
+            self._log_motion(trainer, pl_module)
+
+    def _log_motion(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        begin, step = time.monotonic(), trainer.global_step
+        tflop = next((callback.tflop for callback in trainer.callbacks if isinstance(callback, ComputeCount)), None)
+        found = self._measure(pl_module, self._sample(trainer, pl_module))
+        self._record["occasions"].append({"step": step, "tflop": tflop, **found})
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path, json.dumps(self._record, allow_nan=False) + "\n")
+        of_samples, of_data = _means(found["values"]), _means(self._record["data"]["values"])
+        for logger in trainer.loggers:
+            logger.log_metrics({f"{self.tag}/{name}": mean for name, mean in of_samples.items()}, step=step)
+            logger.log_metrics({f"{self.tag}_data/{name}": mean for name, mean in of_data.items()}, step=step)
+        words = ", ".join(
+            f"{MEASURES[name].title} {_shown(name, of_samples)} (data {_shown(name, of_data)})"
+            for name in ("roadside_expansion", "road_expansion", "smoothness", "flicker")
+        )
+        log.info("%s at step %d: %s; %.0f s", self.tag, step, words, time.monotonic() - begin)
+
+    def _sample(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor:
+        """Latents of all clips, `b t c h w`, made as many at a time as are trained on."""
+        info, together = trainer.datamodule.info, trainer.datamodule.batch_size
+        shape = (self.frames, info.latent_channels, *info.moments_shape[1:])
+        generators = [torch.Generator().manual_seed(self.seed + number) for number in range(self.num_clips)]
+        noise = initial_noise(self.num_clips, *shape, generators, pl_module.noise)
+        with averaged(trainer, pl_module):
+            batches = zip(noise.split(together), self._context.split(together), strict=True)
+            latents = [sample_latents(trainer, pl_module, self.recipe, *batch, self.fps).cpu() for batch in batches]
+        return torch.cat(latents)
+
+    def _data_latents(self, pl_module: pl.LightningModule) -> Tensor:
+        """The most likely latents of the data's clips, scaled, `b t c h w`."""
+        moments = torch.cat([self._clips[number].moments for number in range(len(self._clips))]).float()
+        return moments.chunk(2, dim=2)[0] * pl_module.scale_factor
+
+    def _measure(self, pl_module: pl.LightningModule, latents: Tensor) -> dict[str, Readings]:
+        """All measures of each clip."""
+        judged = [judge(frames) for frames in decode_clips(self.config, pl_module, latents)]
+        return {"values": {name: [readings[name].value for readings in judged] for name in MEASURES}}
+
+    def _captions(self) -> tuple[Sequence[str], Tensor]:
+        """What the clips are to show: the words and their embeddings `k n d`."""
+        if self.prompts is None:
+            contexts = torch.cat([self._clips[number].context for number in range(len(self._clips))])
+            return [part.scene.captions[0] for part, _, _ in self._clips.windows], contexts
+        text_encoder = load_text_encoder_of(self.config)
+        for prompt in self.prompts:
+            if lost := text_encoder.truncated(prompt):
+                log.warning("the prompt '%.40s...' is longer than the text encoder holds; cut: '%s'", prompt, lost)
+        with torch.no_grad():
+            return self.prompts, text_encoder.encode(list(self.prompts)).cpu()
+
+
+def _spread_clips(data: ClipDataModule, frames: int, fps: float, most: int) -> HeldOutClips:
+    """Clips of the data, spread over what is held out, or over all scenes where nothing is; `most` at most."""
+    stride = data.info.fps / fps if fps > 0 else 0.0
+    if stride < 1 or abs(stride - round(stride)) > 1e-6:
+        rates = ", ".join(f"{data.info.fps / every:g}" for every in (1, 2, 3))
+        raise UserError(
+            f"MotionLogger: fps: expected the prepared frame rate or a whole part of it ({rates}, ...), found {fps:g}"
+        )
+    parts = {(part.scene.key, part.start): part for part, _, _ in data.val_clips.windows}
+    if not parts:
+        parts = {scene.key: SceneRange(scene, 0, scene.num_frames) for scene in data.prepared.scenes}
+    clips = HeldOutClips(data.prepared, list(parts.values()), frames, [round(stride)])
+    if not len(clips):
+        raise UserError(
+            f"MotionLogger: no held-out scene of {data.root} is long enough for {frames} frames at {fps:g} a second; "
+            "ask for fewer frames or a higher fps"
+        )
+    chosen = np.linspace(0, len(clips) - 1, min(most, len(clips))).astype(int)
+    clips.windows = [clips.windows[number] for number in chosen]
+    return clips
+
+
+def _begin(path: Path, settings: Mapping[str, Any], step: int) -> dict[str, Any]:
+    """The record of a run at this step: what was measured until then, if it is taken up again."""
+    if not path.is_file():
+        return {"settings": dict(settings), "occasions": []}
+    record = json.loads(path.read_text(encoding="utf-8"))
+    if record["settings"] != settings:
+        differing = [name for name, value in settings.items() if record["settings"].get(name) != value]
+        raise UserError(
+            f"{path}: expected clips measured with the same settings, found another {differing[0]}; give the callback "
+            "another tag, or take the file away"
+        )
+    return {**record, "occasions": [occasion for occasion in record["occasions"] if occasion["step"] <= step]}
+
+
+def _means(values: Readings) -> dict[str, float]:
+    """Mean of each measure over the clips that can be judged; measures without such a clip are left out."""
+    judged = {name: [value for value in row if value is not None] for name, row in values.items()}
+    return {name: float(np.mean(row)) for name, row in judged.items() if row}
+
+
+def _shown(name: str, means: Mapping[str, float]) -> str:
+    return f"{means[name]:.{MEASURES[name].places}f}" if name in means else "not to be judged"
