@@ -1,10 +1,14 @@
-"""Captions of the drawn world: look, road and speed in words, from a small grammar with synonyms."""
+"""Captions of the drawn world: look, road and speed in words, from a small grammar with synonyms; and back, which look
+a prompt names."""
 
 from __future__ import annotations
+
+import re
 
 import numpy as np
 
 from ldm.data.world_look import Look
+from ldm.data.world_looks import LOOKS
 from ldm.data.world_scene import Road
 
 DRIVES = (
@@ -70,3 +74,23 @@ def write_captions(
         if text not in captions:
             captions.append(text)
     return [*captions, f"{look.phrases[0]} {DRIVES[0]}"]
+
+
+def look_of_prompt(prompt: str) -> str | None:
+    """The look that a prompt names, by its name or by what captions call it; None where it names none, or several.
+
+    Words that belong to a longer phrase do not count for themselves: "neon cyberpunk night" is cyberpunk, not night.
+    """
+    prompt = " ".join(prompt.lower().split())
+    found = [
+        (match.start(), match.end(), name)
+        for name, look in LOOKS.items()
+        for phrase in {name, *look.phrases}
+        for match in re.finditer(rf"\b{re.escape(phrase)}\b", prompt)
+    ]
+    looks = {
+        name
+        for start, end, name in found
+        if not any(first <= start and end <= last and last - first > end - start for first, last, _ in found)
+    }
+    return looks.pop() if len(looks) == 1 else None
