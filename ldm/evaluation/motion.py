@@ -23,6 +23,7 @@ from ldm.evaluation.flow import TAU, Motion, lengths, measure_motion, positions
 
 MIN_TEXTURE = 0.002  # share of the picture that a region must have texture in
 MIN_TEXTURE_ANYWHERE = 0.005  # and the whole picture
+NO_TEXTURE = "the picture is black or constant or has too little texture to see any motion"
 MOVING_SHARE = 0.02  # of the textured pixels: fewer that move make a pair a frozen one
 BRIGHTNESS_BLUR = 4.0  # pixels; flicker is looked for in patches of about this size
 STRIPS = (0.06, 0.08, 0.1, 0.13, 0.16, 0.2, 0.25, 0.3)  # of the height, below the focus
@@ -54,6 +55,12 @@ class Measure:
     blind_to: str
     better: int
     places: int
+
+
+@dataclass(frozen=True)
+class MotionMeasure(Measure):
+    """A measure that needs nothing but the motion of a clip."""
+
     compute: Callable[[Motion], float]
 
 
@@ -67,9 +74,8 @@ def judge_motion(motion: Motion) -> dict[str, Reading]:
 
     A clip without texture - black, of one colour, a smooth gradient - has a reason and no number for any of them.
     """
-    if motion.textured.mean() < MIN_TEXTURE_ANYWHERE:
-        reason = "the picture is black or constant or has too little texture to see any motion"
-        return dict.fromkeys(MEASURES, Reading(None, reason))
+    if not has_texture(motion):
+        return dict.fromkeys(MEASURES, Reading(None, NO_TEXTURE))
     readings = {}
     for name, measure in MEASURES.items():
         try:
@@ -77,6 +83,11 @@ def judge_motion(motion: Motion) -> dict[str, Reading]:
         except CannotJudgeError as reason:
             readings[name] = Reading(None, str(reason))
     return readings
+
+
+def has_texture(motion: Motion) -> bool:
+    """Whether there is anything in the clip to judge."""
+    return bool(motion.textured.mean() >= MIN_TEXTURE_ANYWHERE)
 
 
 def sides_region(motion: Motion) -> np.ndarray:
@@ -207,7 +218,7 @@ def _inside(place: np.ndarray) -> np.ndarray:
 
 
 MEASURES = {
-    "roadside_expansion": Measure(
+    "roadside_expansion": MotionMeasure(
         "roadside expansion",
         "mean of (S . r) / (|S| + tau) over |dx| > 2.6 max(dy, 0), |dx| > 0.12 w, -0.35 h < dy < 0.12 h",
         "-1 to 1: +1 everything beside the road streams outward, 0 nothing moves or in all ways, -1 driving backwards",
@@ -216,7 +227,7 @@ MEASURES = {
         2,
         roadside_expansion,
     ),
-    "road_expansion": Measure(
+    "road_expansion": MotionMeasure(
         "road expansion",
         "mean of (S . r) / (|S| + tau) over dy > 0.06 h, |dx| < 1.2 dy",
         "-1 to 1, as above",
@@ -225,7 +236,7 @@ MEASURES = {
         2,
         road_expansion,
     ),
-    "smoothness": Measure(
+    "smoothness": MotionMeasure(
         "motion smoothness",
         "mean of (|a| + |b| - |a - b|) / (|a| + |b| + 2 tau), a = F at a pixel, b = the next pair's F where it went",
         "0 to 1: 1 all motion goes on, 0 none does or nothing moves",
@@ -234,7 +245,7 @@ MEASURES = {
         2,
         smoothness,
     ),
-    "parallax_order": Measure(
+    "parallax_order": MotionMeasure(
         "parallax order",
         "(n - f) / (|n| + |f| + 4 tau / w), the medians of (S . r) / |d| on the near ground, 0.08 h < dy < 0.3 h, "
         "|dx| < 2.6 dy, and beside the road at the horizon and above, dy < 0.04 h",
@@ -244,7 +255,7 @@ MEASURES = {
         2,
         parallax_order,
     ),
-    "frozen_share": Measure(
+    "frozen_share": MotionMeasure(
         "frozen share",
         "share of the pairs in which fewer than 2% of the textured pixels move by more than tau",
         "0 to 1: 0 every frame moves, 1 a still",
@@ -253,7 +264,7 @@ MEASURES = {
         2,
         frozen_share,
     ),
-    "flicker": Measure(
+    "flicker": MotionMeasure(
         "brightness flicker",
         "mean of |blurred (next frame fetched along F - frame)| / 255, blur of 4 px, where F stays inside",
         "0 to 1: 0 every patch keeps its brightness; true clips have some, where things come into sight",
@@ -262,7 +273,7 @@ MEASURES = {
         3,
         flicker,
     ),
-    "speed": Measure(
+    "speed": MotionMeasure(
         "ground speed",
         "h times the median of (S . r) / (|d| dy), the fastest of seven strips of 0.06 h < dy < 0.3 h, |dx| < 2.6 dy",
         "camera heights travelled from frame to frame, times picture height over focal length; negative backwards",

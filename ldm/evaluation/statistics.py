@@ -37,7 +37,7 @@ def estimate(values: Sequence[float | None], videos: Sequence[str], seed: int = 
         return Estimate(None, None, None, 0, missing)
     draws = _draw_means(judged, np.random.default_rng(seed))
     mean = float(np.mean([value for value, _ in judged]))
-    return Estimate(mean, *_interval(draws), len(judged), missing)
+    return Estimate(mean, *interval(draws), len(judged), missing)
 
 
 def estimate_ratio(
@@ -60,7 +60,7 @@ def estimate_ratio(
         for row, names in ((values, videos), (true_values, true_videos))
     ]
     draws = _draw_means(pairs[0], rng) / _draw_means(pairs[1], rng)
-    return Estimate(own.mean / true.mean, *_interval(draws), own.num_clips, own.num_unjudged)
+    return Estimate(own.mean / true.mean, *interval(draws), own.num_clips, own.num_unjudged)
 
 
 def _draw_means(judged: Sequence[tuple[float, str]], rng: np.random.Generator) -> np.ndarray:
@@ -75,7 +75,8 @@ def _draw_means(judged: Sequence[tuple[float, str]], rng: np.random.Generator) -
     return sums[chosen].sum(axis=1) / counts[chosen].sum(axis=1)
 
 
-def _interval(draws: np.ndarray) -> tuple[float, float]:
+def interval(draws: np.ndarray) -> tuple[float, float]:
+    """The middle 95% of draws."""
     tail = (1 - COVERAGE) / 2
     low, high = np.quantile(draws, [tail, 1 - tail])
     return float(low), float(high)

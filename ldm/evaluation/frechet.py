@@ -1,0 +1,128 @@
+"""Frechet distance between two sets of feature vectors: how far apart their means lie and how differently they spread.
+
+|m - n|^2 + tr(A + B - 2 (A B)^(1/2)) for means m, n and covariances A, B (Heusel et al. 2017). The number means nothing
+without the name of what made the features (`extractors.py`), and comes out too large for few clips, the more so the
+longer the vectors are (Chong and Forsyth 2020): only rows of equally many clips compare.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ldm.evaluation.statistics import Estimate, interval
+
+FEW_FOR_DISTANCE = 2000  # clips
+NUM_DRAWS = 200
+MOST_GROUPS = 100  # that a draw chooses from; more videos are put together
+SMALLEST_ROW = 2  # clips
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Mean `d` and covariance `d d` of feature vectors."""
+
+    mean: np.ndarray
+    covariance: np.ndarray
+
+
+def frechet_distance(one: Gaussian, other: Gaussian) -> float:
+    """Squared Frechet distance, 0 for Gaussians that are alike; what rounding takes below is 0."""
+    values, vectors = np.linalg.eigh(one.covariance)
+    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    shared = np.sqrt(np.linalg.eigvalsh(root @ other.covariance @ root).clip(0)).sum()
+    spread = np.trace(one.covariance) + np.trace(other.covariance) - 2 * shared
+    return max(0.0, float(((one.mean - other.mean) ** 2).sum() + spread))
+
+
+@dataclass(frozen=True)
+class FeatureRow:
+    """What an extractor made of the clips of a row: for each its vectors `n d`, or None, and the video it is from."""
+
+    features: Sequence[np.ndarray | None]
+    videos: Sequence[str]
+
+    def judged(self) -> FeatureRow:
+        """Without the clips that have none."""
+        kept = [place for place, found in enumerate(self.features) if found is not None]
+        return FeatureRow([self.features[place] for place in kept], [self.videos[place] for place in kept])
+
+    def halves(self) -> tuple[FeatureRow, FeatureRow]:
+        """Every second video, or every second clip of a single one, and the rest."""
+        several = len(set(self.videos)) > 1
+        order = {video: number for number, video in enumerate(dict.fromkeys(self.videos))}
+        sides = [order[video] % 2 if several else place % 2 for place, video in enumerate(self.videos)]
+        first, second = ([place for place, side in enumerate(sides) if side == wanted] for wanted in (0, 1))
+        return self._only(first), self._only(second)
+
+    def _only(self, places: Sequence[int]) -> FeatureRow:
+        return FeatureRow([self.features[place] for place in places], [self.videos[place] for place in places])
+
+
+def estimate_distance(own: FeatureRow, true: FeatureRow, seed: int = 0) -> Estimate:
+    """The distance of a row from another with a 95% bootstrap interval; `mean` is the distance, and counts are `own`'s.
+
+    Videos are drawn on both sides, together where both rows are made of the same ones. A draw repeats videos, which
+    makes distances larger, so the interval is the spread of the draws about their median, put around the distance.
+    None of it where either side has fewer than two clips with features.
+    """
+    rows = own.judged(), true.judged()
+    counts = len(rows[0].videos), len(own.videos) - len(rows[0].videos)
+    if min(len(row.videos) for row in rows) < SMALLEST_ROW:
+        return Estimate(None, None, None, *counts)
+    sides = [_Moments(features, row.videos) for features, row in zip(_turn(rows), rows, strict=True)]
+    seeds = (seed, seed if list(rows[0].videos) == list(rows[1].videos) else seed + 1)
+    rngs = [np.random.default_rng(number) for number in seeds]
+    distance = frechet_distance(*(side.gaussian(np.ones(side.num_groups)) for side in sides))
+    draws = np.array(
+        [
+            frechet_distance(*(side.gaussian(side.draw(rng)) for side, rng in zip(sides, rngs, strict=True)))
+            for _ in range(NUM_DRAWS)
+        ]
+    )
+    low, high = interval(draws - np.median(draws) + distance)
+    return Estimate(distance, max(0.0, low), high, *counts)
+
+
+def _turn(rows: Sequence[FeatureRow]) -> Iterator[list[np.ndarray]]:
+    """The vectors of both rows, moved and turned alike, which leaves distances as they are, into as few dimensions as
+    hold them all: sums are then exact and matrices small."""
+    together = np.concatenate([part for row in rows for part in row.features]).astype(np.float64)
+    together -= together.mean(axis=0)
+    count, size = together.shape
+    if count < size:
+        together = together @ np.linalg.qr(together.T)[0]
+    cuts = np.cumsum([len(part) for row in rows for part in row.features])[:-1]
+    parts = iter(np.split(together, cuts))
+    for row in rows:
+        yield [next(parts) for _ in row.features]
+
+
+class _Moments:
+    """Sums over groups of videos, from which the Gaussian of any draw of them follows."""
+
+    def __init__(self, features: Sequence[np.ndarray], videos: Sequence[str]) -> None:
+        names = videos if len(set(videos)) > 1 else [str(number) for number in range(len(videos))]
+        groups = np.unique(names, return_inverse=True)[1] % MOST_GROUPS
+        self.num_groups = int(groups.max()) + 1
+        size = features[0].shape[1]
+        self.counts = np.zeros(self.num_groups)
+        self.sums = np.zeros((self.num_groups, size))
+        self.products = np.zeros((self.num_groups, size, size))
+        for group, part in zip(groups, features, strict=True):
+            self.counts[group] += len(part)
+            self.sums[group] += part.sum(axis=0)
+            self.products[group] += part.T @ part
+
+    def draw(self, rng: np.random.Generator) -> np.ndarray:
+        """How often each group is drawn."""
+        return np.bincount(rng.integers(self.num_groups, size=self.num_groups), minlength=self.num_groups)
+
+    def gaussian(self, weights: np.ndarray) -> Gaussian:
+        """Of all vectors, each as often as its group's weight says."""
+        count = weights @ self.counts
+        mean = weights @ self.sums / count
+        products = np.tensordot(weights.astype(np.float64), self.products, 1)
+        return Gaussian(mean, (products - count * np.outer(mean, mean)) / max(count - 1, 1))
