@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from ldm.checkpoint_author import is_release, unet_to_release
+from ldm.checkpoint_bundle import is_bundle, read_bundle
 from ldm.checkpoint_config import confined
 from ldm.checkpoint_files import CheckpointError, few, read_file
 from ldm.checkpoint_folder import compvis_tensors, read_folder
@@ -69,12 +70,15 @@ class Checkpoint:
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Open a `.ckpt`, a `.safetensors` (told apart by content, not by suffix) or a diffusers folder.
+    """Open a `.ckpt`, a `.safetensors` (told apart by content, not by suffix), a diffusers folder or a bundle.
 
     A file may hold a whole model, only its UNet, first stage or text encoder, or a bare state dict of one of them in
     CompVis's or diffusers' naming. Raises `CheckpointError`.
     """
     path = Path(path)
+    if path.is_dir() and is_bundle(path):
+        tensors, config = read_bundle(path)
+        return Checkpoint(path, _with_prefixes(tensors, path)[0], own_config=config, kind="ours")
     if path.is_dir():
         found = read_folder(path)
         return Checkpoint(

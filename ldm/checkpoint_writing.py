@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ldm.atomic import replacing
 from ldm.checkpoint import unet_node
+from ldm.checkpoint_bundle import is_bundle
 from ldm.checkpoint_encoders import SD_V1_FIRST_STAGE, SD_V1_TEXT, fits_first_stage, fits_text_encoder
 from ldm.checkpoint_files import few
 from ldm.checkpoint_names import SCHEDULE_NAMES
@@ -27,7 +28,9 @@ from ldm.checkpoint_reading import Checkpoint, CheckpointError
 from ldm.checkpoint_temporal import MODEL, MODEL_WORDS, temporal_part
 from ldm.errors import UserError
 
-SUFFIXES = {"full": (".ckpt", ".safetensors"), "temporal": (".safetensors",), "diffusers": (), "author": ()}
+SUFFIXES = {
+    "full": (".ckpt", ".safetensors"), "temporal": (".safetensors",), "diffusers": (), "author": (), "bundle": ()
+}  # fmt: skip
 # What a folder written here may hold.
 FOLDER_PARTS = {"unet", "vae", "text_encoder", "tokenizer", "scheduler", "model_index.json"}
 
@@ -123,14 +126,21 @@ def check_output(path: Path, form: str, inputs: Sequence[Path], overwrite: bool)
     if path.is_dir() == bool(suffixes):
         kinds = ("a folder", "a file") if suffixes else ("a file", "a folder")
         raise UserError(f"--out: expected {kinds[1]} or nothing yet, found {kinds[0]}, {path}; choose another name")
+    if _is_taken(path, form) and not overwrite:
+        raise UserError(f"--out: expected a new name, found {path}, which exists; choose another, or add --overwrite")
+
+
+def _is_taken(path: Path, form: str) -> bool:
+    """Whether anything would be replaced; raises `UserError` where that could not be of the kind `form`."""
+    if form == "bundle":
+        return is_bundle(path)  # other files of the folder are left alone
     others = sorted({entry.name for entry in path.iterdir()} - FOLDER_PARTS) if path.is_dir() else []
     if others:
         raise UserError(
             f"--out: expected a new folder or one of diffusers' layout, found {path} with {few(others)} in it; choose "
             "another"
         )
-    if not overwrite and (path.is_file() or any(path.iterdir())):
-        raise UserError(f"--out: expected a new name, found {path}, which exists; choose another, or add --overwrite")
+    return path.is_file() or any(path.iterdir())
 
 
 @contextmanager

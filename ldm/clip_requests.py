@@ -44,9 +44,11 @@ class ClipRequest:
 
 
 def read_request(options: Mapping[str, Any], generator: ClipGenerator) -> ClipRequest:
-    """The clip that options ask for, those left out as in training. Raises UserError."""
+    """The clip that options ask for, those left out as the checkpoint suggests or as in training. Raises UserError."""
     trained = generator.training
     files, factor = _read_files(options)
+    given_fps = options.get("fps")
+    options = {**generator.defaults, **options}
     for what, path in asdict(files).items():
         if path is not None:
             generator.check_given(f"--{what.replace('_', '-')}")
@@ -68,7 +70,7 @@ def read_request(options: Mapping[str, Any], generator: ClipGenerator) -> ClipRe
         generator.check(replace(settings, prompt=""))  # whose length, for a schedule, is not yet known
     frames = read_given(settings, files)
     if files.interpolate is not None:
-        settings = replace(settings, frames=len(frames.shown), fps=options.get("fps", frames.fps))
+        settings = replace(settings, frames=len(frames.shown), fps=frames.fps if given_fps is None else given_fps)
         settings = _with_windows(settings, trained, options)
     return ClipRequest(settings, files, frames, generator.plan(settings, frames))
 

@@ -42,6 +42,20 @@ class ClipSettings:
     interpolate: int = 1
 
 
+# What a config may say at `sampling`: defaults of these, for people who sample from its checkpoint.
+DEFAULTS = {"frames": int, "fps": float, "window": int, "steps": int, "sampler": str, "scale": float}
+
+
+def sampling_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a clip that a whole config gives at `sampling`, their kinds checked; raises `ConfigError`."""
+    found = mapping_at("sampling", config.get("sampling"))
+    for word in found:
+        if word not in DEFAULTS:
+            raise ConfigError(f"sampling.{word}: nothing reads this key; accepted here: {', '.join(DEFAULTS)}")
+    check_values(found, DEFAULTS, "sampling")
+    return dict(found)
+
+
 @dataclass(frozen=True)
 class GivenFiles:
     """Where given frames come from; None where nothing is given."""

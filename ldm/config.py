@@ -24,10 +24,11 @@ from ldm.config_compvis import translate_compvis
 from ldm.config_values import ConfigError, check_values, mapping_at
 
 SECTIONS = {
-    "": ("model", "data", "lightning", "prepare"),
+    "": ("model", "data", "lightning", "prepare", "sampling"),
     "model": ("base_learning_rate", "target", "params"),
     "data": ("target", "params"),
     "lightning": ("trainer", "callbacks", "logger", "modelcheckpoint"),
+    "sampling": ("frames", "fps", "window", "steps", "sampler", "scale"),
 }
 # What a node under `lightning` is when it gives only `params`.
 DEFAULT_TARGETS = {

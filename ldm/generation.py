@@ -32,7 +32,7 @@ from ldm.checkpoint import (
     unet_node,
     unet_tensors,
 )
-from ldm.clip_settings import PRECISIONS, ClipSettings, Training
+from ldm.clip_settings import PRECISIONS, ClipSettings, Training, sampling_defaults
 from ldm.config import build, check_node
 from ldm.config_values import mapping_at
 from ldm.data.given_frames import MAX_FRAMES, GivenFrames
@@ -67,7 +67,8 @@ class ClipGenerator:
         the image autoencoder always run in float32.
 
     The networks are loaded when first needed, so that `check` can refuse settings before anything slow happens. Noise
-    schedule, target and noise family are those the checkpoint was trained with.
+    schedule, target and noise family are those the checkpoint was trained with. `defaults` are the settings of
+    clips that its config suggests.
     """
 
     def __init__(
@@ -86,7 +87,9 @@ class ClipGenerator:
         self._words = unet["params"]
         self.takes_known_frames = self._words["in_channels"] == 2 * self._words["out_channels"] + 1
         self._check_channels()
+        self.defaults = sampling_defaults(whole)
         self.training = Training.of_config(whole, has_temporal_layers(unet_tensors(self.checkpoint)))
+        self.defaults = sampling_defaults(whole)
         schedule = {key: self._params.get(key, value) for key, value in SD_V1_SCHEDULE.items()}
         node = {"target": "ldm.models.diffusion.schedule.NoiseSchedule", "params": schedule}
         self.schedule = build(node, "model").to(self.device)

@@ -24,6 +24,7 @@ import torch
 from PIL import Image
 
 from ldm.atomic import replacing, write_atomically
+from ldm.checkpoint_bundle import bundle_files, is_bundle
 from ldm.clip_settings import PRECISIONS, ClipSettings, GivenFiles
 from ldm.config_values import ConfigError, check_values, mapping_at
 from ldm.data.preparation import hash_file
@@ -201,13 +202,17 @@ def replay_notes(record: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
 
 
 def hash_weights(path: Path | None) -> dict[str, str] | None:
-    """Path and sha256 of a file of weights, or of the names and bytes of all files in a folder; None for None."""
+    """Path and sha256 of a file of weights, or of the names and bytes of all files in a folder; None for None.
+
+    Of a bundle, only the files that it is made of count.
+    """
     if path is None:
         return None
     if path.is_file():
         return {"path": str(path), "sha256": hash_file(path)}
     digest = hashlib.sha256()
-    for entry in sorted(entry for entry in path.rglob("*") if entry.is_file()):
+    files = bundle_files(path) if is_bundle(path) else [entry for entry in path.rglob("*") if entry.is_file()]
+    for entry in sorted(files):
         digest.update(entry.relative_to(path).as_posix().encode() + b"\0")
         digest.update(bytes.fromhex(hash_file(entry)))
     return {"path": str(path), "sha256": digest.hexdigest()}

@@ -30,7 +30,8 @@ four uses:
 All but the first need a checkpoint that was trained with known frames. Clips longer than a window are made in
 several: the plan is printed before it starts. Seeds belong to clips: clip i of a run has seed + i, whatever
 --n_samples is; making several at a time changes rounding, not content. --precision is that of the UNet; text and
-pictures are always exact. A finished clip is held in memory as 8-bit pixels: 0.8 GB for 1,000 frames of 512x512.
+pictures are always exact. A checkpoint may suggest other values of what is marked *, as models/drive does. A finished
+clip is held in memory as 8-bit pixels: 0.8 GB for 1,000 frames of 512x512.
 """
 
 
@@ -39,10 +40,10 @@ def clip_parser() -> Parser:
     parser = Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     clip = parser.add_argument_group("the clip")
     clip.add_argument("--negative-prompt", metavar="TEXT", help="what guidance moves away from (default: nothing)")
-    clip.add_argument("--frames", type=int, metavar="N", help="length, 1 to 10,000 (default: as in training)")
+    clip.add_argument("--frames", type=int, metavar="N", help="length, 1 to 10,000 (default: as in training*)")
     clip.add_argument("--H", type=int, metavar="PIXELS", help="height (default: as in training; SD v1: 512)")
     clip.add_argument("--W", type=int, metavar="PIXELS", help="width (default: as in training; SD v1: 512)")
-    clip.add_argument("--fps", type=float, help="frames a second, told to networks that ask (default: as in training)")
+    clip.add_argument("--fps", type=float, help="frames a second, told to networks that ask (default: as in training*)")
     clip.add_argument("--seed", type=int, metavar="N", help="of the first clip; the next ones count on (default: 42)")
     clip.add_argument("--n_samples", type=int, metavar="N", help="clips made at a time, for one prompt (default: 1)")
     clip.add_argument("--n_iter", type=int, metavar="N", help="how often that is done (default: 1)")
@@ -74,9 +75,9 @@ def clip_parser() -> Parser:
         "--overlap", type=int, metavar="N", help="frames that windows share (default: a third of a window)"
     )
     sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--sampler", metavar="NAME", help=f"{', '.join(SAMPLERS)} (default: ddim)")
-    sampling.add_argument("--steps", type=int, metavar="N", help="diffusion steps (default: 50)")
-    sampling.add_argument("--scale", type=float, help="guidance; 1 is none and twice as fast (default: 7.5)")
+    sampling.add_argument("--sampler", metavar="NAME", help=f"{', '.join(SAMPLERS)} (default: ddim*)")
+    sampling.add_argument("--steps", type=int, metavar="N", help="diffusion steps (default: 50*)")
+    sampling.add_argument("--scale", type=float, help="guidance; 1 is none and twice as fast (default: 7.5*)")
     sampling.add_argument("--eta", type=float, help="noise between DDIM steps, 0 to 1 (default: 0)")
     return parser
 
@@ -104,7 +105,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     what.add_argument("--replay", type=Path, metavar="FILE", help="a JSON or MP4 written here: make it again")
     files = parser.add_argument_group("files")
-    files.add_argument("--ckpt", type=Path, metavar="FILE", help="default: the newest logs/*/checkpoints/last.ckpt")
+    files.add_argument(
+        "--ckpt", type=Path, metavar="FILE", help="default: the newest logs/*/checkpoints/last.ckpt, else models/drive"
+    )
     files.add_argument(
         "--base", type=Path, metavar="FILE", help="an image model, for --temporal: any fine-tune of SD v1"
     )

@@ -10,25 +10,33 @@ part of it, a diffusers folder, the author's later release, or a file of tempora
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from omegaconf import OmegaConf
 from rich.console import Console
 
 from ldm.checkpoint import Checkpoint, check_unet, read_checkpoint
+from ldm.checkpoint_bundling import bundled, write_bundle
 from ldm.checkpoint_export import write_author, write_diffusers
 from ldm.checkpoint_names import AVERAGE_PREFIX, FIRST_STAGE_PREFIX, TEXT_PREFIX, UNET_PREFIX
 from ldm.checkpoint_temporal import BASE_IDENTITY, base_identity, load_with_temporal
 from ldm.checkpoint_writing import check_output, full_config, write_full, write_temporal
+from ldm.clip_requests import read_request
+from ldm.clip_settings import DEFAULTS
 from ldm.command_line import Parser
 from ldm.errors import UserError, run_command
+from ldm.generation import ClipGenerator
 
 FORMATS = {
     "full": "one file of everything, under CompVis's names (.ckpt or .safetensors)",
     "temporal": "the layers over time alone (.safetensors), to be put into other image models",
     "diffusers": "a folder of the image part that diffusers loads",
     "author": "a folder in the form of the author's later release",
+    "bundle": "a folder of small float16 files, each below 16 MB, all below 48 MB, as in models/drive",
 }
 KINDS = {
     "ours": "a checkpoint of this project",
@@ -51,6 +59,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, metavar="PATH", help="file or folder to write")
     parser.add_argument("--format", choices=FORMATS, required=True, help="what to write, see below")
     parser.add_argument("--base", type=Path, metavar="PATH", help="image model to put temporal layers alone into")
+    parser.add_argument(
+        "--sampling", nargs="+", metavar="WORD=VALUE", default=[],
+        help=f"for a bundle: how to sample from it where nobody says otherwise ({', '.join(DEFAULTS)})",
+    )  # fmt: skip
+    parser.add_argument("--text", type=Path, metavar="PATH", help="for a bundle: checkpoint of another text encoder")
     parser.add_argument("--half", action="store_true", help="write float16: half the size, three digits of a number")
     parser.add_argument("--overwrite", action="store_true", help="replace what is at --out")
     return parser.parse_args(arguments)
@@ -83,6 +96,33 @@ def read_input(options: argparse.Namespace, console: Console) -> Checkpoint:
     return merged.checkpoint
 
 
+def read_sampling(words: Sequence[str]) -> dict[str, Any]:
+    """The defaults of sampling in words such as steps=16; raises UserError."""
+    for word in words:
+        if not re.fullmatch(r"\w+=.+", word):
+            raise UserError(f"--sampling: expected words such as steps=16, found {word!r}")
+    return OmegaConf.to_container(OmegaConf.from_dotlist(list(words)))
+
+
+def refuse_for_others(options: argparse.Namespace) -> None:
+    """Raise UserError for options that belong to a bundle where none is written, and the other way round."""
+    if options.format == "bundle":
+        if options.half:
+            raise UserError("--half: a bundle is always float16; leave it out")
+        return
+    for name in ("sampling", "text"):
+        if getattr(options, name):
+            raise UserError(f"--{name}: belongs to --format bundle, found --format {options.format}; leave it out")
+
+
+def bundle(checkpoint: Checkpoint, options: argparse.Namespace) -> Checkpoint:
+    """What goes into a bundle, after a look whether clips can be asked of it; raises UserError."""
+    text = None if options.text is None else read_checkpoint(options.text)
+    result = bundled(checkpoint, read_sampling(options.sampling), text)
+    read_request({"prompt": "a road"}, ClipGenerator(result))
+    return result
+
+
 def in_numbers(checkpoint: Checkpoint) -> str:
     """How many tensors and parameters; averages are parameters only where they stand alone."""
     parts = (UNET_PREFIX, FIRST_STAGE_PREFIX, TEXT_PREFIX)
@@ -105,8 +145,9 @@ def num_bytes(path: Path) -> int:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Convert what the command line says."""
     options = parse_arguments(arguments)
+    refuse_for_others(options)
     console = Console(highlight=False, soft_wrap=True, markup=False)
-    inputs = [path for path in (options.source, options.base) if path is not None]
+    inputs = [path for path in (options.source, options.base, options.text) if path is not None]
     check_output(options.out, options.format, inputs, options.overwrite)
     with console.status("converting"):
         checkpoint = read_input(options, console)
@@ -128,6 +169,9 @@ def write(checkpoint: Checkpoint, options: argparse.Namespace) -> list[str]:
     if options.format in ("diffusers", "author"):
         export = write_diffusers if options.format == "diffusers" else write_author
         return export(checkpoint, options.out, options.half)
+    if options.format == "bundle":
+        write_bundle(bundle(checkpoint, options), options.out)
+        return []
     if options.format == "full":
         write_full(checkpoint, options.out, options.half)
         has_encoders = any(name.startswith((FIRST_STAGE_PREFIX, TEXT_PREFIX)) for name in checkpoint.tensors)

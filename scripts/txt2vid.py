@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ldm.checkpoint import latent_scale, read_checkpoint
+from ldm.checkpoint_bundle import BUNDLED, is_bundle
 from ldm.checkpoint_config import confined
 from ldm.checkpoint_temporal import Merged, load_with_temporal
 from ldm.clip_requests import ClipRequest, notes, read_request, repeat_request
@@ -92,16 +93,36 @@ def find_weights(options: argparse.Namespace) -> tuple[Path, Path | None]:
 
 
 def find_checkpoint(given: Path | None) -> Path:
-    """The checkpoint that was given, or the newest of any run."""
+    """The checkpoint that was given, or the newest of any run, or the bundled model."""
     if given is not None:
         return given
     found = sorted(LOGS.glob("*/checkpoints/last.ckpt"), key=lambda path: path.stat().st_mtime)
-    if not found:
+    if found:
+        return found[-1]
+    if not is_bundle(BUNDLED):
         raise UserError(
-            f"--ckpt: expected a checkpoint; none was given, and there is no {LOGS}/*/checkpoints/last.ckpt of a "
-            "training run below this folder. Give --ckpt FILE"
+            f"--ckpt: expected a checkpoint; none was given, there is no {LOGS}/*/checkpoints/last.ckpt of a training "
+            f"run below this folder, and no bundled model in {BUNDLED}. Give --ckpt FILE"
         )
-    return found[-1]
+    return from_here(BUNDLED)
+
+
+def from_here(path: Path) -> Path:
+    """A path as seen from the working folder, where it lies below that."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
+def why(path: Path, options: argparse.Namespace, temporal: Path | None) -> str:
+    """What to say of the checkpoint besides its path: how it was found."""
+    if temporal is not None:
+        return f" with {temporal}"
+    if path.resolve() == BUNDLED:
+        return " (the bundled model)"
+    if options.ckpt is not None:
+        return ""
+    other = f"; the bundled model is --ckpt {from_here(BUNDLED)}" if is_bundle(BUNDLED) else ""
+    return f" (the newest run{other})"
 
 
 def choose_device(name: str) -> torch.device:
@@ -150,8 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options = adopt(options, record)
     device = choose_device(options.device)
     path, temporal = find_weights(options)
-    newest = " (the newest run)" if options.ckpt is None and temporal is None else ""
-    console.print(f"checkpoint: {path}{f' with {temporal}' if temporal else newest}", markup=False)
+    console.print(f"checkpoint: {path}{why(path, options, temporal)}", markup=False)
     config = read_config(options.config)
     if record and record["config"] is not None:
         config = confined(record["config"], str(options.replay))

@@ -1,0 +1,143 @@
+"""A trained checkpoint -> a bundle, the folder of small files that `checkpoint_bundle` describes.
+
+The averages of the weights take the place of the weights, everything is float16, and of the config stays what sampling
+needs. A bundle that is too large for a repository is refused.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import Tensor
+
+from ldm.checkpoint import check_unet, unet_tensors
+from ldm.checkpoint_bundle import CONFIG, WEIGHTS, bundle_files, is_bundle, sha256_of
+from ldm.checkpoint_config import CLASSES
+from ldm.checkpoint_encoders import build_text_encoder, load_first_stage, prefixed
+from ldm.checkpoint_names import FIRST_STAGE_PREFIX, TEXT_PREFIX, UNET_PREFIX, is_temporal
+from ldm.checkpoint_reading import Checkpoint, CheckpointError, first_stage_tensors, text_tensors
+from ldm.checkpoint_temporal import CLIP_WORDS, MODEL, MODEL_WORDS
+from ldm.checkpoint_writing import check_room, full_config, halved, save_tensors
+from ldm.clip_settings import sampling_defaults
+from ldm.errors import UserError
+
+MAX_FILE, MAX_TOTAL = 16_000_000, 48_000_000  # bytes
+MAX_IMAGE_PART = 15_000_000  # of the UNet's image weights in one file
+ENTRY = 200  # at most so many bytes say what a tensor is called and where it is
+SOURCES = ("ckpt_path", "random_seed", "tokenizer")  # words of networks that say where they come from
+HEADER = "# A bundled model: what sampling needs to know. Written by scripts/convert.py --format bundle.\n"
+
+
+def bundled(checkpoint: Checkpoint, sampling: Mapping[str, Any], text: Checkpoint | None = None) -> Checkpoint:
+    """What of a checkpoint goes into a bundle: float16 weights, and a config without paths.
+
+    sampling: defaults of sampling, on top of those in the checkpoint's config, see `sampling_defaults`.
+    text: a checkpoint to take the text encoder from; None: the same. Raises `CheckpointError` unless every tensor of
+    all three networks is there and fits.
+    """
+    config = bundle_config(full_config(checkpoint), sampling)
+    source = text or checkpoint
+    tensors = prefixed(UNET_PREFIX, unet_tensors(checkpoint))
+    tensors |= prefixed(FIRST_STAGE_PREFIX, first_stage_tensors(checkpoint))
+    tensors |= prefixed(TEXT_PREFIX, text_tensors(source))
+    result = replace(checkpoint, tensors=halved(tensors, checkpoint.path), own_config=config, kind="ours", metadata={})
+    check_unet(result)
+    load_first_stage(result)
+    build_text_encoder(replace(result, path=source.path))  # whose name the message is to have
+    return result
+
+
+def bundle_config(config: Mapping[str, Any], sampling: Mapping[str, Any]) -> dict[str, Any]:
+    """The words of a whole config that sampling reads: networks, schedule, clips, and its own defaults."""
+    params = config["model"]["params"]
+    words = {word: params.get(word, default) for word, default in MODEL_WORDS.items()}
+    for place in CLASSES:
+        if not isinstance(params.get(place), Mapping):
+            raise CheckpointError(
+                f"model.params.{place}: expected a node with target and params in the checkpoint's config, found "
+                "none; a bundle has all three networks. Give a checkpoint of a training run."
+            )
+        inner = {word: value for word, value in params[place]["params"].items() if word not in SOURCES}
+        words[place] = {"target": params[place]["target"], "params": inner}
+    result: dict[str, Any] = {"model": {"target": MODEL, "params": words}}
+    for first, *steps, last in CLIP_WORDS.values():
+        found = config.get(first) or {}
+        for step in steps:
+            found = found.get(step) or {}
+        if last in found:
+            place = result.setdefault(first, {})
+            for step in steps:
+                place = place.setdefault(step, {})
+            place[last] = found[last]
+    sampling = {**(config.get("sampling") or {}), **sampling}
+    return {**result, "sampling": sampling_defaults({"sampling": sampling})}
+
+
+def write_bundle(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write what `bundled` gave; other files of the folder stay as they are, but count where they are weights.
+
+    Raises `UserError` where a file or all of them would be too large. New files appear one by one, the config last: a
+    bundle half written over another is found out by its sha256 sums.
+    """
+    files = {f"{name}.safetensors": part for name, part in _parts(checkpoint.tensors)}
+    old = {path.name for path in bundle_files(folder)} if is_bundle(folder) else set()
+    kept = [path for path in folder.glob("*.safetensors") if path.name not in old | set(files)]
+    _check_sizes(files, folder, sum(path.stat().st_size for path in kept))
+    check_room(folder / CONFIG, checkpoint.tensors)
+    partials = {name: folder / f".{name}.partial" for name in (*files, CONFIG)}
+    try:
+        for name, part in files.items():
+            save_tensors(part, partials[name], {})
+        weights = {name: sha256_of(partials[name]) for name in files}
+        text = yaml.safe_dump({**checkpoint.own_config, WEIGHTS: weights}, sort_keys=False, default_flow_style=None)
+        partials[CONFIG].write_text(HEADER + text, encoding="utf-8")
+        for name, partial in partials.items():
+            os.replace(partial, folder / name)
+    finally:
+        for partial in partials.values():
+            partial.unlink(missing_ok=True)
+    for name in old - set(partials):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _parts(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Names of files, without suffix, and what is in them."""
+    image, others = [{}], {"autoencoder": {}, "text_encoder": {}, "temporal": {}}
+    for name, tensor in tensors.items():
+        if name.startswith(FIRST_STAGE_PREFIX):
+            others["autoencoder"][name] = tensor
+        elif name.startswith(TEXT_PREFIX):
+            others["text_encoder"][name] = tensor
+        elif is_temporal(name):
+            others["temporal"][name] = tensor
+        else:
+            if image[-1] and _num_bytes(image[-1]) + tensor.nbytes > MAX_IMAGE_PART:
+                image.append({})
+            image[-1][name] = tensor
+    yield from ((name, part) for name, part in others.items() if part)
+    yield from ((f"unet-{number}", part) for number, part in enumerate(image, start=1))
+
+
+def _check_sizes(files: Mapping[str, Mapping[str, Tensor]], folder: Path, kept: int) -> None:
+    for name, part in files.items():
+        if (size := _num_bytes(part)) >= MAX_FILE:
+            raise UserError(
+                f"{folder / name}: expected less than {MAX_FILE / 1e6:.0f} MB, as much as a bundle may have in one "
+                f"file, found {size / 1e6:.1f} MB; write a smaller model, or another format"
+            )
+    total = sum(map(_num_bytes, files.values())) + kept
+    if total >= MAX_TOTAL:
+        beside = f", {kept / 1e6:.1f} MB of it weights that are there already" if kept else ""
+        raise UserError(
+            f"{folder}: expected less than {MAX_TOTAL / 1e6:.0f} MB of weights in a bundle, found "
+            f"{total / 1e6:.1f} MB{beside}; write a smaller model, or another format"
+        )
+
+
+def _num_bytes(part: Mapping[str, Tensor]) -> int:
+    return sum(tensor.nbytes + ENTRY for tensor in part.values())
