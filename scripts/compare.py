@@ -31,8 +31,8 @@ ROOT = Path(__file__).resolve().parents[1]
 Runner = Callable[[Sequence[str]], int]  # runs ["main.py", "argument", ...] and returns its exit status
 
 
-def read_plan(path: Path) -> Plan:
-    """The plan in a YAML file; raises UserError."""
+def read_words(path: Path) -> dict[str, Any]:
+    """The words of a plan in a YAML file; raises UserError."""
     try:
         words = OmegaConf.to_container(OmegaConf.load(path))
     except FileNotFoundError as error:
@@ -41,7 +41,12 @@ def read_plan(path: Path) -> Plan:
         raise UserError(f"{path}: expected YAML, found something else ({str(error).splitlines()[0]})") from error
     if not isinstance(words, dict):
         raise UserError(f"{path}: expected base, columns and runs, found {type(words).__name__}")
-    return Plan.of_words(words, str(path))
+    return words
+
+
+def read_plan(path: Path) -> Plan:
+    """The plan in a YAML file; raises UserError."""
+    return Plan.of_words(read_words(path), str(path))
 
 
 def read_results(path: Path) -> dict[str, Any]:

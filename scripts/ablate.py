@@ -1,0 +1,209 @@
+"""Train runs that differ in one thing with the same budget each, make clips with them and measure these.
+
+    python scripts/ablate.py configs/drive/ablations.yaml --out DIR --accelerator cpu [key=value ...]
+
+Words it does not know go to main.py of every run, before the run's own. Run the same command again to go on: what is
+done is not done again. DIR/results.json and table.md hold what there is so far; scripts/report.py makes tables of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ldm.ablations import IMAGE_MODEL, Ablations, Sampling, gather
+from ldm.atomic import write_atomically
+from ldm.command_line import Parser
+from ldm.comparison import file_name, read_logged
+from ldm.config import load_config, to_container
+from ldm.data.unseen_world import choose_looks, unseen_scenes
+from ldm.errors import UserError, run_command
+from ldm.markdown_tables import ablation_table
+from ldm.training_run import parse_arguments
+from ldm.video import write_mp4
+from scripts.compare import read_words
+
+ROOT = Path(__file__).resolve().parents[1]
+Runner = Callable[[Sequence[str]], int]  # runs ["script.py", "argument", ...] and returns its exit status
+
+
+class Laboratory:
+    """A folder in which the runs and rows of a plan are made.
+
+    run: of scripts. trains: whether runs that are missing are trained; without, their rows are left out for now.
+    """
+
+    def __init__(self, plan: Ablations, out: Path, run: Runner, trains: bool = True) -> None:
+        self.plan, self.out, self._run, self.trains = plan, out, run, trains
+        self.runs: dict[str, Any] = _read(out / "runs.json")
+        self.rows: dict[str, Any] = _read(out / "rows.json")
+
+    def make_rows(self) -> None:
+        """Make all rows of the plan, training what they need; what there is so far is written after each."""
+        for row, (run, samplings) in self.plan.rows.items():
+            checkpoint = self.checkpoint(run)
+            if checkpoint is None:
+                print(f"\n{row}: '{run}' is not trained yet", flush=True)
+                continue
+            made = self.rows.get(row, {})
+            for evaluation, sampling in samplings.items():
+                folder = self.out / "rows" / file_name(row) / file_name(evaluation)
+                made[evaluation] = self.evaluated(checkpoint, sampling, folder, made.get(evaluation))
+                self.rows[row] = made
+                write_atomically(self.out / "rows.json", json.dumps(self.rows, indent=1) + "\n")
+                self.write_results()
+
+    def train(self) -> None:
+        """Train all runs of the plan that are not trained yet."""
+        for run in dict.fromkeys(run for run, _ in self.plan.rows.values()):
+            self.checkpoint(run)
+
+    def checkpoint(self, run: str) -> Path | None:
+        """The checkpoint of a run, which is trained if it is not yet; None where that is not wanted."""
+        plan = self.plan.plan
+        if run == IMAGE_MODEL:
+            return self._start()
+        command = plan.command(run, self.out / "logs", [])
+        if run in self.runs:
+            if self.runs[run]["command"] != command:
+                raise UserError(
+                    f"{self.out}: holds the run '{run}' made by another command, "
+                    f"{shlex.join(self.runs[run]['command'])}; choose another --out"
+                )
+        elif not self.trains:
+            return None
+        else:
+            begin = time.monotonic()
+            self._do(run, command)
+            folder = max((self.out / "logs").glob(f"*_{file_name(run)}"))
+            seconds = round(time.monotonic() - begin, 1)
+            self.runs[run] = {
+                "command": command, "folder": folder.name, "seconds": seconds, "logged": read_logged(folder)
+            }  # fmt: skip
+            write_atomically(self.out / "runs.json", json.dumps(self.runs, indent=1) + "\n")
+            self.write_results()
+        return self.out / "logs" / self.runs[run]["folder"] / "checkpoints" / "last.ckpt"
+
+    def evaluated(
+        self, checkpoint: Path, sampling: Sampling, folder: Path, before: Mapping[str, Any] | None
+    ) -> dict[str, Any]:
+        """What scripts/evaluate.py says of clips of a checkpoint: its command, and its report without single clips.
+
+        before: what it said last time, which is kept if the command is the same.
+        """
+        if sampling.is_given_frames:
+            clips, true = folder / "clips", folder / "true"
+            command = ["scripts/evaluate.py", str(clips), "--reference", str(true), "--out", str(folder)]
+            made_as = {"checkpoint": str(checkpoint), "sampling": repr(sampling)}
+        else:
+            command, made_as = evaluation_command(checkpoint, sampling, folder), {}
+        if before is not None and before["command"] == command and before["made_as"] == made_as:
+            return dict(before)
+        if sampling.is_given_frames:
+            self._make_from_given(checkpoint, sampling, folder)
+        self._do(f"{folder.parent.name}, {folder.name}", command)
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        for row in report["rows"]:
+            row.pop("clips", None)
+        return {"command": command, "made_as": made_as, "report": report}
+
+    def write_results(self) -> None:
+        """results.json, and its table beside it."""
+        results = gather(self.plan, self.runs, self.rows)
+        write_atomically(self.out / "results.json", json.dumps(results, indent=1) + "\n")
+        write_atomically(self.out / "table.md", ablation_table(results))
+
+    def _make_from_given(self, checkpoint: Path, sampling: Sampling, folder: Path) -> None:
+        """True clips of scenes that nothing was trained on, and what the checkpoint makes of some of their frames."""
+        true, given, clips = (folder / part for part in ("true", "given", "clips"))
+        for part in (true, given, clips):
+            shutil.rmtree(part, ignore_errors=True)
+        true.mkdir(parents=True)
+        given.mkdir()
+        size, lines = (self._config()["prepare"]["size"],) * 2, []
+        for number, scene in enumerate(unseen_scenes(choose_looks(sampling.looks), sampling.clips)):
+            clip = scene.draw(sampling.frames, size, sampling.fps)
+            caption = scene.caption_of(clip)
+            write_mp4(true / f"{number:05}.mp4", clip.frames, sampling.fps, {"clip": {"prompt": caption}})
+            if sampling.interpolate is None:
+                picture = given / f"{number:05}.png"
+                Image.fromarray(clip.frames[0]).save(picture)
+                words = ["--init-image", str(picture), *sampling.options("frames", "fps")]
+            else:
+                slow, step = given / f"{number:05}.mp4", sampling.interpolate
+                write_mp4(slow, clip.frames[::step], sampling.fps / step)
+                words = ["--interpolate", str(step), str(slow)]
+            words += ["--seed", str(sampling.seed + number), *sampling.options("steps", "scale", "sampler")]
+            lines.append(f"{caption} {shlex.join(words)}")
+        prompts = given / "prompts.txt"
+        write_atomically(prompts, "\n".join(lines) + "\n")
+        words = ["--ckpt", str(checkpoint), "--from-file", str(prompts), "--outdir", str(clips)]
+        self._do(f"{folder.parent.name}, clips", ["scripts/txt2vid.py", *words])
+
+    def _config(self) -> dict[str, Any]:
+        plan = self.plan.plan
+        words = parse_arguments(["--base", *plan.base, *plan.overrides])
+        return to_container(load_config([ROOT / path for path in words.base], words.overrides))
+
+    def _start(self) -> Path:
+        path = self._config()["model"]["params"].get("ckpt_path")
+        if path is None or not Path(path).exists():
+            raise UserError(f"model.params.ckpt_path: expected the image model that the runs start from, found {path}")
+        return Path(path)
+
+    def _do(self, title: str, command: Sequence[str]) -> None:
+        print(f"\n{title}\n$ {shlex.join(command)}", flush=True)
+        if status := self._run(command):
+            raise UserError(f"'{title}': {command[0]} ended with status {status}; it says why above")
+
+
+def evaluation_command(checkpoint: Path, sampling: Sampling, folder: Path) -> list[str]:
+    """The words that make clips by a checkpoint, measure them beside true ones and write folder/report.json."""
+    words = sampling.options("looks", "clips", "seed", "frames", "fps", "steps", "scale", "sampler")
+    return ["scripts/evaluate.py", str(checkpoint), *words, "--reference", "world", "--out", str(folder)]
+
+
+def run_script(words: Sequence[str]) -> int:
+    """Run a script of the project in a process of its own."""
+    return subprocess.run([sys.executable, str(ROOT / words[0]), *words[1:]], check=False).returncode
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Make what is missing of a plan and print its table."""
+    parser = Parser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("plan", type=Path, help="YAML: base, overrides, runs, sampling, evaluations, rows, columns")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="for runs, clips, reports and the table")
+    part = parser.add_mutually_exclusive_group()
+    part.add_argument("--train-only", action="store_true", help="make no clips yet")
+    part.add_argument("--evaluate-only", action="store_true", help="rows of trained runs only")
+    given, more = parser.parse_known_args(arguments)
+    plan = Ablations.of_words(read_words(given.plan), str(given.plan)).with_overrides(more)
+    out = given.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    laboratory = Laboratory(plan, out, run_script, trains=not given.evaluate_only)
+    if given.train_only:
+        laboratory.train()
+    else:
+        laboratory.make_rows()
+    laboratory.write_results()
+    print(f"\n{(out / 'table.md').read_text()}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,42 @@
+"""Make the tables of a document from the JSON of evaluations and ablations.
+
+    python scripts/report.py docs/report.md [--check]
+
+The document says where: <!-- table: FILE.json -->, and below <!-- end of table -->; what stands between is replaced.
+FILE is a results.json of scripts/ablate.py or a report.json of scripts/evaluate.py. --check changes nothing and fails
+if a table is not what its file says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ldm.atomic import write_atomically
+from ldm.command_line import Parser
+from ldm.errors import UserError, run_command
+from ldm.markdown_tables import fill_document
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Fill in the tables of a document, or check them."""
+    parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("document", type=Path, help="Markdown with places for tables")
+    parser.add_argument("--check", action="store_true", help="whether the tables are up to date")
+    given = parser.parse_args(arguments)
+    if not given.document.is_file():
+        raise UserError(f"{given.document}: expected a document with places for tables, found no such file")
+    text = fill_document(given.document)
+    if text == given.document.read_text(encoding="utf-8"):
+        print(f"{given.document}: its tables are those of its files")
+    elif given.check:
+        raise UserError(f"{given.document}: its tables are not those of its files; make them with scripts/report.py")
+    else:
+        write_atomically(given.document, text)
+        print(f"{given.document}: tables made")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
