@@ -144,7 +144,7 @@ def test_the_page_is_whole_and_needs_nothing_else(written, summary):
     assert kinds.count("data:video/mp4") == kinds.count("data:image/jpeg") == 5 * 4 + 3 + 2
     for _, value in sources[:2]:
         assert len(base64.b64decode(value.partition(",")[2])) > 500
-    assert content.count("<svg") == len(MEASURES)
+    assert content.count("<svg") == len(MEASURES) + len(summary["distances"])
     for plot in re.findall(r"<svg.*?</svg>", content, flags=re.DOTALL):
         dots = ElementTree.fromstring(plot).findall(".//{*}circle[@class='clip']")
         assert len(dots) <= sum(its["num_clips"] for its in summary["rows"])
@@ -152,6 +152,7 @@ def test_the_page_is_whole_and_needs_nothing_else(written, summary):
         assert "cannot be judged" in plot
     assert "black or constant" in page.text
     assert "As parts of the true clips" in page.text
+    assert "Frechet distances from the true clips" in page.text
 
 
 def test_odd_sides_play_as_gif(tmp_path):

@@ -7,16 +7,20 @@ cropped in the middle as `prepare.py` does: motion from frame to frame depends o
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from ldm.data.captions import read_sidecar
 from ldm.data.footage import VideoInfo, find_scenes, list_videos, probe, read_frames
 from ldm.errors import UserError
 from ldm.evaluation.flow import WORKING_SIDE, working_size
+from ldm.video import read_metadata
 
 MOST_REFERENCE_CLIPS = 64  # unless there are more of the row it is held against
 
@@ -33,10 +37,11 @@ class ClipFormat:
 
 @dataclass(frozen=True)
 class VideoCuts:
-    """One video and the frames, at the rate of the format, where its clips start, in order."""
+    """One video and the frames, at the rate of the format, where its clips start, in order; and its prompt if known."""
 
     path: Path
     starts: tuple[int, ...]
+    prompt: str | None = None
 
 
 @dataclass(frozen=True)
@@ -81,8 +86,9 @@ def plan_rows(given: Sequence[Path | str], num_frames: int | None) -> tuple[list
                 f"{path}: expected at least the {length} frames of --frames, found {found}; give a smaller number or "
                 "leave this video out"
             )
+    starts = {path: tuple(range(0, found - length + 1, length)) for path, found in lengths.items()}
     rows = [
-        PlannedRow(name, tuple(VideoCuts(p, tuple(range(0, lengths[p] - length + 1, length))) for p in paths))
+        PlannedRow(name, tuple(VideoCuts(path, starts[path], read_prompt(path)) for path in paths))
         for name, paths in videos.items()
     ]
     for row in rows:
@@ -111,9 +117,25 @@ def plan_reference(given: Sequence[Path | str], name: str, like: ClipFormat, num
     ]
     chosen = [found[place] for place in np.linspace(0, len(found) - 1, min(num_clips, len(found))).astype(int)]
     cuts = ((path, tuple(start for its, start in chosen if its == path)) for path in videos)
-    row = PlannedRow(name, tuple(VideoCuts(path, starts) for path, starts in cuts if starts))
+    row = PlannedRow(name, tuple(VideoCuts(path, starts, read_prompt(path)) for path, starts in cuts if starts))
     _check_several(row, f"{', '.join(map(str, given))}: ")
     return row
+
+
+def read_prompt(video: Path) -> str | None:
+    """What a video was made from: the prompt inside the file, as this project writes it, or the first line beside it.
+
+    The latter is a text file of the same name. None where there is neither.
+    """
+    settings: Any = {}
+    if video.suffix.lower() == ".mp4":
+        with contextlib.suppress(UserError):
+            settings = read_metadata(video)
+    for part in (settings, settings.get("clip")):
+        if isinstance(part, dict) and isinstance(part.get("prompt"), str):
+            return part["prompt"]
+    captions = read_sidecar(video)
+    return captions[0] if captions else None
 
 
 def read_clips(row: PlannedRow, form: ClipFormat) -> Iterator[tuple[VideoCuts, int, np.ndarray]]:

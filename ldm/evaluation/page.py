@@ -14,8 +14,8 @@ import cv2
 import numpy as np
 
 from ldm.evaluation.flow import measure_motion
-from ldm.evaluation.plots import draw_motion, interval_plot
-from ldm.evaluation.report import Row, notes, number
+from ldm.evaluation.plots import distance_plot, draw_motion, interval_plot
+from ldm.evaluation.report import Row, ShownClip, distance_label, notes, number
 from ldm.video import contact_sheet, write_gif, write_mp4
 
 SHEET_FRAMES = 6
@@ -30,6 +30,10 @@ NOTATION = (
 LEGEND = (
     "Evenly spread over each row, not chosen. In the lower line of a sheet teal streams outward from the cross, the "
     "focus of expansion, and orange towards it; grey is still or without texture."
+)
+DISTANCES = (
+    "0 is alike, and smaller is nearer; a distance says nothing without what it was taken by, and comes out too large "
+    "for few clips, so compare rows of as many clips. That of the true row is of one half of it from the other."
 )
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2024; --soft: #60666d; --line: #d5d9de; --paper: #fff; --box: #f5f6f8;
@@ -54,7 +58,9 @@ svg .tick { text-anchor: middle; fill: var(--soft); } svg .none { fill: var(--so
 svg .grid { stroke: var(--line); } svg .zero { stroke: var(--soft); } svg .clip { fill: var(--soft); opacity: .45; }
 svg g line { stroke-width: 3; } svg .given line { stroke: var(--given); } svg .given circle { fill: var(--given); }
 svg .reference line { stroke: var(--reference); } svg .reference circle { fill: var(--reference); }
-.clips { display: flex; flex-wrap: wrap; gap: .5rem; } .clips video, .clips img { border-radius: 4px; }
+.clips { display: flex; flex-wrap: wrap; gap: .5rem; align-items: flex-start; }
+figure { margin: 0; } figcaption { max-width: 224px; font-size: .8rem; line-height: 1.3; color: var(--soft); }
+.clips video, .clips img { border-radius: 4px; }
 .clips .sheet { max-width: 100%; height: auto; margin-top: .5rem; }
 """
 
@@ -77,8 +83,14 @@ def html_page(summary: Mapping[str, Any], rows: Sequence[Row], title: str) -> st
             "<h3>As parts of the true clips'</h3><p class='soft'>Ratios of means; none where the true mean cannot be "
             f"told from 0.</p>{_table(summary, 'of_true')}"
         )
-    body.append(f"<h2>Measures</h2><p class='soft'>{escape(NOTATION)}</p>")
+    if any(row["distances"] for row in summary["rows"]):
+        body.append(f"<h3>Frechet distances from the true clips</h3><p class='soft'>{escape(DISTANCES)}</p>")
+        body.append(_table(summary, "distances"))
+    told = "".join(f"<li>{escape(line)}</li>" for line in summary["told"])
+    body.append(f"<h2>Measures</h2><p class='soft'>{escape(NOTATION)}</p>{f'<ul>{told}</ul>' if told else ''}")
     body += [_measure(summary, name) for name in summary["measures"]]
+    if any(row["distances"] for row in summary["rows"]):
+        body += [_distance(summary, name) for name in summary["distances"]]
     body.append(f"<h2>Clips</h2><p class='soft'>{escape(LEGEND)}</p>")
     body += [_clips(row, form["rate"]) for row in rows]
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
@@ -87,29 +99,45 @@ def html_page(summary: Mapping[str, Any], rows: Sequence[Row], title: str) -> st
 
 
 def _table(summary: Mapping[str, Any], part: str) -> str:
-    names = [name for name in summary["measures"] if any(name in row[part] for row in summary["rows"])]
-    heads = "".join(f"<th>{escape(summary['measures'][name]['title'])}</th>" for name in names)
+    known = summary["measures"] | summary["distances"]
+    names = [name for name in known if any(name in row[part] for row in summary["rows"])]
+    heads = "".join(f"<th>{escape(known[name]['title'])}</th>" for name in names)
     lines = []
     for row in summary["rows"]:
         if not row[part]:
             continue
-        cells = (number(row[part].get(name), summary["measures"][name]["places"]) for name in names)
+        cells = (number(row[part].get(name), known[name]["places"]) for name in names)
         shown = "".join(f"<td>{mean}<small>{interval}</small></td>" for mean, interval in cells)
-        lines.append(f"<tr><td>{escape(row['name'])}</td><td>{row['num_clips']}</td>{shown}</tr>")
+        name = distance_label(row) if part == "distances" else row["name"]
+        lines.append(f"<tr><td>{escape(name)}</td><td>{row['num_clips']}</td>{shown}</tr>")
     return f'<div class="scroll"><table><tr><th></th><th>clips</th>{heads}</tr>{"".join(lines)}</table></div>'
 
 
 def _measure(summary: Mapping[str, Any], name: str) -> str:
     measure = summary["measures"][name]
     entries = (("is", measure["formula"]), ("ranges", measure["scale"]), ("cannot see", measure["blind_to"]))
-    told = "".join(f"<dt>{term}</dt><dd>{escape(text)}</dd>" for term, text in entries)
-    return f"<h3>{escape(measure['title'])}</h3>{interval_plot(summary, name)}<dl>{told}</dl>"
+    return f"<h3>{escape(measure['title'])}</h3>{interval_plot(summary, name)}{_told(entries)}"
+
+
+def _distance(summary: Mapping[str, Any], name: str) -> str:
+    distance = summary["distances"][name]
+    entries = (("between", distance["formula"]), ("by", distance["name"]), ("cannot see", distance["blind_to"]))
+    return f"<h3>Frechet distance of {escape(distance['title'])}</h3>{distance_plot(summary, name)}{_told(entries)}"
+
+
+def _told(entries: Sequence[tuple[str, str]]) -> str:
+    return f"<dl>{''.join(f'<dt>{term}</dt><dd>{escape(text)}</dd>' for term, text in entries)}</dl>"
 
 
 def _clips(row: Row, rate: float) -> str:
-    playing = "".join(_player(frames, rate) for frames in row.shown)
-    sheets = "".join(_sheet(frames) for frames in row.shown)
+    playing = "".join(_figure(clip, rate) for clip in row.shown)
+    sheets = "".join(_sheet(clip.frames) for clip in row.shown)
     return f'<h3>{escape(row.name)}</h3><div class="clips">{playing}</div><div class="clips">{sheets}</div>'
+
+
+def _figure(clip: ShownClip, rate: float) -> str:
+    words = f"<figcaption>{escape(clip.prompt)}</figcaption>" if clip.prompt else ""
+    return f"<figure>{_player(clip.frames, rate)}{words}</figure>"
 
 
 def _player(frames: np.ndarray, rate: float) -> str:

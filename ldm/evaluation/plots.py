@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from typing import Any
 
@@ -11,53 +12,83 @@ import cv2
 import numpy as np
 
 from ldm.evaluation.flow import TAU, Motion, lengths
+from ldm.evaluation.report import distance_label
 
 WIDTH, LABELS, MARGIN, ROW, HEAD, FOOT = 660, 170, 20, 26, 6, 26  # of a plot, in its own units
 OUTWARD, INWARD = (45, 190, 200), (240, 130, 40)  # teal and orange can be told apart by every eye
 
 
+@dataclass(frozen=True)
+class _Line:
+    """A row of a plot: its name and colour, its estimate, and the name and value of each clip."""
+
+    name: str
+    kind: str
+    found: Mapping[str, Any]
+    clips: Sequence[tuple[str, float]] = ()
+
+
 def interval_plot(summary: Mapping[str, Any], measure: str) -> str:
     """One measure of all rows as SVG: a faint dot for each clip, the mean and its interval on top."""
-    rows = summary["rows"]
-    values = [clip["readings"][measure]["value"] for row in rows for clip in row["clips"]]
-    ticks = nice_ticks([value for value in values if value is not None])
+    lines = []
+    for row in summary["rows"]:
+        values = ((_place(clip), clip["readings"][measure]["value"]) for clip in row["clips"])
+        clips = [(place, value) for place, value in values if value is not None]
+        lines.append(_Line(row["name"], _kind(row), row["estimates"][measure], clips))
+    return _plot(lines, summary["measures"][measure]["title"])
+
+
+def distance_plot(summary: Mapping[str, Any], name: str) -> str:
+    """One Frechet distance of all rows from the true clips as SVG, with its interval."""
+    lines = [_Line(distance_label(row), _kind(row), row["distances"][name]) for row in summary["rows"]]
+    return _plot(lines, f"Frechet distance of {summary['distances'][name]['title']}")
+
+
+def _place(clip: Mapping[str, Any]) -> str:
+    return f"{clip['video']}, frame {clip['start']}"
+
+
+def _kind(row: Mapping[str, Any]) -> str:
+    return "reference" if row["is_reference"] else "given"
+
+
+def _plot(lines: Sequence[_Line], title: str) -> str:
+    values = [value for line in lines for _, value in line.clips]
+    values += [line.found[end] for line in lines for end in ("low", "high") if line.found["mean"] is not None]
+    ticks = nice_ticks(values)
     low, high = ticks[0], ticks[-1]
 
     def at(value: float) -> float:
         return LABELS + MARGIN + (value - low) / (high - low) * (WIDTH - LABELS - 2 * MARGIN)
 
-    bottom = HEAD + ROW * len(rows)
+    bottom = HEAD + ROW * len(lines)
     parts = []
     for tick in ticks:
         kind = "zero" if tick == 0 else "grid"
         parts.append(f'<line class="{kind}" x1="{at(tick):.1f}" x2="{at(tick):.1f}" y1="{HEAD}" y2="{bottom}"/>')
         parts.append(f'<text class="tick" x="{at(tick):.1f}" y="{bottom + 17}">{tick:g}</text>')
-    for number, row in enumerate(rows):
+    for number, line in enumerate(lines):
         middle = HEAD + ROW * (number + 0.5)
-        parts.append(f'<text class="label" x="{LABELS}" y="{middle + 4:.1f}">{escape(_shorten(row["name"]))}</text>')
-        parts += _draw_row(row, measure, middle, at)
-    title = escape(summary["measures"][measure]["title"])
+        parts.append(f'<text class="label" x="{LABELS}" y="{middle + 4:.1f}">{escape(_shorten(line.name))}</text>')
+        parts += _draw_line(line, middle, at)
+    title = escape(title)
     size = f'viewBox="0 0 {WIDTH} {bottom + FOOT}" width="{WIDTH}" height="{bottom + FOOT}"'
     return f'<svg xmlns="http://www.w3.org/2000/svg" role="img" aria-label="{title}" {size}>{"".join(parts)}</svg>'
 
 
-def _draw_row(row: Mapping[str, Any], measure: str, middle: float, at: Callable[[float], float]) -> list[str]:
+def _draw_line(line: _Line, middle: float, at: Callable[[float], float]) -> list[str]:
     parts = []
-    for number, clip in enumerate(row["clips"]):
-        value = clip["readings"][measure]["value"]
-        if value is not None:
-            y = middle + (number * 0.618 % 1 - 0.5) * 0.6 * ROW  # apart, and the same each time
-            name = escape(f"{clip['video']}, frame {clip['start']}: {value:.3f}")
-            dot = f'<circle class="clip" cx="{at(value):.1f}" cy="{y:.1f}" r="2.5">'
-            parts.append(f"{dot}<title>{name}</title></circle>")
-    found = row["estimates"][measure]
+    for number, (clip, value) in enumerate(line.clips):
+        y = middle + (number * 0.618 % 1 - 0.5) * 0.6 * ROW  # apart, and the same each time
+        dot = f'<circle class="clip" cx="{at(value):.1f}" cy="{y:.1f}" r="2.5">'
+        parts.append(f"{dot}<title>{escape(f'{clip}: {value:.3f}')}</title></circle>")
+    found = line.found
     if found["mean"] is None:
         x = LABELS + MARGIN
         return [f'<text class="none" x="{x}" y="{middle + 4:.1f}">cannot be judged</text>']
-    kind = "reference" if row["is_reference"] else "given"
-    name = escape(f"{row['name']}: {found['mean']:.3f}, 95% interval {found['low']:.3f} to {found['high']:.3f}")
+    name = escape(f"{line.name}: {found['mean']:.3f}, 95% interval {found['low']:.3f} to {found['high']:.3f}")
     parts.append(
-        f'<g class="{kind}"><line x1="{at(found["low"]):.1f}" x2="{at(found["high"]):.1f}" y1="{middle:.1f}" '
+        f'<g class="{line.kind}"><line x1="{at(found["low"]):.1f}" x2="{at(found["high"]):.1f}" y1="{middle:.1f}" '
         f'y2="{middle:.1f}"/><circle cx="{at(found["mean"]):.1f}" cy="{middle:.1f}" r="4.5"/><title>{name}</title></g>'
     )
     return parts

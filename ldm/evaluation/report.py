@@ -1,4 +1,4 @@
-"""All rows of an evaluation side by side: as numbers for JSON, as a table, and what to beware of in words.
+"""All rows of an evaluation side by side: as numbers for JSON, as tables, and what to beware of in words.
 
 `Report.summary` is the whole result in plain containers; table and page show what is in it and compute nothing.
 """
@@ -15,33 +15,53 @@ from rich import box
 from rich.table import Table
 
 from ldm.evaluation.clip_files import ClipFormat
-from ldm.evaluation.motion import MEASURES, Reading
+from ldm.evaluation.frechet import FEW_FOR_DISTANCE, FeatureRow, estimate_distance
+from ldm.evaluation.instruments import Instruments
+from ldm.evaluation.motion import NO_TEXTURE, Reading
 from ldm.evaluation.statistics import estimate, estimate_ratio, warnings
 
 TRUE = "true"
+HALVES = "one half from the other"
 NO_NUMBER = "-"
 
 
 @dataclass(frozen=True)
 class JudgedClip:
-    """The measures of one clip, and where it comes from: a video and the frame of it where the clip starts."""
+    """The measures of one clip, where it comes from - a video and its frame where the clip starts - and its prompt."""
 
     video: str
     start: int
     readings: dict[str, Reading]
+    prompt: str | None = None
+
+
+@dataclass(frozen=True)
+class ShownClip:
+    """One of the clips that are to be seen: frames uint8 `t h w 3`, and the prompt if it is known."""
+
+    frames: np.ndarray
+    prompt: str | None = None
 
 
 @dataclass
 class Row:
     """Judged clips under one name; `is_reference` for true clips and what is made of them.
 
-    shown: frames of a few of them, uint8 `t h w 3`.
+    features: for each extractor the vectors `n d` of every clip, None of one that could not be judged.
+    shown: a few of the clips.
     """
 
     name: str
     is_reference: bool
     clips: list[JudgedClip] = field(default_factory=list)
-    shown: list[np.ndarray] = field(default_factory=list)
+    features: dict[str, list[np.ndarray | None]] = field(default_factory=dict)
+    shown: list[ShownClip] = field(default_factory=list)
+
+    def add(self, clip: JudgedClip, features: Mapping[str, np.ndarray | None]) -> None:
+        """One more clip."""
+        self.clips.append(clip)
+        for name, found in features.items():
+            self.features.setdefault(name, []).append(found)
 
     def values(self, measure: str) -> list[float | None]:
         """One measure of all clips."""
@@ -55,40 +75,55 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """Rows whose clips have one format."""
+    """Rows whose clips have one format, and what they were measured with."""
 
     form: ClipFormat
     rows: list[Row]
+    instruments: Instruments = field(default_factory=Instruments)
 
     def summary(self) -> dict[str, Any]:
         """Everything in plain containers, ready for JSON: the clips' format, the measures and the rows."""
         true = next((row for row in self.rows if row.is_reference and row.name == TRUE), None)
         return {
             "clips": {**asdict(self.form), "rate": float(self.form.rate)},
+            "told": list(self.instruments.told),
             "measures": {
                 name: {key: value for key, value in vars(measure).items() if key != "compute"}
-                for name, measure in MEASURES.items()
+                for name, measure in self.instruments.measures.items()
             },
-            "rows": [_summarise(row, None if row is true else true) for row in self.rows],
+            "distances": {
+                name: {key: value for key, value in vars(extractor).items() if key not in ("extract", "shortest")}
+                for name, extractor in self.instruments.extractors.items()
+            },
+            "rows": [_summarise(row, true, self.instruments) for row in self.rows],
         }
 
 
-def _summarise(row: Row, true: Row | None) -> dict[str, Any]:
-    """One row; `of_true` are its means as parts of those of the true clips, None where that says nothing."""
-    of_true = {}
-    for name, measure in MEASURES.items():
-        if true is not None and measure.better >= 0:
+def _summarise(row: Row, true: Row | None, instruments: Instruments) -> dict[str, Any]:
+    """One row; `of_true` are its means as parts of those of the true clips, None where that says nothing.
+
+    The distances of the true row are those of one half of it from the other.
+    """
+    measures, of_true, distances = instruments.measures, {}, {}
+    for name, measure in measures.items():
+        if true is not None and row is not true and measure.better >= 0:
             ratio = estimate_ratio(row.values(name), row.videos, true.values(name), true.videos)
             of_true[name] = ratio and asdict(ratio)
+    if true is not None:
+        for name in instruments.extractors:
+            target = FeatureRow(true.features[name], true.videos)
+            pair = target.halves() if row is true else (FeatureRow(row.features[name], row.videos), target)
+            distances[name] = asdict(estimate_distance(*pair))
     return {
         "name": row.name,
         "is_reference": row.is_reference,
         "num_clips": len(row.clips),
         "num_videos": len(set(row.videos)),
-        "warnings": warnings(row.videos),
-        "estimates": {name: asdict(estimate(row.values(name), row.videos)) for name in MEASURES},
+        "warnings": warnings(row.videos) + _distance_warnings(distances),
+        "estimates": {name: asdict(estimate(row.values(name), row.videos)) for name in measures},
         "of_true": of_true,
-        "not_judged": {name: reasons for name in MEASURES if (reasons := _reasons(row.clips, name))},
+        "distances": distances,
+        "not_judged": {name: reasons for name in measures if (reasons := _reasons(row.clips, name))},
         "clips": [asdict(clip) for clip in row.clips],
     }
 
@@ -96,6 +131,20 @@ def _summarise(row: Row, true: Row | None) -> dict[str, Any]:
 def _reasons(clips: Sequence[JudgedClip], measure: str) -> dict[str, int]:
     """Why clips could not be judged, and how many for each reason."""
     return dict(Counter(clip.readings[measure].reason for clip in clips if clip.readings[measure].value is None))
+
+
+def _distance_warnings(distances: Mapping[str, Any]) -> list[str]:
+    """What to say of distances before anyone compares them."""
+    counts = [found["num_clips"] for found in distances.values()]
+    found = []
+    if counts and min(counts) < FEW_FOR_DISTANCE:
+        found.append(
+            f"Frechet distances of {min(counts)} clips come out too large, as they do below {FEW_FOR_DISTANCE:,}: "
+            "compare with rows of as many clips only"
+        )
+    if missing := max((found["num_unjudged"] for found in distances.values()), default=0):
+        found.append(f"{missing} clips are left out of the Frechet distances: {NO_TEXTURE}")
+    return found
 
 
 def table(summary: Mapping[str, Any]) -> Table:
@@ -109,6 +158,27 @@ def table(summary: Mapping[str, Any]) -> Table:
         cells = (number(row["estimates"][name], measure["places"]) for name, measure in summary["measures"].items())
         shown.add_row(row["name"], str(row["num_clips"]), *("\n".join(cell) for cell in cells))
     return shown
+
+
+def distance_table(summary: Mapping[str, Any]) -> Table | None:
+    """The Frechet distances from the true clips, a line for each row; None where there are none."""
+    if not any(row["distances"] for row in summary["rows"]):
+        return None
+    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
+    shown.add_column("Frechet distance from true clips", overflow="fold", min_width=14)
+    shown.add_column("clips", justify="right")
+    for distance in summary["distances"].values():
+        shown.add_column(distance["title"], justify="right")
+    for row in summary["rows"]:
+        cells = [number(row["distances"][name], its["places"]) for name, its in summary["distances"].items()]
+        counts = {str(found["num_clips"]) for found in row["distances"].values()}
+        shown.add_row(distance_label(row), ", ".join(sorted(counts)), *("\n".join(cell) for cell in cells))
+    return shown
+
+
+def distance_label(row: Mapping[str, Any]) -> str:
+    """The name of a row among distances."""
+    return f"{row['name']}: {HALVES}" if row["is_reference"] and row["name"] == TRUE else row["name"]
 
 
 def number(found: Mapping[str, Any] | None, places: int) -> tuple[str, str]:
@@ -126,7 +196,7 @@ def _plain(value: float, places: int) -> str:
 
 def notes(summary: Mapping[str, Any]) -> list[str]:
     """What to beware of: clips that could not be judged, and why, and intervals that promise too much."""
-    found = []
+    shared: dict[str, list[str]] = {}
     for row in summary["rows"]:
         titles: dict[tuple[str, int], list[str]] = {}
         for name, reasons in row["not_judged"].items():
@@ -134,9 +204,9 @@ def notes(summary: Mapping[str, Any]) -> list[str]:
                 titles.setdefault((reason, count), []).append(summary["measures"][name]["title"])
         for (reason, count), measures in titles.items():
             what = "they" if len(measures) == len(summary["measures"]) else ", ".join(measures)
-            found.append(f"{row['name']}: {count} of {row['num_clips']} clips: {what} cannot be judged: {reason}")
-    shared: dict[str, list[str]] = {}
+            note = f"{count} of {row['num_clips']} clips: {what} cannot be judged: {reason}"
+            shared.setdefault(note, []).append(row["name"])
     for row in summary["rows"]:
         for warning in row["warnings"]:
             shared.setdefault(warning, []).append(row["name"])
-    return found + [f"{', '.join(names)}: {warning}" for warning, names in shared.items()]
+    return [f"{', '.join(names)}: {note}" for note, names in shared.items()]
