@@ -192,20 +192,22 @@ class SampledRows:
         return {**self.base, "clip": {**asdict(settings), "prompt": clip.prompt}, **alone, **kind}
 
 
-def true_row(scenes: Sequence[UnseenScene], settings: ClipSettings, folder: Path, advance: Advance) -> MadeRow:
-    """Clips of the drawn world with the frames, size and rate of the settings, drawn anew each time."""
-    folder = _row_folder(folder, TRUE, "", settings.frames, settings.fps)
+def true_row(
+    scenes: Sequence[UnseenScene], frames: int, size: tuple[int, int], fps: float, folder: Path, advance: Advance
+) -> MadeRow:
+    """The scenes' clips of `frames` frames, size (h, w), drawn anew each time; a caption in each as its prompt."""
+    folder = _row_folder(folder, TRUE, "", frames, fps)
     files = []
     for number, scene in enumerate(scenes):
-        clip = scene.draw(settings.frames, (settings.height, settings.width), settings.fps)
+        clip = scene.draw(frames, size, fps)
         files.append(folder / f"{number:05}.mp4")
         record = {
             "row": TRUE,
-            "clip": {"prompt": scene.caption_of(clip), "look": scene.look, "fps": settings.fps},
+            "clip": {"prompt": scene.caption_of(clip), "look": scene.look, "fps": fps},
             "seed": scene.seed,
             "sha256": hashlib.sha256(clip.frames.tobytes()).hexdigest(),
         }
-        write_mp4(files[-1], clip.frames, settings.fps, record)
+        write_mp4(files[-1], clip.frames, fps, record)
         advance(1)
     return MadeRow(TRUE, tuple(files), is_reference=True)
 

@@ -8,7 +8,6 @@ The options are in `ldm.sampling_options`, where `--help` comes from.
 from __future__ import annotations
 
 import argparse
-import re
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -27,6 +26,7 @@ from ldm.checkpoint_config import confined
 from ldm.checkpoint_temporal import Merged, load_with_temporal
 from ldm.clip_requests import ClipRequest, notes, read_request, repeat_request
 from ldm.config import check, load_config, to_container
+from ldm.devices import choose_device, choose_precision
 from ldm.errors import UserError, run_command
 from ldm.generation import ClipGenerator
 from ldm.provenance import (
@@ -123,28 +123,6 @@ def why(path: Path, options: argparse.Namespace, temporal: Path | None) -> str:
         return ""
     other = f"; the bundled model is --ckpt {from_here(BUNDLED)}" if is_bundle(BUNDLED) else ""
     return f" (the newest run{other})"
-
-
-def choose_device(name: str) -> torch.device:
-    """The device called `name`, which must be there; "auto" takes the best."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        if not re.fullmatch(r"cpu|cuda(:\d+)?|mps", name):  # torch knows others, such as "meta"
-            raise RuntimeError("there is no such device")
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device: expected cpu or a device this machine has, found {name!r} ({reason})") from error
-    return device
-
-
-def choose_precision(given: str | None, device: torch.device) -> str:
-    """What was given, or what suits the device."""
-    if given is not None:
-        return given
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "full"
 
 
 @contextmanager
