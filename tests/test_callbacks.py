@@ -20,9 +20,7 @@ from ldm.callbacks import (
     videos,
 )
 from ldm.errors import UserError
-from ldm.models.diffusion.noise import NoiseFamily
-from ldm.models.diffusion.schedule import NoiseSchedule
-from tests.toy_run import CONTEXT_SHAPE, ToyModel, fit, last, make_prepared, read
+from tests.toy_run import CONTEXT_SHAPE, ToyModel, ToyVideoModel, fit, last, make_prepared, read
 
 pytestmark = pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
 
@@ -90,24 +88,6 @@ def test_progress_in_lines(root, tmp_path, caplog):
 
 
 # ---- sample videos
-
-
-class ToyVideoModel(ToyModel):
-    """The toy with a network that denoises: to it, all noise is the head's bias times the caption."""
-
-    def __init__(self):
-        super().__init__(learning_rate=0.05)
-        self.schedule, self.noise, self.scale_factor = NoiseSchedule(), NoiseFamily(), 0.5
-        self.unet = torch.nn.Module()
-        self.unet.takes_known_frames = False
-        self.unet.scale = torch.nn.Parameter(torch.zeros(()))
-        self.unet.forward = self.denoise
-        self.modes = []
-
-    def denoise(self, noisy, timesteps, context):
-        self.modes.append((self.unet.training, torch.is_grad_enabled()))
-        assert noisy.ndim == 5 and context.shape[1:] == tuple(CONTEXT_SHAPE)
-        return noisy * 0.5 + self.unet.scale + 0.01 * context.mean()
 
 
 @pytest.fixture

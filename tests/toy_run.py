@@ -15,6 +15,8 @@ from ldm.callbacks import AtomicCheckpointIO, LastCheckpoint
 from ldm.data.clips import Batch, ClipDataModule
 from ldm.data.shard_writer import ShardWriter, npy_bytes
 from ldm.data.shards import DATASET_FILE, EMPTY_FILE, INDEX_FILE, SCHEMA_VERSION, DatasetInfo
+from ldm.models.diffusion.noise import NoiseFamily
+from ldm.models.diffusion.schedule import NoiseSchedule
 
 MOMENTS_SHAPE = [4, 2, 2]
 CONTEXT_SHAPE = [3, 5]
@@ -107,6 +109,24 @@ class ToyModel(pl.LightningModule):
         optimizer = torch.optim.SGD(trained, lr=self.learning_rate, momentum=self.momentum)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 5))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class ToyVideoModel(ToyModel):
+    """The toy with a network that denoises: to it, all noise is the head's bias times the caption."""
+
+    def __init__(self):
+        super().__init__(learning_rate=0.05)
+        self.schedule, self.noise, self.scale_factor = NoiseSchedule(), NoiseFamily(), 0.5
+        self.unet = torch.nn.Module()
+        self.unet.takes_known_frames = False
+        self.unet.scale = torch.nn.Parameter(torch.zeros(()))
+        self.unet.forward = self.denoise
+        self.modes = []
+
+    def denoise(self, noisy, timesteps, context):
+        self.modes.append((self.unet.training, torch.is_grad_enabled()))
+        assert noisy.ndim == 5 and context.shape[1:] == tuple(CONTEXT_SHAPE)
+        return noisy * 0.5 + self.unet.scale + 0.01 * context.mean()
 
 
 def fit(root, folder, callbacks, *, model=None, steps=4, resume=None, logger=False, **trainer):

@@ -6,6 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,7 @@ class MotionLogger(pl.Callback):
         self.num_clips, self.frames, self.fps = num_clips, frames, fps
         self.recipe, self.seed = Recipe(sampler, steps, scale), seed
         self._clips: HeldOutClips | None = None
+        self._captions: list[str] = []
         self._context: Tensor | None = None
         self._record: dict[str, Any] = {}
         self._step_seen = 0
@@ -93,19 +95,15 @@ class MotionLogger(pl.Callback):
         self.frames = data.frames if self.frames is None else self.frames
         self.fps = data.info.fps / min(data.strides) if self.fps is None else self.fps
         self._clips = _spread_clips(data, self.frames, self.fps, self.num_clips)
-        captions, contexts = self._captions()
+        captions, contexts = self._read_captions()
         self._context = torch.stack([contexts[number % len(contexts)] for number in range(self.num_clips)])
-        settings = {
-            "captions": [captions[number % len(captions)] for number in range(self.num_clips)],
-            "num_clips": self.num_clips, "frames": self.frames, "fps": self.fps, "size": list(data.info.size),
-            "sampler": self.recipe.sampler, "steps": self.recipe.steps, "scale": self.recipe.scale, "seed": self.seed,
-        }  # fmt: skip
-        self._record = _begin(self.path, settings, trainer.global_step)
+        self._captions = [captions[number % len(captions)] for number in range(self.num_clips)]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._step_seen = trainer.global_step
         if not trainer.is_global_zero:
             return
+        self._record = _begin(self.path, self._settings(), trainer.global_step)
         if "data" not in self._record:
             self._record["data"] = self._measure(pl_module, self._data_latents(pl_module))
             self._record["data"]["scenes"] = [part.scene.key for part, _, _ in self._clips.windows]
@@ -121,8 +119,15 @@ class MotionLogger(pl.Callback):
                 self._log_motion(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.global_step % self.every_n_steps and not trainer.fast_dev_run:
+        if trainer.global_step % self.every_n_steps:
             self._log_motion(trainer, pl_module)
+
+    def _settings(self) -> dict[str, Any]:
+        """What must be the same for numbers to be comparable."""
+        return {
+            "captions": self._captions, "num_clips": self.num_clips, "frames": self.frames, "fps": self.fps,
+            "seed": self.seed, **asdict(self.recipe),
+        }  # fmt: skip
 
     def _log_motion(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.is_global_zero:
@@ -164,7 +169,7 @@ class MotionLogger(pl.Callback):
         judged = [judge(frames) for frames in decode_clips(self.config, pl_module, latents)]
         return {"values": {name: [readings[name].value for readings in judged] for name in MEASURES}}
 
-    def _captions(self) -> tuple[Sequence[str], Tensor]:
+    def _read_captions(self) -> tuple[Sequence[str], Tensor]:
         """What the clips are to show: the words and their embeddings `k n d`."""
         if self.prompts is None:
             contexts = torch.cat([self._clips[number].context for number in range(len(self._clips))])
