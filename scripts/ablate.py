@@ -170,7 +170,8 @@ class Laboratory:
 def evaluation_command(checkpoint: Path, sampling: Sampling, folder: Path) -> list[str]:
     """The words that make clips by a checkpoint, measure them beside true ones and write folder/report.json."""
     words = sampling.options("looks", "clips", "seed", "frames", "fps", "steps", "scale", "sampler")
-    return ["scripts/evaluate.py", str(checkpoint), *words, "--reference", "world", "--out", str(folder)]
+    words += ["--alone", "0", "--reference", "world"]  # the image model is a row of its own
+    return ["scripts/evaluate.py", str(checkpoint), *words, "--out", str(folder)]
 
 
 def run_script(words: Sequence[str]) -> int:
