@@ -16,11 +16,10 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from ldm.data.drive_frames import DrawnBatch
 from ldm.errors import UserError
-from ldm.models.learning_rate import rise_and_fall
+from ldm.models.diffusion.optimizers import rate_schedule
 from ldm.modules.encoders import CLIPTextEmbedder
 from ldm.modules.frame_tower import FrameTower
 
@@ -37,7 +36,7 @@ class TextImageModel(pl.LightningModule):
     embed_dim: width of the vectors in which both are compared.
     stray_words: share of the training captions that get one to three words that mean nothing, so that prompts may have
         words that no caption has.
-    learning_rate: highest rate; it rises over `warmup_steps` steps and falls along a cosine.
+    learning_rate: highest rate; it rises over `warmup_steps` steps and falls over the last `cooldown_steps`.
     seed: of the stray words. config: of the run, kept in checkpoints.
     """
 
@@ -52,6 +51,7 @@ class TextImageModel(pl.LightningModule):
         stray_words: float = 0.25,
         learning_rate: float = 1e-3,
         warmup_steps: int = 50,
+        cooldown_steps: int = 0,
         seed: int = 23,
         config: Mapping[str, Any] | None = None,
     ) -> None:
@@ -66,7 +66,7 @@ class TextImageModel(pl.LightningModule):
         self.image_head = nn.Linear(self.image.width, embed_dim, bias=False)
         self.log_scale = nn.Parameter(torch.tensor(math.log(START_SCALE)))
         self.stray_words, self.seed, self.config = stray_words, seed, config
-        self.learning_rate, self.warmup_steps = learning_rate, warmup_steps
+        self.learning_rate, self.warmup_steps, self.cooldown_steps = learning_rate, warmup_steps, cooldown_steps
         self.held_out: list[tuple[Tensor, Tensor, Tensor]] = []  # vectors of frames and captions, looks
 
     def embed_text(self, tokens: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ class TextImageModel(pl.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
-        scheduler = LambdaLR(optimizer, rise_and_fall(self.trainer, self.warmup_steps))
+        scheduler = rate_schedule(optimizer, self.warmup_steps, self.cooldown_steps, self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ class FrameTower(nn.Module):
 
     def __init__(self, widths: Sequence[int] = WIDTHS) -> None:
         super().__init__()
-        self.width = widths[-1]
+        self.widths, self.width = tuple(widths), widths[-1]
         self.first = nn.Conv2d(3, widths[0], 5, stride=2, padding=2)
         self.blocks = nn.Sequential(*(_Block(*pair) for pair in itertools.pairwise(widths)))
         self.norm = nn.LayerNorm(self.width)
