@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from pytorch_lightning.loggers import TensorBoardLogger
@@ -43,14 +45,15 @@ def loaded(monkeypatch):
             shown = latents.mean(dim=1, keepdim=True)
             return torch.cat([shown / 400, shown, shown], dim=1).repeat(1, 1, 8, 8)
 
-    def judge(frames):
+    def look_at(self, frames, prompt):
         red, green, _ = (float(value) / 127.5 - 1 for value in frames.mean(axis=(0, 1, 2)))
         values = {"roadside_expansion": 400 * red, "road_expansion": green, "smoothness": float(len(frames))}
-        return {name: Reading(values.get(name)) for name in MEASURES}
+        return SimpleNamespace(readings={name: Reading(values.get(name)) for name in MEASURES})
 
     monkeypatch.setattr(motion, "load_text_encoder_of", lambda config: loaded.append("text") or Text())
     monkeypatch.setattr(sampling, "load_first_stage_of", lambda config: loaded.append("first stage") or FirstStage())
-    monkeypatch.setattr(motion, "judge", judge)
+    monkeypatch.setattr(motion.Instruments, "look_at", look_at)
+    monkeypatch.setattr(motion, "OUR_JUDGE", Path("none"))
     return loaded
 
 
@@ -143,8 +146,35 @@ def test_clips_without_texture_have_no_number(root, tmp_path, loaded, monkeypatc
     monkeypatch.setattr(sampling, "load_first_stage_of", lambda config: grey)
     with caplog.at_level(logging.INFO, logger="ldm"):
         fit(root, tmp_path, [MotionLogger({}, str(tmp_path), num_clips=1, steps=2)], model=ToyVideoModel(), steps=1)
-    assert "roadside expansion not to be judged (data not to be judged)" in caplog.text
+    assert "motion at step 0: nothing can be judged; " in caplog.text
     assert set(map(tuple, record(tmp_path)["occasions"][0]["values"].values())) == {(None,)}
+
+
+def test_what_captions_name_is_looked_for(root, tmp_path, loaded, monkeypatch):
+    """Judged by a stand-in that sees snow in every frame; a judge that joins later has the data measured again."""
+    monkeypatch.undo()
+    noise = SimpleNamespace(to=lambda device: noise, decode=lambda latents: torch.randn(len(latents), 3, 64, 64))
+    judge = SimpleNamespace(looks=("fog", "snow"), accuracy=1.0, name="judge", predict=lambda frames: np.ones(3, int))
+    text = SimpleNamespace(
+        truncated=lambda prompt: None, encode=lambda prompts: torch.zeros(len(prompts), *CONTEXT_SHAPE)
+    )
+    monkeypatch.setattr(sampling, "load_first_stage_of", lambda config: noise)
+    monkeypatch.setattr(motion, "load_text_encoder_of", lambda config: text)
+    monkeypatch.setattr(motion, "load_judge", lambda path: judge)
+
+    def train(steps, **words):
+        prompts = ["snow road drive", "fog road drive", "a road"]
+        callback = MotionLogger({}, str(tmp_path), prompts=prompts, num_clips=3, steps=2, every_n_steps=1, **words)
+        fit(root, tmp_path, [callback], model=ToyVideoModel(), steps=steps, resume=last(tmp_path) if words else None)
+        return record(tmp_path)
+
+    monkeypatch.setattr(motion, "OUR_JUDGE", Path("none"))
+    found = train(1)
+    assert "text_agreement" not in found["measures"] | found["data"]["values"]
+    found = train(2, judge="judge.safetensors")
+    assert found["measures"]["text_agreement"] == {"title": "text agreement", "better": 1, "places": 2}
+    assert found["occasions"][-1]["values"]["text_agreement"] == [1, 0, None]
+    assert set(found["data"]["values"]["text_agreement"]) == {None}, "'a road' names no look"
 
 
 def test_where_nothing_is_held_out_training_scenes_are_shown(root):

@@ -1,4 +1,4 @@
-"""The measures of motion while training: of clips that the network makes now, beside those of the data's own clips."""
+"""The measures of clips while training: of those that the network makes now, beside those of the data's own clips."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ from ldm.checkpoint import load_text_encoder_of
 from ldm.data.batch import SceneRange
 from ldm.data.clips import ClipDataModule, HeldOutClips
 from ldm.errors import UserError
-from ldm.evaluation.motion import MEASURES, judge
+from ldm.evaluation.agreement import agreement_by
+from ldm.evaluation.instruments import OUR_JUDGE, Instruments
+from ldm.evaluation.judge import load_judge
 from ldm.models.diffusion.sampling import initial_noise
 
 log = logging.getLogger(__name__)
@@ -48,6 +50,8 @@ class MotionLogger(pl.Callback):
         frames, fps: of a clip; None: as many as are trained on, at the highest rate that is trained on.
         steps, sampler, scale: of the sampling loop, as in scripts/txt2vid.py; guidance (scale) costs as much again.
         seed: of the noise; every clip has its own.
+        judge: file of the judge of looks, for text agreement where a caption names a look of the drawn world; None:
+            the bundled one, if there is one.
         tag: tells several of these callbacks apart.
     """
 
@@ -65,6 +69,7 @@ class MotionLogger(pl.Callback):
         sampler: str = "dpm++",
         scale: float = 1.0,
         seed: int = 23,
+        judge: str | None = None,
         tag: str = "motion",
     ) -> None:
         if every_n_steps < 1 or num_clips < 1 or (frames is not None and frames < 2):
@@ -79,7 +84,8 @@ class MotionLogger(pl.Callback):
         self.config, self.path, self.tag = config, Path(folder) / f"{tag}.json", tag
         self.prompts, self.every_n_steps, self.at_start = prompts, every_n_steps, at_start
         self.num_clips, self.frames, self.fps = num_clips, frames, fps
-        self.recipe, self.seed = Recipe(sampler, steps, scale), seed
+        self.recipe, self.seed, self.judge = Recipe(sampler, steps, scale), seed, judge
+        self._instruments = Instruments()
         self._clips: HeldOutClips | None = None
         self._captions: list[str] = []
         self._context: Tensor | None = None
@@ -89,6 +95,8 @@ class MotionLogger(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the data's clips, encode the prompts and try the settings: mistakes show before the first step."""
         self.recipe.check(pl_module, "MotionLogger")
+        if self.judge is not None or OUR_JUDGE.is_file():
+            self._instruments = Instruments(agreement_by(load_judge(self.judge or OUR_JUDGE)))
         if not trainer.is_global_zero:
             return
         data = trainer.datamodule
@@ -104,9 +112,15 @@ class MotionLogger(pl.Callback):
         if not trainer.is_global_zero:
             return
         self._record = _begin(self.path, self._settings(), trainer.global_step)
-        if "data" not in self._record:
-            self._record["data"] = self._measure(pl_module, self._data_latents(pl_module))
-            self._record["data"]["scenes"] = [part.scene.key for part, _, _ in self._clips.windows]
+        measures = self._instruments.measures
+        if set(self._record.get("data", {}).get("values", ())) != set(measures):
+            parts = [part for part, _, _ in self._clips.windows]
+            found = self._measure(pl_module, self._data_latents(pl_module), [part.scene.captions[0] for part in parts])
+            self._record["data"] = {"scenes": [part.scene.key for part in parts], **found}
+        words = ("title", "better", "places")
+        self._record["measures"] = {
+            name: {word: getattr(measure, word) for word in words} for name, measure in measures.items()
+        }
         if self.at_start and trainer.global_step == 0:
             self._log_motion(trainer, pl_module)
 
@@ -134,7 +148,7 @@ class MotionLogger(pl.Callback):
             return
         begin, step = time.monotonic(), trainer.global_step
         tflop = next((callback.tflop for callback in trainer.callbacks if isinstance(callback, ComputeCount)), None)
-        found = self._measure(pl_module, self._sample(trainer, pl_module))
+        found = self._measure(pl_module, self._sample(trainer, pl_module), self._captions)
         self._record["occasions"].append({"step": step, "tflop": tflop, **found})
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path, json.dumps(self._record, allow_nan=False) + "\n")
@@ -143,10 +157,13 @@ class MotionLogger(pl.Callback):
             logger.log_metrics({f"{self.tag}/{name}": mean for name, mean in of_samples.items()}, step=step)
             logger.log_metrics({f"{self.tag}_data/{name}": mean for name, mean in of_data.items()}, step=step)
         words = ", ".join(
-            f"{MEASURES[name].title} {_shown(name, of_samples)} (data {_shown(name, of_data)})"
-            for name in ("roadside_expansion", "road_expansion", "smoothness", "flicker")
+            f"{measure.title} {of_samples[name]:.{measure.places}f} (data {of_data[name]:.{measure.places}f})"
+            for name, measure in self._instruments.measures.items()
+            if name in of_samples and name in of_data
         )
-        log.info("%s at step %d: %s; %.0f s", self.tag, step, words, time.monotonic() - begin)
+        log.info(
+            "%s at step %d: %s; %.0f s", self.tag, step, words or "nothing can be judged", time.monotonic() - begin
+        )
 
     def _sample(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor:
         """Latents of all clips, `b t c h w`, made as many at a time as are trained on."""
@@ -164,10 +181,11 @@ class MotionLogger(pl.Callback):
         moments = torch.cat([self._clips[number].moments for number in range(len(self._clips))]).float()
         return moments.chunk(2, dim=2)[0] * pl_module.scale_factor
 
-    def _measure(self, pl_module: pl.LightningModule, latents: Tensor) -> dict[str, Readings]:
+    def _measure(self, pl_module: pl.LightningModule, latents: Tensor, captions: Sequence[str]) -> dict[str, Readings]:
         """All measures of each clip."""
-        judged = [judge(frames) for frames in decode_clips(self.config, pl_module, latents)]
-        return {"values": {name: [readings[name].value for readings in judged] for name in MEASURES}}
+        clips = decode_clips(self.config, pl_module, latents)
+        seen = [self._instruments.look_at(*clip).readings for clip in zip(clips, captions, strict=True)]
+        return {"values": {name: [readings[name].value for readings in seen] for name in self._instruments.measures}}
 
     def _read_captions(self) -> tuple[Sequence[str], Tensor]:
         """What the clips are to show: the words and their embeddings `k n d`."""
@@ -209,8 +227,7 @@ def _begin(path: Path, settings: Mapping[str, Any], step: int) -> dict[str, Any]
     if not path.is_file():
         return {"settings": dict(settings), "occasions": []}
     record = json.loads(path.read_text(encoding="utf-8"))
-    if record["settings"] != settings:
-        differing = [name for name, value in settings.items() if record["settings"].get(name) != value]
+    if differing := [name for name, value in settings.items() if record["settings"].get(name) != value]:
         raise UserError(
             f"{path}: expected clips measured with the same settings, found another {differing[0]}; give the callback "
             "another tag, or take the file away"
@@ -222,7 +239,3 @@ def _means(values: Readings) -> dict[str, float]:
     """Mean of each measure over the clips that can be judged; measures without such a clip are left out."""
     judged = {name: [value for value in row if value is not None] for name, row in values.items()}
     return {name: float(np.mean(row)) for name, row in judged.items() if row}
-
-
-def _shown(name: str, means: Mapping[str, float]) -> str:
-    return f"{means[name]:.{MEASURES[name].places}f}" if name in means else "not to be judged"
