@@ -86,7 +86,7 @@ def _try(path: Path, extract: Callable[[np.ndarray, Motion | None], np.ndarray])
     noise = np.random.default_rng(0).integers(0, 255, (NUM_FRAMES, 64, 64, 3), dtype=np.uint8)
     try:
         found = extract(noise, None)
-    except (RuntimeError, AttributeError, TypeError) as error:
+    except (torch.jit.Error, RuntimeError, AttributeError, TypeError) as error:
         raise UserError(
             f"{path}: expected a network that takes clips `b 3 {NUM_FRAMES} h w`, found one that fails on one "
             f"({_last_line(error)}); give an I3D"
