@@ -3,7 +3,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: setup test lint demo clean
+.PHONY: setup test lint demo demo-train clean
 
 setup: $(READY)
 
@@ -25,6 +25,9 @@ lint: $(READY)
 
 demo: $(READY)
 	$(PY) scripts/demo.py
+
+demo-train: $(READY)
+	$(PY) scripts/demo.py --train
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -1,6 +1,7 @@
-"""The whole road on a drawn example: footage, autoencoder, prepared clips, video model, a new clip.
+"""The bundled model on three prompts; or, with --train, the whole road on a drawn example.
 
-    python scripts/demo.py [--out DIR]
+    python scripts/demo.py [--out DIR]            three clips from models/drive, and one sheet of them
+    python scripts/demo.py --train [--out DIR]    footage, autoencoder, prepared clips, video model, a new clip
 
 Every stage is a command that could as well be typed; it is printed before it runs and kept in demo-commands.txt. Work
 is counted in steps, not in time, so that one machine always makes the same clip. Needs no graphics card, no download.
@@ -18,13 +19,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
+from ldm.atomic import replacing, write_atomically
+from ldm.checkpoint_bundle import BUNDLED, CONFIG, is_bundle
 from ldm.command_line import Parser
 from ldm.data.example_drive import write_example
 from ldm.errors import UserError, run_command
+from ldm.video import contact_sheet, read_video
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = "demo-commands.txt"  # also the sign that a folder is a demo's
-PROMPT = "driving on a highway"
+PROMPT = "driving on a highway"  # of what is trained here
+BUNDLED_PROMPTS = (
+    "cyberpunk scenic byway road drive",
+    "volcano fire burning scenic byway road drive",
+    "summer dawn scenic byway road drive",
+)
+SHEET_FRAMES = 8  # of each clip, evenly spaced
 
 
 @dataclass(frozen=True)
@@ -39,6 +51,29 @@ class Budget:
 
 
 Runner = Callable[[Sequence[str]], None]  # runs ["script.py", "argument", ...]
+
+
+def sample_bundled(folder: Path, bundle: Path, run: Runner) -> list[Path]:
+    """Sample a clip for each prompt from a bundle, as it suggests -> one sheet of all clips, and their MP4s.
+
+    Raises UserError where there is no bundle.
+    """
+    if not is_bundle(bundle):
+        raise UserError(
+            f"{bundle}: expected the bundled model, found no {CONFIG} there. Get the whole folder, or see `make "
+            "demo-train`, which trains small models of its own"
+        )
+    prompts, clips = folder / "prompts.txt", folder / "clips"
+    write_atomically(prompts, "".join(f"{prompt}\n" for prompt in BUNDLED_PROMPTS))
+    run(["scripts/txt2vid.py", "--ckpt", shown(bundle), "--from-file", str(prompts), "--outdir", str(clips)])
+    films = [clips / f"{number:05}.mp4" for number in range(len(BUNDLED_PROMPTS))]
+    rows = []
+    for film in films:
+        frames, _ = read_video(film)
+        rows.append(frames[np.linspace(0, len(frames) - 1, min(SHEET_FRAMES, len(frames))).round().astype(int)])
+    with replacing(folder / "demo.png") as partial:
+        contact_sheet(rows, BUNDLED_PROMPTS).save(partial, format="PNG", optimize=True)
+    return [folder / "demo.png", *films]
 
 
 def make_demo(folder: Path, budget: Budget, run: Runner) -> list[Path]:
@@ -144,18 +179,25 @@ def shown(path: Path) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the demo and print what it made."""
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--train", action="store_true", help="train small models from nothing and sample from them")
     parser.add_argument(
-        "--out", type=Path, default=ROOT / "outputs" / "demo", metavar="DIR",
-        help="where everything goes; what an earlier demo left there is cleared (default: outputs/demo)",
+        "--out", type=Path, metavar="DIR",
+        help="where everything goes; what an earlier demo left there is cleared (default: outputs/demo, and "
+        "outputs/demo-train with --train)",
     )  # fmt: skip
     given = parser.parse_args(arguments)
+    given.out = given.out or ROOT / "outputs" / ("demo-train" if given.train else "demo")
     begin = time.monotonic()
     fresh_folder(given.out)
     folder = Path(shown(given.out))
     os.chdir(ROOT)
     log = folder / COMMANDS
     log.touch()
-    files = make_demo(folder, Budget(), lambda words: run_and_time(words, log))
+
+    def run(words: Sequence[str]) -> None:
+        run_and_time(words, log)
+
+    files = make_demo(folder, Budget(), run) if given.train else sample_bundled(folder, BUNDLED, run)
     print(f"\nthe demo took {time.monotonic() - begin:.0f} s and made, from nothing but this repository,")
     for path in files:
         print(f"  {path}")
