@@ -28,6 +28,8 @@ ALLOWED = {
     "ldm/evaluation/motion.py": {"numpy", "cv2", "ldm.evaluation"},
     "ldm/evaluation/references.py": {"numpy", "cv2", "ldm.evaluation"},
     "ldm/evaluation/statistics.py": {"numpy"},
+    "ldm/evaluation/outlook.py": {"numpy", "ldm.evaluation.statistics"},
+    "ldm/evaluation/learning_curve.py": {"ldm.errors", "ldm.evaluation"},
     "ldm/evaluation/judge.py": {"torch", "numpy", "safetensors", "ldm.errors", "ldm.atomic", "ldm.video"}
     | {"ldm.modules.frame_tower"},
     "ldm/evaluation/frechet.py": {"numpy", "ldm.evaluation.statistics"},
