@@ -6,7 +6,7 @@ A document has places for tables, each with the file it comes from, relative to 
     ... whatever stood here is replaced ...
     <!-- end of table -->
 
-Nothing is computed here: every number is one that scripts/evaluate.py or scripts/ablate.py has written.
+Nothing is computed here: every number is one that a script has written. The config of a bundle has a table as well.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 from ldm.ablations import LOGGED, MINUTES, OF_TRUE
 from ldm.errors import UserError
 from ldm.evaluation.report import number
+from ldm.model_card import bundle_table, is_training, training_table
 
 NOTHING = "-"
 PLACES, PLACES_OF_SHARES = 4, 2  # of what a run logged, of parts of the true clips'
@@ -39,7 +40,9 @@ def fill_document(document: Path) -> str:
 
 
 def table_of(path: Path) -> str:
-    """The table of a file of results; raises UserError."""
+    """The table of a file of results, or of the config of a bundle; raises UserError."""
+    if path.suffix == ".yaml":
+        return bundle_table(path.parent)
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -50,6 +53,8 @@ def table_of(path: Path) -> str:
         return ablation_table(results)
     if isinstance(results, dict) and {"measures", "rows"} <= results.keys():
         return evaluation_table(results)
+    if is_training(results):
+        return training_table(results)
     raise UserError(f"{path}: expected results of evaluate.py or ablate.py, found other JSON")
 
 

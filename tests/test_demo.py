@@ -138,7 +138,7 @@ def test_the_bundled_model_on_the_prompts_of_the_post(bundle, tmp_path, in_root)
 
 
 def test_without_a_bundled_model(tmp_path):
-    with pytest.raises(UserError, match=r"drive: expected the bundled model, found no config.yaml .* `make demo-train`"):
+    with pytest.raises(UserError, match=r"drive: expected the bundled model, found no config.yaml .* `make demo-tra"):
         demo.sample_bundled(tmp_path, tmp_path / "drive", None)
 
 
