@@ -32,23 +32,23 @@ CLIP_OPTIONS = ("frames", "fps", "H", "W", "steps", "sampler", "scale", "window"
 
 
 def add_making_options(parser: argparse.ArgumentParser) -> None:
-    """The options of clips that are made here; those of a clip that are not given are absent."""
-    absent = {"default": argparse.SUPPRESS}
+    """The options of clips that are made here; those that are not given are None."""
     making = parser.add_argument_group("clips made here, by checkpoints and the drawn world")
-    making.add_argument("--clips", type=int, metavar="N", default=NUM_CLIPS, help="in a row (default: %(default)s)")
+    making.add_argument("--clips", type=int, metavar="N", help=f"in a row (default: {NUM_CLIPS})")
     making.add_argument(
-        "--looks", metavar="NAMES", default="all",
-        help="of the drawn world: all, moving (those seen in motion in training), still, or names with commas",
+        "--looks", metavar="NAMES",
+        help="of the drawn world: all, moving (those seen in motion in training), still, or names with commas between "
+        "(default: all)",
     )  # fmt: skip
     making.add_argument("--prompts", type=Path, metavar="FILE", help="one a line, instead of the world's captions")
-    making.add_argument("--seed", type=int, metavar="N", default=0, help="of the first clip (default: %(default)s)")
-    making.add_argument("--fps", type=float, help="told to networks that ask (default: as in training)", **absent)
-    making.add_argument("--H", type=int, metavar="PIXELS", help="height (default: as in training)", **absent)
-    making.add_argument("--W", type=int, metavar="PIXELS", help="width (default: as in training)", **absent)
-    making.add_argument("--steps", type=int, metavar="N", help="diffusion steps; as in txt2vid.py", **absent)
-    making.add_argument("--sampler", metavar="NAME", help=", ".join(SAMPLERS), **absent)
-    making.add_argument("--scale", type=float, help="guidance; 1 is none and twice as fast", **absent)
-    making.add_argument("--window", type=int, metavar="N", help="frames made at once", **absent)
+    making.add_argument("--seed", type=int, metavar="N", help="of the first clip; the next ones count on (default: 0)")
+    making.add_argument("--fps", type=float, help="told to networks that ask (default: as in training)")
+    making.add_argument("--H", type=int, metavar="PIXELS", help="height (default: as in training)")
+    making.add_argument("--W", type=int, metavar="PIXELS", help="width (default: as in training)")
+    making.add_argument("--steps", type=int, metavar="N", help="diffusion steps (default: as in txt2vid.py)")
+    making.add_argument("--sampler", metavar="NAME", help=f"{', '.join(SAMPLERS)} (default: as in txt2vid.py)")
+    making.add_argument("--scale", type=float, help="guidance; 1 is none and twice as fast")
+    making.add_argument("--window", type=int, metavar="N", help="frames made at once (default: as in txt2vid.py)")
     making.add_argument(
         "--alone", type=int, metavar="N",
         help=f"clips of the {ALONE}, the network without its layers over time (default: as --clips, {MOST_ALONE} at "
@@ -58,7 +58,11 @@ def add_making_options(parser: argparse.ArgumentParser) -> None:
         "--rates", metavar="FPS,FPS,...",
         help=f"{FEWEST_RATES} frame rates or more: does the motion follow the rate that is asked for?",
     )  # fmt: skip
-    making.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+    making.add_argument(
+        "--made", type=Path, metavar="DIR",
+        help="folder for these clips; those that are there are not made again (default: clips in that of the report)",
+    )  # fmt: skip
+    making.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     making.add_argument("--precision", choices=PRECISIONS, help="default: bf16 on CUDA cards that have it, else full")
 
 
@@ -77,7 +81,7 @@ def _is_checkpoint(path: Path) -> bool:
 class EvaluationPlan:
     """The rows to be made: `make` makes them, then `rows`, `true` and `at_rates` have them.
 
-    options: of the command line, with those of `add_making_options`, `frames`, `out` and `reference`.
+    options: of the command line: those of `add_making_options`, and `frames`, `out` and `reference`.
     like: the format of videos that are evaluated too, None where there are none. words: the command line.
 
     Raises UserError for what cannot be made, before anything is.
@@ -86,15 +90,16 @@ class EvaluationPlan:
     def __init__(
         self, options: argparse.Namespace, checkpoints: Sequence[Path], like: ClipFormat | None, words: str
     ) -> None:
-        self.options, self.folder = options, options.out / "clips"
-        self.rates = read_rates(options.rates) if options.rates else []
+        check_use(options, checkpoints)
+        num, self.seed = NUM_CLIPS if options.clips is None else options.clips, options.seed or 0
+        self.folder = options.made or options.out / "clips"
+        self.rates = [] if options.rates is None else read_rates(options.rates)
         self.has_world = WORLD in options.reference
-        _check_use(options, checkpoints, self.has_world)
-        self.prompts = read_prompts(options.prompts) if options.prompts else None
-        self.scenes = unseen_scenes(choose_looks(options.looks), options.clips, options.seed)
-        self.makers = self._open(checkpoints, words)
+        self.prompts = None if options.prompts is None else read_prompts(options.prompts)
+        self.scenes = unseen_scenes(choose_looks("all" if options.looks is None else options.looks), num, self.seed)
+        self.num_alone = min(num, MOST_ALONE) if options.alone is None else options.alone
+        self.makers = self._open(options, checkpoints, words)
         self.form = self._common_format(like)
-        self.num_alone = min(options.clips, MOST_ALONE) if options.alone is None else options.alone
         self.rows: list[MadeRow] = []
         self.true: MadeRow | None = None
         self.at_rates: dict[str, dict[float, MadeRow]] = {}
@@ -137,15 +142,12 @@ class EvaluationPlan:
                 rate: true_row(self.scenes, frames, size, rate, self.folder, advance) for rate in self.rates
             }
 
-    def planned(self, row: MadeRow) -> tuple[PlannedRow, ClipFormat]:
-        """A row that was made, to be read, and its format."""
-        _, form = plan_rows(row.files[:2], None)
-        return PlannedRow(row.name, tuple(VideoCuts(path, (0,), read_prompt(path)) for path in row.files)), form
-
-    def _open(self, checkpoints: Sequence[Path], words: str) -> list[SampledRows]:
-        clip = {name: getattr(self.options, name) for name in CLIP_OPTIONS if getattr(self.options, name, None)}
-        device = choose_device(self.options.device)
-        precision = choose_precision(self.options.precision, device)
+    def _open(self, options: argparse.Namespace, checkpoints: Sequence[Path], words: str) -> list[SampledRows]:
+        if not checkpoints:
+            return []
+        clip = {name: getattr(options, name) for name in CLIP_OPTIONS if getattr(options, name) is not None}
+        device = choose_device(options.device or "auto")
+        precision = choose_precision(options.precision, device)
         makers = []
         for path, name in zip(checkpoints, row_names(checkpoints), strict=True):
             generator = RowGenerator(path, device=device, precision=precision)
@@ -175,13 +177,13 @@ class EvaluationPlan:
                     f"{name}: expected {_words(*wanted)} as {first}, found {_words(*form)}; make them alike with "
                     "--frames, --H, --W and --fps"
                 )
-        if any(side % 2 for side in wanted[1]):
-            raise UserError(
-                f"--reference {WORLD}: expected clips with even sides, as videos of it must have, found "
-                f"{_words(*wanted)}"
-            )
         if self.makers:
             return wanted[0], (self.makers[0].settings.height, self.makers[0].settings.width), wanted[2]
+        if any(side % 2 for side in wanted[1]):
+            raise UserError(
+                f"--reference {WORLD}: expected clips with even sides, as those of the drawn world have on disk, found "
+                f"{_words(*wanted)}; give other footage"
+            )
         return wanted
 
     def _num_alone(self, maker: SampledRows) -> int:
@@ -197,7 +199,13 @@ class EvaluationPlan:
 
     def _wanted(self, prompts: Sequence[str]) -> Iterator[Wanted]:
         for number in range(len(self.scenes)):
-            yield Wanted(number, self.options.seed + number, prompts[number % len(prompts)])
+            yield Wanted(number, self.seed + number, prompts[number % len(prompts)])
+
+
+def planned_of(row: MadeRow) -> tuple[PlannedRow, ClipFormat]:
+    """A row that was made, to be read, and the format of its clips."""
+    _, form = plan_rows(row.files[:2], None)
+    return PlannedRow(row.name, tuple(VideoCuts(path, (0,), read_prompt(path)) for path in row.files)), form
 
 
 def row_names(checkpoints: Sequence[Path]) -> list[str]:
@@ -239,21 +247,25 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def _check_use(options: argparse.Namespace, checkpoints: Sequence[Path], has_world: bool) -> None:
+def check_use(options: argparse.Namespace, checkpoints: Sequence[Path]) -> None:
     """Raise UserError for an option that nothing would read, and for numbers out of range."""
-    given = [name for name in CLIP_OPTIONS if name != "frames" and hasattr(options, name)]
-    given += [name for name in ("prompts", "alone", "rates", "precision") if getattr(options, name) is not None]
-    if given and not checkpoints:
-        raise UserError(f"--{given[0]}: expected a checkpoint to make clips, found none among what is to be evaluated")
+    has_world = WORLD in options.reference
+    for names, has_use, what in (
+        (("fps", "H", "W", "steps", "sampler", "scale", "window", "prompts", "alone", "rates", "device", "precision"),
+         bool(checkpoints), "a checkpoint to make clips"),
+        (("clips", "looks", "seed", "made"), bool(checkpoints) or has_world, f"a checkpoint, or --reference {WORLD}"),
+    ):  # fmt: skip
+        given = [name for name in names if getattr(options, name) is not None]
+        if given and not has_use:
+            raise UserError(f"--{given[0]}: expected {what}, found none")
     if has_world and len(options.reference) > 1:
         raise UserError(f"--reference: expected footage or {WORLD}, found both; choose one")
-    if options.clips < 2:
-        raise UserError(
-            f"--clips: expected at least 2, found {options.clips}; a mean and its interval need more, 30 or so"
-        )
-    if options.alone is not None and (options.alone == 1 or not 0 <= options.alone <= options.clips):
-        raise UserError(f"--alone: expected 0, or 2 to the {options.clips} of --clips, found {options.alone}")
-    if not 0 <= options.seed <= MAX_SEED:
+    num = NUM_CLIPS if options.clips is None else options.clips
+    if num < 2:
+        raise UserError(f"--clips: expected at least 2, found {num}; a mean and its interval need more, 30 or so")
+    if options.alone is not None and (options.alone == 1 or not 0 <= options.alone <= num):
+        raise UserError(f"--alone: expected 0, or 2 to the {num} of --clips, found {options.alone}")
+    if options.seed is not None and not 0 <= options.seed <= MAX_SEED:
         raise UserError(f"--seed: expected a whole number from 0 to {MAX_SEED:,}, found {options.seed}")
 
 

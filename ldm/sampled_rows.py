@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ldm.checkpoint import first_stage_tensors, identity
 from ldm.clip_requests import read_request
 from ldm.clip_settings import PRECISIONS, ClipSettings
 from ldm.data.unseen_world import UnseenScene
@@ -112,8 +113,8 @@ class SampledRows:
         self.settings = self.settings_at(None)
         if self.settings.frames < 2:
             raise UserError(
-                f"{generator.checkpoint.path}: expected --frames of at least 2, found {self.settings.frames}, as this "
-                "checkpoint was trained; nothing moves in a single picture"
+                f"{generator.checkpoint.path}: expected clips of at least 2 frames, found {self.settings.frames}; set "
+                "--frames, as nothing moves in a single picture"
             )
         self.base = {
             "checkpoint": hash_weights(generator.checkpoint.path),
@@ -147,9 +148,10 @@ class SampledRows:
 
     def autoencoded(self, true: MadeRow, advance: Advance, name: str = AUTOENCODED) -> MadeRow:
         """True clips as the image autoencoder of the checkpoint gives them back."""
-        folder = _row_folder(self.folder, self.name, AUTOENCODED, self.settings.frames, self.settings.fps)
+        which = identity(first_stage_tensors(self.generator.checkpoint))
+        folder = _row_folder(self.folder, AUTOENCODED, which[:8], self.settings.frames, self.settings.fps)
         for source in true.files:
-            record = {**read_metadata(source), "row": AUTOENCODED, "checkpoint": self.base["checkpoint"]}
+            record = {**read_metadata(source), "row": AUTOENCODED, "autoencoder": which}
             if not _is_there(folder / source.name, record):
                 frames, fps = read_video(source)
                 write_mp4(folder / source.name, self.generator.autoencode(frames), fps, record)

@@ -1,20 +1,28 @@
 """Measure whether clips move as a drive moves, beside true clips and clips spoilt on purpose.
 
     python scripts/evaluate.py VIDEO_OR_FOLDER... --reference FOOTAGE [--frames N] [--out DIR]
+    python scripts/evaluate.py CHECKPOINT... --reference world --looks still --clips 64 --rates 4,6,12
 
 Every folder makes a row, files given one by one make one together. A video is a clip; --frames cuts it into several.
 --reference adds the row of true clips and, made from them, reversed, frozen, shuffled ones and zoomed stills, and the
 Frechet distance of every row from the true one. Clips whose prompt is known - it is in what txt2vid.py writes, or in
 a text file beside the video - are held against it. Prints a table and writes report.json and report.html.
+
+A checkpoint makes its clips first, from captions of the drawn world: scenes that no training sees. Beside its own row
+are its frames without the layers over time and, with --reference world, those scenes as they are, spoilt, and through
+its autoencoder; measured flow is then held against the true one. --rates makes the same clips at other frame rates.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -22,6 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ldm.atomic import write_atomically
 from ldm.command_line import Parser
+from ldm.data.unseen_world import UnseenScene
 from ldm.errors import UserError, run_command
 from ldm.evaluation.clip_files import (
     MOST_REFERENCE_CLIPS,
@@ -31,25 +40,40 @@ from ldm.evaluation.clip_files import (
     plan_rows,
     read_clips,
 )
+from ldm.evaluation.commanded_rate import rate_table, summarise_rates
+from ldm.evaluation.flow import measure_motion
 from ldm.evaluation.instruments import Instruments, Needs, choose_instruments
+from ldm.evaluation.motion import judge_motion
 from ldm.evaluation.page import html_page
 from ldm.evaluation.references import REFERENCES, zoomed_still
 from ldm.evaluation.report import TRUE, JudgedClip, Report, Row, ShownClip, distance_table, notes, table
+from ldm.evaluation.true_flow import FlowReading, flow_table, read_flow, summarise_flow
+from ldm.evaluation_plan import WORLD, EvaluationPlan, add_making_options, check_use, planned_of, split_given
+from ldm.sampled_rows import AUTOENCODED, MadeRow
 
 NUM_SHOWN = 4
 NARROWEST = 150  # characters of the table where there is no terminal
+MOST_WITH_TRUTH = 32  # clips whose flow is held against the truth
+BESIDES = {"true_flow": flow_table, "rates": rate_table}  # what is measured besides the rows -> its table
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = Parser(
         allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__,
-        usage="%(prog)s VIDEO_OR_FOLDER... [options]",
+        usage="%(prog)s VIDEOS_OR_CHECKPOINT... [options]",
     )  # fmt: skip
-    parser.add_argument("videos", nargs="+", type=Path, metavar="VIDEO_OR_FOLDER", help="clips to evaluate")
+    parser.add_argument(
+        "videos", nargs="+", type=Path, metavar="VIDEOS_OR_CHECKPOINT",
+        help="clips to evaluate, files or folders; or checkpoints, which make them",
+    )  # fmt: skip
     parser.add_argument(
         "--reference", nargs="+", type=Path, metavar="FOOTAGE", default=[],
-        help="true footage, files or folders; read at the rate, size and length of what is evaluated",
+        help="true footage, read at the rate, size and length of what is evaluated; or the word world",
+    )  # fmt: skip
+    parser.add_argument(
+        "--no-spoilt", action="store_true", help="leave out reversed, frozen, shuffled and zoomed ones: four fifths of "
+        "the time that the reference takes",
     )  # fmt: skip
     parser.add_argument(
         "--judge", type=Path, metavar="FILE",
@@ -62,10 +86,14 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--i3d", type=Path, metavar="FILE", help="FVD as well, by I3D from a local TorchScript file; 16 frames a clip"
     )
-    parser.add_argument("--frames", type=int, metavar="N", help="cut videos into clips of N frames (default: whole)")
+    parser.add_argument(
+        "--frames", type=int, metavar="N",
+        help="of a clip: videos are cut into such (default: whole), checkpoints make such (default: as in training)",
+    )  # fmt: skip
     parser.add_argument(
         "--out", type=Path, default=Path("outputs/evaluation"), help="folder for the report (default: %(default)s)"
     )
+    add_making_options(parser)
     return parser.parse_args(arguments)
 
 
@@ -83,10 +111,10 @@ def judge_row(planned: PlannedRow, form: ClipFormat, instruments: Instruments, a
 
 
 def judge_reference(
-    planned: PlannedRow, form: ClipFormat, instruments: Instruments, advance: Callable[[], object]
+    planned: PlannedRow, form: ClipFormat, instruments: Instruments, spoilt: bool, advance: Callable[[], object]
 ) -> list[Row]:
-    """Measure true clips and what is made of each of them; `advance` is called after every one."""
-    rows = {name: Row(name, is_reference=True) for name in (TRUE, *REFERENCES)}
+    """Measure true clips and, where wanted, spoilt ones made of each of them; `advance` is called after every one."""
+    rows = {name: Row(name, is_reference=True) for name in (TRUE, *(REFERENCES if spoilt else ()))}
     shown = places_shown(planned.num_clips)
     for number, (video, start, frames) in enumerate(read_clips(planned, form)):
         true = instruments.look_at(frames, video.prompt)
@@ -108,48 +136,121 @@ def places_shown(num_clips: int) -> set[int]:
     return set(np.linspace(0, num_clips - 1, NUM_SHOWN).astype(int).tolist())
 
 
-def evaluate(options: argparse.Namespace, console: Console) -> Report:
-    """Measure everything that the command line names."""
+def evaluate(options: argparse.Namespace, console: Console, words: str) -> tuple[Report, dict[str, Any]]:
+    """Make and measure all that the command line names: the rows, and what is measured besides them, as for JSON."""
+    checkpoints, videos = split_given(options.videos)
+    check_use(options, checkpoints)
+    made = None
+    with console.status("looking at what is given"):
+        given, form = plan_rows(videos, options.frames) if videos else ([], None)
+        if checkpoints or WORLD in options.reference:
+            made = EvaluationPlan(options, checkpoints, form, words)
+    if made is not None:
+        with progress_bar(console, "clips made", made.num_clips) as advance:
+            made.make(advance)
+        form = form or planned_of(made.rows[0])[1]
+    rows = [(planned_of(row)[0], row.is_reference) for row in (made.rows if made else ())]
+    rows = [*(row for row in rows if row[1]), *((row, False) for row in given), *(row for row in rows if not row[1])]
     with console.status("looking at the videos"):
-        planned, form = plan_rows(options.videos, options.frames)
-        reference = None
-        if options.reference:
-            most = max(MOST_REFERENCE_CLIPS, *(row.num_clips for row in planned))
-            reference = plan_reference(options.reference, TRUE, form, most)
-        everything = [*planned, *([reference] if reference is not None else [])]
+        reference = plan_true(options, made, [row for row, _ in rows], form)
+        everything = [*(row for row, _ in rows), *([reference] if reference else [])]
         has_prompts = any(video.prompt is not None for row in everything for video in row.cuts)
         needs = Needs(form.num_frames, reference is not None, has_prompts)
         instruments = choose_instruments(options.judge, options.clip_model, options.i3d, needs)
-    total = sum(row.num_clips for row in planned)
-    if reference is not None:
-        total += (1 + len(REFERENCES)) * reference.num_clips
+    num_kinds = 1 if options.no_spoilt else 1 + len(REFERENCES)
+    total = sum(row.num_clips for row, _ in rows) + (num_kinds * reference.num_clips if reference else 0)
+    with progress_bar(console, "clips", total) as advance:
+        judged = []
+        if reference:
+            judged += judge_reference(reference, form, instruments, not options.no_spoilt, advance)
+        for row, is_reference in rows:
+            judged.append(judge_row(row, form, instruments, advance))
+            judged[-1].is_reference = is_reference
+    return Report(form, judged, instruments), measure_besides(made, console) if made else {}
+
+
+def plan_true(
+    options: argparse.Namespace, made: EvaluationPlan | None, rows: Sequence[PlannedRow], form: ClipFormat
+) -> PlannedRow | None:
+    """The row of true clips, drawn or from footage; None where none is asked for."""
+    if made is not None and made.true is not None:
+        return planned_of(made.true)[0]
+    if not options.reference:
+        return None
+    return plan_reference(options.reference, TRUE, form, max(MOST_REFERENCE_CLIPS, *(row.num_clips for row in rows)))
+
+
+def measure_besides(made: EvaluationPlan, console: Console) -> dict[str, Any]:
+    """What is measured of made clips besides the rows: flow where its truth is known, motion at other frame rates."""
+    found = {}
+    if made.true is not None:
+        rows = [made.true, *(row for row in made.rows if row.name.startswith(AUTOENCODED))]
+        scenes = made.scenes[:MOST_WITH_TRUTH]
+        with progress_bar(console, "clips with their true flow", len(scenes)) as advance:
+            found["true_flow"] = flow_rows(rows, scenes, made.form, advance)
+    if made.at_rates:
+        total = sum(len(row.files) for rows in made.at_rates.values() for row in rows.values())
+        with progress_bar(console, "clips at other rates", total) as advance:
+            found["rates"] = [
+                summarise_rates(name, {rate: ground_speeds(row, advance) for rate, row in rows.items()})
+                for name, rows in made.at_rates.items()
+            ]
+    return found
+
+
+def flow_rows(
+    rows: Sequence[MadeRow], scenes: Sequence[UnseenScene], form: Any, advance: Callable[[], object]
+) -> list[dict[str, Any]]:
+    """Measured flow against the truth in rows that show these scenes; `form` are frames, size and rate."""
+    readings: dict[str, list[FlowReading]] = {row.name: [] for row in rows}
+    clips = [read_clips(*planned_of(row)) for row in rows]
+    for scene in scenes:
+        truth = scene.draw(*form, truth=True)
+        for row, its in zip(rows, clips, strict=True):
+            readings[row.name].append(read_flow(next(its)[2], truth.flow, truth.occluded))
+        advance()
+    return [summarise_flow(name, found) for name, found in readings.items()]
+
+
+def ground_speeds(row: MadeRow, advance: Callable[[], object]) -> list[float | None]:
+    """The ground speed of each clip of a row, None where it cannot be judged."""
+    found = []
+    for _, _, frames in read_clips(*planned_of(row)):
+        found.append(judge_motion(measure_motion(frames))["speed"].value)
+        advance()
+    return found
+
+
+@contextmanager
+def progress_bar(console: Console, what: str, total: int) -> Iterator[Callable[..., object]]:
+    """A function that moves a bar on, by one or by the number it is called with."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True) as progress:
-        task = progress.add_task("clips", total=total)
-
-        def advance() -> None:
-            progress.advance(task)
-
-        rows = judge_reference(reference, form, instruments, advance) if reference is not None else []
-        rows += [judge_row(row, form, instruments, advance) for row in planned]
-    return Report(form, rows, instruments)
+        task = progress.add_task(what, total=total)
+        yield lambda number=1: progress.advance(task, number)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Evaluate what the command line names, print the table and write the report."""
-    options = parse_arguments(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    options = parse_arguments(words)
+    if options.no_spoilt and not options.reference:
+        raise UserError("--no-spoilt: expected --reference, whose clips are spoilt, found none")
     if options.out.exists() and not options.out.is_dir():
         raise UserError(f"{options.out}: expected a folder for the report, found a file; choose another --out")
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=NARROWEST)
-    report = evaluate(options, console)
+    report, besides = evaluate(options, console, shlex.join(["python", "scripts/evaluate.py", *words]))
     with console.status("means, distances and their intervals"):
-        summary = report.summary()
+        summary = {**report.summary(), **besides}
     console.print(table(summary))
     distances = distance_table(summary)
     if distances is not None:
         console.print(distances)
+    for name, show in BESIDES.items():
+        if name in summary:
+            console.print(show(summary[name]))
     for line in summary["told"]:
         console.print(line, markup=False, soft_wrap=True)
     for note in notes(summary):

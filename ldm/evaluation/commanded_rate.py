@@ -11,7 +11,10 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+from rich import box
+from rich.table import Table
 
+from ldm.evaluation.report import number
 from ldm.evaluation.statistics import NUM_DRAWS, Estimate, estimate, interval, spearman
 
 FEWEST_RATES = 3  # for an order
@@ -55,3 +58,16 @@ def _overall(seconds: Sequence[float], judged: Sequence[Sequence[float]], missin
 def _correlation(seconds: Sequence[float], speeds: Sequence[float]) -> float:
     """Rank correlation, 0 for a clip that moves alike at every rate: it does not follow."""
     return spearman(seconds, speeds) if len(set(speeds)) > 1 else 0.0
+
+
+def rate_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """A line for each summarised row; all have the same rates."""
+    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
+    shown.add_column("motion against the rate asked for", overflow="fold", min_width=14)
+    rates = [f"{rate:g}" for rate in rows[0]["rates"]]
+    for title in ("clips", "correlation within clips", "over all", *(f"ground speed at {rate} fps" for rate in rates)):
+        shown.add_column(title, justify="right")
+    for row in rows:
+        found = [row["within"], row["overall"], *(row["speed"][rate] for rate in rates)]
+        shown.add_row(row["name"], str(row["within"]["num_clips"]), *("\n".join(number(its, 2)) for its in found))
+    return shown

@@ -6,23 +6,27 @@ these very clips, and what the same measure says of the true flow.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import cv2
 import numpy as np
+from rich import box
+from rich.table import Table
 
 from ldm.evaluation.flow import endpoint_error, measure_motion, working_flow
 from ldm.evaluation.motion import CannotJudgeError, roadside_expansion
+from ldm.evaluation.report import number
 from ldm.evaluation.statistics import estimate
 
 TITLES = {
-    "error": "error of flow",
+    "error": "error of flow, pixels",
     "length": "length of true flow",
     "roadside_expansion": "roadside expansion",
     "true_roadside_expansion": "the same by true flow",
 }
+PLACES = 2
 
 
 @dataclass(frozen=True)
@@ -60,3 +64,15 @@ def summarise_flow(name: str, readings: Sequence[FlowReading]) -> dict[str, Any]
     clips = [str(number) for number in range(len(readings))]
     found = {part: estimate([getattr(reading, part) for reading in readings], clips) for part in TITLES}
     return {"name": name, **{part: asdict(its) for part, its in found.items()}}
+
+
+def flow_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """A line for each summarised row."""
+    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
+    shown.add_column("flow against the truth", overflow="fold", min_width=14)
+    for title in ("clips", *TITLES.values()):
+        shown.add_column(title, justify="right")
+    for row in rows:
+        cells = ("\n".join(number(row[part], PLACES)) for part in TITLES)
+        shown.add_row(row["name"], str(row["error"]["num_clips"]), *cells)
+    return shown
