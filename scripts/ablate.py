@@ -38,15 +38,23 @@ Runner = Callable[[Sequence[str]], int]  # runs ["script.py", "argument", ...] a
 
 
 class Laboratory:
-    """A folder in which the runs and rows of a plan are made.
+    """A folder in which the runs and rows of a plan are made; one process may train while another measures.
 
     run: of scripts. trains: whether runs that are missing are trained; without, their rows are left out for now.
     """
 
     def __init__(self, plan: Ablations, out: Path, run: Runner, trains: bool = True) -> None:
         self.plan, self.out, self._run, self.trains = plan, out, run, trains
-        self.runs: dict[str, Any] = _read(out / "runs.json")
-        self.rows: dict[str, Any] = _read(out / "rows.json")
+
+    @property
+    def runs(self) -> dict[str, Any]:
+        """Runs that are trained: name -> command, folder, seconds, logged."""
+        return _read(self.out / "runs.json")
+
+    @property
+    def rows(self) -> dict[str, Any]:
+        """Rows that are measured: name -> evaluation -> command, made_as, report."""
+        return _read(self.out / "rows.json")
 
     def make_rows(self) -> None:
         """Make all rows of the plan, training what they need; what there is so far is written after each."""
@@ -55,12 +63,12 @@ class Laboratory:
             if checkpoint is None:
                 print(f"\n{row}: '{run}' is not trained yet", flush=True)
                 continue
-            made = self.rows.get(row, {})
             for evaluation, sampling in samplings.items():
                 folder = self.out / "rows" / file_name(row) / file_name(evaluation)
+                rows = self.rows
+                made = rows.setdefault(row, {})
                 made[evaluation] = self.evaluated(checkpoint, sampling, folder, made.get(evaluation))
-                self.rows[row] = made
-                write_atomically(self.out / "rows.json", json.dumps(self.rows, indent=1) + "\n")
+                write_atomically(self.out / "rows.json", json.dumps(rows, indent=1) + "\n")
                 self.write_results()
 
     def train(self) -> None:
@@ -73,12 +81,12 @@ class Laboratory:
         plan = self.plan.plan
         if run == IMAGE_MODEL:
             return self._start()
-        command = plan.command(run, self.out / "logs", [])
-        if run in self.runs:
-            if self.runs[run]["command"] != command:
+        command, runs = plan.command(run, self.out / "logs", []), self.runs
+        if run in runs:
+            if runs[run]["command"] != command:
                 raise UserError(
-                    f"{self.out}: holds the run '{run}' made by another command, "
-                    f"{shlex.join(self.runs[run]['command'])}; choose another --out"
+                    f"{self.out}: holds the run '{run}' made by another command, {shlex.join(runs[run]['command'])}; "
+                    "choose another --out"
                 )
         elif not self.trains:
             return None
@@ -87,12 +95,12 @@ class Laboratory:
             self._do(run, command)
             folder = max((self.out / "logs").glob(f"*_{file_name(run)}"))
             seconds = round(time.monotonic() - begin, 1)
-            self.runs[run] = {
+            runs[run] = {
                 "command": command, "folder": folder.name, "seconds": seconds, "logged": read_logged(folder)
             }  # fmt: skip
-            write_atomically(self.out / "runs.json", json.dumps(self.runs, indent=1) + "\n")
+            write_atomically(self.out / "runs.json", json.dumps(runs, indent=1) + "\n")
             self.write_results()
-        return self.out / "logs" / self.runs[run]["folder"] / "checkpoints" / "last.ckpt"
+        return self.out / "logs" / runs[run]["folder"] / "checkpoints" / "last.ckpt"
 
     def evaluated(
         self, checkpoint: Path, sampling: Sampling, folder: Path, before: Mapping[str, Any] | None
