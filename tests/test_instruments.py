@@ -21,6 +21,7 @@ from ldm.evaluation.clip_files import read_prompt
 from ldm.evaluation.extractor_i3d import load_i3d
 from ldm.evaluation.instruments import Instruments, Needs, choose_instruments
 from ldm.evaluation.judge import save_judge
+from ldm.evaluation.references import reversed_clip
 from ldm.modules.frame_tower import FrameClassifier
 from ldm.video import write_gif, write_mp4
 from scripts import evaluate
@@ -248,6 +249,8 @@ def clips(tmp_path_factory) -> Path:
 def test_everything_together(clips, files, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(clips)
     monkeypatch.setattr("ldm.evaluation.instruments.load_judge", lambda path: MadeJudge())
+    monkeypatch.setattr(evaluate, "REFERENCES", {"reversed": reversed_clip})
+    monkeypatch.setattr(evaluate, "NUM_SHOWN", 1)
     named = ["--judge", str(files / "judge.safetensors"), "--i3d", str(files / "switched.pt")]
     evaluate.main(["made", "--reference", "true", *named, "--out", str(tmp_path)])
     printed = capsys.readouterr().out
@@ -266,13 +269,13 @@ def test_everything_together(clips, files, capsys, monkeypatch, tmp_path):
         assert made["distances"][name]["mean"] > 0
         assert (made["distances"][name]["num_clips"], made["distances"][name]["num_unjudged"]) == (2, 1)
         assert true["distances"][name]["num_clips"] == 2
-    assert "one half from the other" in printed
+    assert "true: half against half" in printed
     assert "text agreement by a judge by colour, right in 75.0% of unseen frames" in printed
     assert "come out too large, as they do below 2,000" in printed
-    assert "made: 1 clips are left out of the Frechet distances: the picture is black or constant" in printed
+    assert "made: left out of the Frechet distances: 1 of 3 clips: the picture is black or constant" in printed
     page = (tmp_path / "report.html").read_text()
     assert page.count("<svg") == len(summary["measures"]) + len(summary["distances"])
-    assert f"<figcaption>{made['clips'][1]['prompt']}</figcaption>" in page
+    assert f"<figcaption>{made['clips'][0]['prompt']}</figcaption>" in page
     assert "Frechet distances from the true clips" in page
     assert "I3D switched.pt" in page
 

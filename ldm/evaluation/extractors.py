@@ -76,7 +76,7 @@ MOTION_ON_A_GRID = Extractor(
     "of each clip the mean and the standard deviation over time of the flow F in each cell, in pixels, over its "
     "texture (0 in a cell without any)",
     "what the clip shows; how things move within a cell",
-    2,
+    0,
     lambda frames, motion: flow_on_a_grid(motion),
 )
 

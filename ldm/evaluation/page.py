@@ -15,7 +15,7 @@ import numpy as np
 
 from ldm.evaluation.flow import measure_motion
 from ldm.evaluation.plots import distance_plot, draw_motion, interval_plot
-from ldm.evaluation.report import Row, ShownClip, distance_label, notes, number
+from ldm.evaluation.report import Row, ShownClip, distance_count, distance_label, notes, number
 from ldm.video import contact_sheet, write_gif, write_mp4
 
 SHEET_FRAMES = 6
@@ -33,7 +33,7 @@ LEGEND = (
 )
 DISTANCES = (
     "0 is alike, and smaller is nearer; a distance says nothing without what it was taken by, and comes out too large "
-    "for few clips, so compare rows of as many clips. That of the true row is of one half of it from the other."
+    "for few clips, so compare rows of as many clips. That of the true row is between its two halves."
 )
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2024; --soft: #60666d; --line: #d5d9de; --paper: #fff; --box: #f5f6f8;
@@ -108,8 +108,10 @@ def _table(summary: Mapping[str, Any], part: str) -> str:
             continue
         cells = (number(row[part].get(name), known[name]["places"]) for name in names)
         shown = "".join(f"<td>{mean}<small>{interval}</small></td>" for mean, interval in cells)
-        name = distance_label(row) if part == "distances" else row["name"]
-        lines.append(f"<tr><td>{escape(name)}</td><td>{row['num_clips']}</td>{shown}</tr>")
+        name, count = row["name"], row["num_clips"]
+        if part == "distances":
+            name, count = distance_label(row), distance_count(row)
+        lines.append(f"<tr><td>{escape(name)}</td><td>{count}</td>{shown}</tr>")
     return f'<div class="scroll"><table><tr><th></th><th>clips</th>{heads}</tr>{"".join(lines)}</table></div>'
 
 

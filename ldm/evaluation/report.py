@@ -21,7 +21,7 @@ from ldm.evaluation.motion import NO_TEXTURE, Reading
 from ldm.evaluation.statistics import estimate, estimate_ratio, warnings
 
 TRUE = "true"
-HALVES = "one half from the other"
+HALVES = "half against half"
 NO_NUMBER = "-"
 
 
@@ -137,13 +137,13 @@ def _distance_warnings(distances: Mapping[str, Any]) -> list[str]:
     """What to say of distances before anyone compares them."""
     counts = [found["num_clips"] for found in distances.values()]
     found = []
-    if counts and min(counts) < FEW_FOR_DISTANCE:
+    if counts and counts[0] < FEW_FOR_DISTANCE:
         found.append(
-            f"Frechet distances of {min(counts)} clips come out too large, as they do below {FEW_FOR_DISTANCE:,}: "
+            f"Frechet distances of {counts[0]} clips come out too large, as they do below {FEW_FOR_DISTANCE:,}: "
             "compare with rows of as many clips only"
         )
     if missing := max((found["num_unjudged"] for found in distances.values()), default=0):
-        found.append(f"{missing} clips are left out of the Frechet distances: {NO_TEXTURE}")
+        found.append(f"left out of the Frechet distances: {missing} of {counts[0] + missing} clips: {NO_TEXTURE}")
     return found
 
 
@@ -171,14 +171,18 @@ def distance_table(summary: Mapping[str, Any]) -> Table | None:
         shown.add_column(distance["title"], justify="right")
     for row in summary["rows"]:
         cells = [number(row["distances"][name], its["places"]) for name, its in summary["distances"].items()]
-        counts = {str(found["num_clips"]) for found in row["distances"].values()}
-        shown.add_row(distance_label(row), ", ".join(sorted(counts)), *("\n".join(cell) for cell in cells))
+        shown.add_row(distance_label(row), str(distance_count(row)), *("\n".join(cell) for cell in cells))
     return shown
 
 
 def distance_label(row: Mapping[str, Any]) -> str:
     """The name of a row among distances."""
     return f"{row['name']}: {HALVES}" if row["is_reference"] and row["name"] == TRUE else row["name"]
+
+
+def distance_count(row: Mapping[str, Any]) -> int:
+    """How many of its clips a row's distances are taken from; all extractors leave out the same."""
+    return next(found["num_clips"] for found in row["distances"].values())
 
 
 def number(found: Mapping[str, Any] | None, places: int) -> tuple[str, str]:
