@@ -156,7 +156,11 @@ def test_records_become_curves(tmp_path):
     )
     assert found["roadside_expansion"]["outlook"]["verdict"] in {"forecast", "far", "flat"}
     assert found["flicker"]["outlook"] is None and found["speed"]["points"] == []
-    assert notes(summary) == ["ours, still was measured with other fps than ours: do not compare levels"] * 2
+    assert notes(summary) == [
+        "ours: 2 clips are few: the intervals are rough below 30",
+        "ours, still: 2 clips are few: the intervals are rough below 30",
+        *["ours, still was measured with other fps than ours: do not compare levels"] * 2,
+    ]
     json.dumps(summary, allow_nan=False)
 
 

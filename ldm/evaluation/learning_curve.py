@@ -14,7 +14,7 @@ from typing import Any
 
 from ldm.errors import UserError
 from ldm.evaluation.outlook import Point, look_ahead
-from ldm.evaluation.statistics import estimate
+from ldm.evaluation.statistics import estimate, warnings
 
 TIME = re.compile(r"^\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d_")  # that the name of a run folder begins with
 PARTS = ("settings", "measures", "data", "occasions")
@@ -105,7 +105,12 @@ def _curve(record: Record, measures: Mapping[str, Mapping[str, Any]], share: flo
 
 def notes(summary: Mapping[str, Any]) -> list[str]:
     """What to beware of when reading the curves."""
-    found = []
+    curves = {curve["name"]: curve["settings"]["num_clips"] for curve in summary["curves"]}
+    found = [
+        f"{name}: {warning}"
+        for name, num_clips in curves.items()
+        for warning in warnings([str(number) for number in range(num_clips)])
+    ]
     first = summary["curves"][0]
     for curve in summary["curves"][1:]:
         differing = [word for word in COMPARABLE if curve["settings"].get(word) != first["settings"].get(word)]
