@@ -16,7 +16,7 @@ from ldm.data.drive_frames import DriveFrameDataModule
 from ldm.data.drive_world import LOOKS, draw_clip
 from ldm.data.frames import FrameBatch
 from ldm.errors import UserError
-from ldm.evaluation.judge import KIND, load_judge, save_judge
+from ldm.evaluation.judge import WORDS, load_judge, save_judge
 from ldm.models.frame_damage import KINDS, damage_frames, quantise
 from ldm.models.look_classifier import JudgeWriter, LookClassifier
 from ldm.modules.frame_tower import FrameClassifier
@@ -89,6 +89,13 @@ def test_a_share_of_damage_out_of_range_is_refused():
         LookClassifier(damaged=-1)
 
 
+def test_a_cooldown_longer_than_the_run_is_refused(tmp_path):
+    trainer = pl.Trainer(accelerator="cpu", max_steps=5, logger=False, enable_checkpointing=False, barebones=True)
+    data = DriveFrameDataModule(looks=FEW, size=16, batch_size=4)
+    with pytest.raises(UserError, match=r"cooldown_steps: expected at most .* found 6 with max_steps 5"):
+        trainer.fit(LookClassifier(cooldown_steps=6), data)
+
+
 # damage
 
 
@@ -155,6 +162,6 @@ def test_files_that_are_no_judge_are_refused(tmp_path):
         load_judge(path)
     words = {"looks": ["a"], "accuracy": 1, "accuracy_damaged": 1, "steps": 1, "widths": [8, 16]}
     for kept in (words, {"looks": ["a"]}, {}):
-        save_file({"weight": torch.zeros(2)}, path, {"kind": KIND, "judge": json.dumps(kept)})
+        save_file({"weight": torch.zeros(2)}, path, {WORDS: json.dumps(kept)})
         with pytest.raises(UserError, match="tensors or words do not fit together"):
             load_judge(path)

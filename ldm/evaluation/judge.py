@@ -20,7 +20,7 @@ from ldm.errors import UserError
 from ldm.modules.frame_tower import FrameClassifier
 from ldm.video import from_uint8
 
-KIND = "judge of looks"  # what the metadata of its files says at `kind`
+WORDS = "judge of looks"  # where the metadata of its files has the words about it
 AT_ONCE = 128  # frames
 
 
@@ -66,7 +66,7 @@ def save_judge(
     tensors = {name: tensor.detach().cpu().half().contiguous() for name, tensor in network.state_dict().items()}
     words = {"looks": list(looks), "accuracy": accuracy, "accuracy_damaged": accuracy_damaged, "steps": steps}
     words["widths"] = list(network.tower.widths)
-    write_atomically(path, save(tensors, {"kind": KIND, "judge": json.dumps(words)}))
+    write_atomically(path, save(tensors, {WORDS: json.dumps(words)}))
 
 
 def load_judge(path: Path | str) -> Judge:
@@ -100,9 +100,9 @@ def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
             tensors = {name: file.get_tensor(name).float() for name in file.keys()}
     except SafetensorError as error:
         raise UserError(f"{path}: expected a judge of looks in a .safetensors file, found another ({error})") from None
-    if metadata.get("kind") != KIND:
+    if WORDS not in metadata:
         raise UserError(
             f"{path}: expected a judge of looks, found a .safetensors file of something else; the project's own is "
             "models/drive/judge.safetensors"
         )
-    return json.loads(metadata.get("judge", "{}")), tensors
+    return json.loads(metadata[WORDS]), tensors

@@ -267,13 +267,7 @@ class LatentVideoDiffusion(pl.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = build_optimizer(self.groups.for_optimizer(self.learning_rate), **self.optimizer_options)
-        total = self.trainer.max_steps if self.cooldown_steps else -1
-        if self.cooldown_steps and total < self.cooldown_steps:
-            raise UserError(
-                f"model.params.cooldown_steps: expected at most lightning.trainer.max_steps, found "
-                f"{self.cooldown_steps} with max_steps {total}; say how long the run is, or leave cooldown_steps out"
-            )
-        schedule = rate_schedule(optimizer, self.warmup_steps, self.cooldown_steps, total)
+        schedule = rate_schedule(optimizer, self.warmup_steps, self.cooldown_steps, self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

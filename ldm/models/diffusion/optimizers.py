@@ -57,8 +57,13 @@ def rate_schedule(
 
     The last of `total_steps` optimiser steps is made at 1 / cooldown_steps of the rate (Haegele et al. 2024, "Scaling
     Laws and Compute-Optimal Training Beyond Fixed Training Durations"): a run that is taken up again with more steps
-    goes on at the full rate, and cools down later.
+    goes on at the full rate, and cools down later. Raises UserError where the run is shorter, or has no last step.
     """
+    if cooldown_steps and total_steps < cooldown_steps:
+        raise UserError(
+            f"model.params.cooldown_steps: expected at most lightning.trainer.max_steps, found {cooldown_steps} with "
+            f"max_steps {total_steps}; say how long the run is, or leave cooldown_steps out"
+        )
 
     def share(step: int) -> float:
         rise = (step + 1) / max(1, warmup_steps)
