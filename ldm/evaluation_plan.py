@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from pathlib import Path
 
 from ldm.checkpoint import first_stage_tensors, identity
@@ -111,6 +112,12 @@ class EvaluationPlan:
         each = sum(num + self._num_alone(maker) for maker in self.makers) + self.needs_true * num
         each += self.has_world * num * len(self._autoencoders())
         return each + len(self.rates) * num * (len(self.makers) + self.has_world)
+
+    @property
+    def clip_format(self) -> ClipFormat:
+        """The clips' format, as they are read."""
+        frames, size, fps = self.form
+        return ClipFormat(frames, *_reading_size(*size), Fraction(fps).limit_denominator(1001))
 
     @property
     def needs_true(self) -> bool:

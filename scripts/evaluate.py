@@ -145,14 +145,18 @@ def evaluate(options: argparse.Namespace, console: Console, words: str) -> tuple
         given, form = plan_rows(videos, options.frames) if videos else ([], None)
         if checkpoints or WORLD in options.reference:
             made = EvaluationPlan(options, checkpoints, form, words)
+            form = form or made.clip_format
+        reference = None
+        if options.reference and not (made and made.has_world):
+            most = max(MOST_REFERENCE_CLIPS, len(made.scenes) if made else 0, *(row.num_clips for row in given))
+            reference = plan_reference(options.reference, TRUE, form, most)
     if made is not None:
         with progress_bar(console, "clips made", made.num_clips) as advance:
             made.make(advance)
-        form = form or planned_of(made.rows[0])[1]
+        reference = reference if made.true is None else planned_of(made.true)[0]
     rows = [(planned_of(row)[0], row.is_reference) for row in (made.rows if made else ())]
     rows = [*(row for row in rows if row[1]), *((row, False) for row in given), *(row for row in rows if not row[1])]
-    with console.status("looking at the videos"):
-        reference = plan_true(options, made, [row for row, _ in rows], form)
+    with console.status("looking for what measures"):
         everything = [*(row for row, _ in rows), *([reference] if reference else [])]
         has_prompts = any(video.prompt is not None for row in everything for video in row.cuts)
         needs = Needs(form.num_frames, reference is not None, has_prompts)
@@ -167,17 +171,6 @@ def evaluate(options: argparse.Namespace, console: Console, words: str) -> tuple
             judged.append(judge_row(row, form, instruments, advance))
             judged[-1].is_reference = is_reference
     return Report(form, judged, instruments), measure_besides(made, console) if made else {}
-
-
-def plan_true(
-    options: argparse.Namespace, made: EvaluationPlan | None, rows: Sequence[PlannedRow], form: ClipFormat
-) -> PlannedRow | None:
-    """The row of true clips, drawn or from footage; None where none is asked for."""
-    if made is not None and made.true is not None:
-        return planned_of(made.true)[0]
-    if not options.reference:
-        return None
-    return plan_reference(options.reference, TRUE, form, max(MOST_REFERENCE_CLIPS, *(row.num_clips for row in rows)))
 
 
 def measure_besides(made: EvaluationPlan, console: Console) -> dict[str, Any]:
