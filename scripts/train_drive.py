@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import shlex
 import subprocess
 import sys
@@ -33,10 +32,8 @@ from ldm.errors import UserError, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
 Runner = Callable[[Sequence[str]], int]  # runs ["script.py", "argument", ...] and returns its exit status
-TRIAL = 0.1  # share of a stage's time after which its speed is known
+FLAT = 0.75  # share of a stage's time at the full learning rate; in the rest it falls to nothing
 MARGIN = 0.95  # of the steps that the rest of the time is reckoned to be enough for
-NUM_VALIDATIONS = 8
-COOLDOWN = 0.25  # share of the steps
 ENDLESS = 10**7  # steps
 
 
@@ -103,16 +100,15 @@ class DriveTraining:
         if folder is None:
             self._prepare(name)
         steps, seconds = self.progress(name)
-        if seconds < TRIAL * 60 * minutes:
-            self._train(name, TRIAL * minutes, ENDLESS, [f"--val_check_interval={ENDLESS}"])
+        if seconds < FLAT * 60 * minutes:
+            self._train(name, FLAT * minutes, ENDLESS, [])
             steps, seconds = self.progress(name)
         rest = max(0.0, 60 * minutes - seconds)
-        each = max(1, int((steps + MARGIN * rest * steps / max(seconds, 1e-9)) / NUM_VALIDATIONS))
-        total = NUM_VALIDATIONS * max(each, math.ceil((steps + 1) / NUM_VALIDATIONS))
-        words = [f"--val_check_interval={total // NUM_VALIDATIONS}"]
+        more = max(1, int(MARGIN * rest * steps / seconds))
+        words = [f"--val_check_interval={steps + more}"]  # after the last step
         if "cooldown_steps" in load_config([config_of(name)]).model.params:
-            words.append(f"model.params.cooldown_steps={int(COOLDOWN * total)}")
-        self._train(name, minutes, total, words)
+            words.append(f"model.params.cooldown_steps={more}")
+        self._train(name, minutes, steps + more, words)
         steps, seconds = self.progress(name)
         self.done[name] = {"minutes": minutes, "steps": steps, "seconds": round(seconds, 1)}
         write_atomically(self.out / "stages.json", json.dumps(self.done, indent=1) + "\n")
