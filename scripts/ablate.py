@@ -67,7 +67,9 @@ class Laboratory:
                 folder = self.out / "rows" / file_name(row) / file_name(evaluation)
                 rows = self.rows
                 made = rows.setdefault(row, {})
-                made[evaluation] = self.evaluated(checkpoint, sampling, folder, made.get(evaluation))
+                spoilt = row == next(name for name, (_, each) in self.plan.rows.items() if evaluation in each)
+                words = [] if spoilt else ["--no-spoilt"]  # what is made of true clips is the same for all rows
+                made[evaluation] = self.evaluated(checkpoint, sampling, folder, words, made.get(evaluation))
                 write_atomically(self.out / "rows.json", json.dumps(rows, indent=1) + "\n")
                 self.write_results()
 
@@ -103,11 +105,16 @@ class Laboratory:
         return self.out / "logs" / runs[run]["folder"] / "checkpoints" / "last.ckpt"
 
     def evaluated(
-        self, checkpoint: Path, sampling: Sampling, folder: Path, before: Mapping[str, Any] | None
+        self,
+        checkpoint: Path,
+        sampling: Sampling,
+        folder: Path,
+        words: Sequence[str],
+        before: Mapping[str, Any] | None,
     ) -> dict[str, Any]:
         """What scripts/evaluate.py says of clips of a checkpoint: its command, and its report without single clips.
 
-        before: what it said last time, which is kept if the command is the same.
+        words: more of them for evaluate.py. before: what it said last time, which is kept if the command is the same.
         """
         if sampling.is_given_frames:
             clips, true = folder / "clips", folder / "true"
@@ -115,6 +122,7 @@ class Laboratory:
             made_as = {"checkpoint": str(checkpoint), "sampling": repr(sampling)}
         else:
             command, made_as = evaluation_command(checkpoint, sampling, folder), {}
+        command += words
         if before is not None and before["command"] == command and before["made_as"] == made_as:
             return dict(before)
         if sampling.is_given_frames:

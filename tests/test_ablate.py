@@ -112,9 +112,9 @@ def test_each_run_is_trained_once_and_its_own_words_come_last(tmp_path, image):
 def test_clips_are_as_the_plan_its_evaluation_and_the_row_say(tmp_path, image):
     scripts = Scripts()
     Laboratory(plan([image]), tmp_path, scripts).make_rows()
-    options = [
-        dict(zip(words[2::2], words[3::2], strict=True)) for words in scripts.of("scripts/evaluate.py")
-    ]  # fmt: skip
+    evaluations = scripts.of("scripts/evaluate.py")
+    assert ["--no-spoilt" in words for words in evaluations] == [False] * 2 + [True] * 5
+    options = [dict(zip(words[2::2], words[3::2], strict=False)) for words in evaluations]
     assert [found["--looks"] for found in options] == ["moving", "snow"] * 2 + ["moving"] + ["moving", "snow"]
     assert [found["--frames"] for found in options] == ["5"] * 4 + ["16"] + ["5"] * 2
     assert [found["--scale"] for found in options[:2]] == ["1.0", "2"]
