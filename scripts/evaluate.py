@@ -241,9 +241,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     distances = distance_table(summary)
     if distances is not None:
         console.print(distances)
-    for name, show in BESIDES.items():
-        if name in summary:
-            console.print(show(summary[name]))
+    tables = [show(summary[name]) for name, show in BESIDES.items() if name in summary]
+    for its in tables:
+        console.print(its)
     for line in summary["told"]:
         console.print(line, markup=False, soft_wrap=True)
     for note in notes(summary):
@@ -251,7 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     title = "Do the clips move as a drive moves?"
     write_atomically(options.out / "report.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
-    write_atomically(options.out / "report.html", html_page(summary, report.rows, title))
+    write_atomically(options.out / "report.html", html_page(summary, report.rows, title, tables))
     console.print(f"{options.out / 'report.json'}, report.html", markup=False, soft_wrap=True)
 
 

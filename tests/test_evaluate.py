@@ -12,11 +12,13 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from PIL import Image
+from rich.table import Table
 
 from ldm.data.drive_world import draw_clip
 from ldm.errors import UserError
 from ldm.evaluation.clip_files import plan_reference, plan_rows, read_clips
 from ldm.evaluation.motion import MEASURES
+from ldm.evaluation.page import html_page
 from ldm.evaluation.plots import nice_ticks
 from ldm.video import write_gif, write_mp4
 from scripts import evaluate
@@ -153,6 +155,15 @@ def test_the_page_is_whole_and_needs_nothing_else(written, summary):
     assert "black or constant" in page.text
     assert "As parts of the true clips" in page.text
     assert "Frechet distances from the true clips" in page.text
+
+
+def test_tables_of_what_else_was_measured_are_on_the_page(summary):
+    besides = Table("against <the rate>", "clips", "speed")
+    besides.add_row("a & b", "3", "0.5\n0.4 to 0.6")
+    content = html_page(summary, [], "x", [besides])
+    Page().feed(content)
+    assert "<h3>Against &lt;the rate&gt;</h3>" in content
+    assert "<td>a &amp; b</td><td>3<small></small></td><td>0.5<small>0.4 to 0.6</small></td>" in content
 
 
 def test_odd_sides_play_as_gif(tmp_path):

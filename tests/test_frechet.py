@@ -66,9 +66,18 @@ def test_clips_of_one_video_are_drawn_together():
     assert together.high - together.low > 1.5 * (apart.high - apart.low)
 
 
-def test_a_row_made_of_the_true_clips_themselves_is_exactly_at_0():
+def test_rows_of_the_same_kinds_are_drawn_alike():
+    """Kinds far apart, as looks are: which of them a draw has must not make a difference between the rows."""
     same = estimate_distance(rows(vectors(0, 20)), rows(vectors(0, 20)))
     assert (same.mean, same.low, same.high) == pytest.approx((0, 0, 0), abs=1e-9)
+    kinds = 20 * vectors(2, 30)
+    sides = kinds + vectors(0, 30, spread=0.1), kinds + vectors(1, 30, spread=0.1)
+    alike = estimate_distance(*map(rows, sides))
+    unlike = estimate_distance(rows(sides[0]), rows(sides[1][:-1]))
+    assert alike.high < 1
+    assert unlike.high > 10
+    gap = FeatureRow([None, *sides[0][1:, None]], rows(sides[0]).videos)
+    assert estimate_distance(gap, rows(sides[1])).high < unlike.high
 
 
 def test_few_clips_come_out_too_far():
@@ -82,7 +91,7 @@ def test_few_clips_come_out_too_far():
 def test_clips_without_features_are_counted_and_left_out():
     parts = vectors(0, 10)
     with_gaps = FeatureRow([None, *parts[:, None]], ["black.mp4", *rows(parts).videos])
-    found = estimate_distance(with_gaps, rows(vectors(1, 10)))
+    found = estimate_distance(with_gaps, rows(vectors(1, 10)), 3)
     assert (found.num_clips, found.num_unjudged) == (10, 1)
     assert found.mean == pytest.approx(estimate_distance(rows(parts), rows(vectors(1, 10))).mean)
     one = FeatureRow([None, parts[:1]], ["black.mp4", "one.mp4"])
@@ -91,12 +100,14 @@ def test_clips_without_features_are_counted_and_left_out():
         assert (nothing.mean, nothing.low, nothing.high) == (None, None, None)
 
 
-def test_halves_share_no_video():
+def test_halves_share_no_video_and_all_kinds():
     row = rows(vectors(0, 6), ["a", "a", "b", "c", "c", "c"])
-    first, second = row.halves()
+    first, second = row.halves([""] * 6)
     assert (list(first.videos), list(second.videos)) == (["a", "a", "c", "c", "c"], ["b"])
-    first, second = rows(vectors(0, 5), ["a"] * 5).halves()
+    first, second = rows(vectors(0, 5), ["a"] * 5).halves([""] * 5)
     assert (len(first.videos), len(second.videos)) == (3, 2)
+    first, second = rows(vectors(0, 8), list("abcdefgh")).halves(["snow", "night"] * 4)
+    assert (list(first.videos), list(second.videos)) == (list("abef"), list("cdgh"))
 
 
 def test_features_over_time():

@@ -44,16 +44,22 @@ class FeatureRow:
     features: Sequence[np.ndarray | None]
     videos: Sequence[str]
 
-    def judged(self) -> FeatureRow:
-        """Without the clips that have none."""
-        kept = [place for place, found in enumerate(self.features) if found is not None]
-        return FeatureRow([self.features[place] for place in kept], [self.videos[place] for place in kept])
+    def judged(self) -> list[np.ndarray]:
+        """The vectors of those clips that have some."""
+        return [found for found in self.features if found is not None]
 
-    def halves(self) -> tuple[FeatureRow, FeatureRow]:
-        """Every second video, or every second clip of a single one, and the rest."""
-        several = len(set(self.videos)) > 1
-        order = {video: number for number, video in enumerate(dict.fromkeys(self.videos))}
-        sides = [order[video] % 2 if several else place % 2 for place, video in enumerate(self.videos)]
+    def groups(self) -> np.ndarray:
+        """For each clip the number of its video, or of itself where all are of one video."""
+        return (
+            np.unique(self.videos, return_inverse=True)[1] if len(set(self.videos)) > 1 else np.arange(len(self.videos))
+        )
+
+    def halves(self, kinds: Sequence[str]) -> tuple[FeatureRow, FeatureRow]:
+        """Every second video, and the rest; `kinds` of clips, such as their looks, are on both sides alike."""
+        groups = self.groups()
+        kind_of = dict(zip(groups.tolist(), kinds, strict=True))
+        place_of = {group: place for place, group in enumerate(sorted(kind_of, key=lambda its: (kind_of[its], its)))}
+        sides = [place_of[group] % 2 for group in groups.tolist()]
         first, second = ([place for place, side in enumerate(sides) if side == wanted] for wanted in (0, 1))
         return self._only(first), self._only(second)
 
@@ -64,16 +70,17 @@ class FeatureRow:
 def estimate_distance(own: FeatureRow, true: FeatureRow, seed: int = 0) -> Estimate:
     """The distance of a row from another with a 95% bootstrap interval; `mean` is the distance, and counts are `own`'s.
 
-    Videos are drawn on both sides, together where both rows are made of the same ones. A draw repeats videos, which
-    makes distances larger, so the interval is the spread of the draws about their median, put around the distance.
-    None of it where either side has fewer than two clips with features.
+    Videos are drawn on both sides, at the same places of both where there are equally many: rows that are made of the
+    same scenes or prompts stay alike in them. A draw repeats videos, which makes distances larger, so the interval is
+    the spread of the draws about their median, put around the distance. None of it where either side has fewer than
+    two clips with features.
     """
-    rows = own.judged(), true.judged()
-    counts = len(rows[0].videos), len(own.videos) - len(rows[0].videos)
-    if min(len(row.videos) for row in rows) < SMALLEST_ROW:
+    counts = len(own.judged()), len(own.features) - len(own.judged())
+    if min(len(row.judged()) for row in (own, true)) < SMALLEST_ROW:
         return Estimate(None, None, None, *counts)
-    sides = [_Moments(features, row.videos) for features, row in zip(_turn(rows), rows, strict=True)]
-    seeds = (seed, seed if list(rows[0].videos) == list(rows[1].videos) else seed + 1)
+    turned = _turn([own.judged(), true.judged()])
+    sides = [_Moments(row, vectors) for row, vectors in zip((own, true), turned, strict=True)]
+    seeds = (seed, seed + (sides[0].num_groups != sides[1].num_groups))
     rngs = [np.random.default_rng(number) for number in seeds]
     distance = frechet_distance(*(side.gaussian(np.ones(side.num_groups)) for side in sides))
     draws = np.array(
@@ -86,32 +93,35 @@ def estimate_distance(own: FeatureRow, true: FeatureRow, seed: int = 0) -> Estim
     return Estimate(distance, max(0.0, low), high, *counts)
 
 
-def _turn(rows: Sequence[FeatureRow]) -> Iterator[list[np.ndarray]]:
-    """The vectors of both rows, moved and turned alike, which leaves distances as they are, into as few dimensions as
-    hold them all: sums are then exact and matrices small."""
-    together = np.concatenate([part for row in rows for part in row.features]).astype(np.float64)
+def _turn(rows: Sequence[Sequence[np.ndarray]]) -> Iterator[list[np.ndarray]]:
+    """The vectors of the clips of both rows, moved and turned alike, which leaves distances as they are.
+
+    They end in as few dimensions as hold them all: sums are then exact and matrices small.
+    """
+    together = np.concatenate([part for row in rows for part in row]).astype(np.float64)
     together -= together.mean(axis=0)
     count, size = together.shape
     if count < size:
         together = together @ np.linalg.qr(together.T)[0]
-    cuts = np.cumsum([len(part) for row in rows for part in row.features])[:-1]
+    cuts = np.cumsum([len(part) for row in rows for part in row])[:-1]
     parts = iter(np.split(together, cuts))
     for row in rows:
-        yield [next(parts) for _ in row.features]
+        yield [next(parts) for _ in row]
 
 
 class _Moments:
     """Sums over groups of videos, from which the Gaussian of any draw of them follows."""
 
-    def __init__(self, features: Sequence[np.ndarray], videos: Sequence[str]) -> None:
-        names = videos if len(set(videos)) > 1 else [str(number) for number in range(len(videos))]
-        groups = np.unique(names, return_inverse=True)[1] % MOST_GROUPS
+    def __init__(self, row: FeatureRow, vectors: Sequence[np.ndarray]) -> None:
+        """`vectors` are those of the clips of the row that have some."""
+        groups = row.groups() % MOST_GROUPS
         self.num_groups = int(groups.max()) + 1
-        size = features[0].shape[1]
+        size = vectors[0].shape[1]
         self.counts = np.zeros(self.num_groups)
         self.sums = np.zeros((self.num_groups, size))
         self.products = np.zeros((self.num_groups, size, size))
-        for group, part in zip(groups, features, strict=True):
+        judged = [group for group, found in zip(groups, row.features, strict=True) if found is not None]
+        for group, part in zip(judged, vectors, strict=True):
             self.counts[group] += len(part)
             self.sums[group] += part.sum(axis=0)
             self.products[group] += part.T @ part
@@ -122,7 +132,7 @@ class _Moments:
 
     def gaussian(self, weights: np.ndarray) -> Gaussian:
         """Of all vectors, each as often as its group's weight says."""
-        count = weights @ self.counts
+        count = max(weights @ self.counts, 1)
         mean = weights @ self.sums / count
         products = np.tensordot(weights.astype(np.float64), self.products, 1)
         return Gaussian(mean, (products - count * np.outer(mean, mean)) / max(count - 1, 1))

@@ -12,6 +12,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+from rich.table import Table
 
 from ldm.evaluation.flow import measure_motion
 from ldm.evaluation.plots import distance_plot, draw_motion, interval_plot
@@ -65,8 +66,11 @@ figure { margin: 0; } figcaption { max-width: 224px; font-size: .8rem; line-heig
 """
 
 
-def html_page(summary: Mapping[str, Any], rows: Sequence[Row], title: str) -> str:
-    """The page for a report's summary; `rows` are those of the same report, for the clips they show."""
+def html_page(summary: Mapping[str, Any], rows: Sequence[Row], title: str, besides: Sequence[Table] = ()) -> str:
+    """The page for a report's summary; `rows` are those of the same report, for the clips they show.
+
+    besides: tables of what else was measured, shown below the others; their first column's head is the title.
+    """
     form = summary["clips"]
     what = (
         f"Clips of {form['num_frames']} frames, {form['rate']:.4g} a second, read at {form['width']}x{form['height']} "
@@ -86,6 +90,7 @@ def html_page(summary: Mapping[str, Any], rows: Sequence[Row], title: str) -> st
     if any(row["distances"] for row in summary["rows"]):
         body.append(f"<h3>Frechet distances from the true clips</h3><p class='soft'>{escape(DISTANCES)}</p>")
         body.append(_table(summary, "distances"))
+    body += [_rich_table(its) for its in besides]
     told = "".join(f"<li>{escape(line)}</li>" for line in summary["told"])
     body.append(f"<h2>Measures</h2><p class='soft'>{escape(NOTATION)}</p>{f'<ul>{told}</ul>' if told else ''}")
     body += [_measure(summary, name) for name in summary["measures"]]
@@ -113,6 +118,20 @@ def _table(summary: Mapping[str, Any], part: str) -> str:
             name, count = distance_label(row), distance_count(row)
         lines.append(f"<tr><td>{escape(name)}</td><td>{count}</td>{shown}</tr>")
     return f'<div class="scroll"><table><tr><th></th><th>clips</th>{heads}</tr>{"".join(lines)}</table></div>'
+
+
+def _rich_table(shown: Table) -> str:
+    """A table of the terminal; the second line of a cell is its interval."""
+    title, *heads = (escape(str(column.header)) for column in shown.columns)
+    lines = []
+    for name, *cells in zip(*(column.cells for column in shown.columns), strict=True):
+        pairs = (escape(str(cell)).partition("\n") for cell in cells)
+        lines.append(
+            f"<tr><td>{escape(str(name))}</td>{''.join(f'<td>{a}<small>{b}</small></td>' for a, _, b in pairs)}</tr>"
+        )
+    head = "".join(f"<th>{text}</th>" for text in heads)
+    table = f'<div class="scroll"><table><tr><th></th>{head}</tr>{"".join(lines)}</table></div>'
+    return f"<h3>{title[:1].upper()}{title[1:]}</h3>{table}"
 
 
 def _measure(summary: Mapping[str, Any], name: str) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
+from ldm.data.world_captions import look_of_prompt
 from ldm.evaluation.clip_files import ClipFormat
 from ldm.evaluation.frechet import FEW_FOR_DISTANCE, FeatureRow, estimate_distance
 from ldm.evaluation.instruments import Instruments
@@ -110,9 +111,10 @@ def _summarise(row: Row, true: Row | None, instruments: Instruments) -> dict[str
             ratio = estimate_ratio(row.values(name), row.videos, true.values(name), true.videos)
             of_true[name] = ratio and asdict(ratio)
     if true is not None:
+        kinds = [look_of_prompt(clip.prompt or "") or "" for clip in true.clips]
         for name in instruments.extractors:
             target = FeatureRow(true.features[name], true.videos)
-            pair = target.halves() if row is true else (FeatureRow(row.features[name], row.videos), target)
+            pair = target.halves(kinds) if row is true else (FeatureRow(row.features[name], row.videos), target)
             distances[name] = asdict(estimate_distance(*pair))
     return {
         "name": row.name,
