@@ -19,7 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
+from yaml import YAMLError
 
 from ldm.config import nearest
 from ldm.config_values import check_values
@@ -85,3 +88,16 @@ def table(columns: Mapping[str, str], results: Mapping[str, Mapping[str, float]]
         cells = [f"{logged[tag]:.4f}" if tag in logged else "-" for tag in columns.values()]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def read_words(path: Path) -> dict[str, Any]:
+    """The words of a plan in a YAML file; raises UserError."""
+    try:
+        words = OmegaConf.to_container(OmegaConf.load(path))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: expected a plan of runs, found no such file") from error
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, IsADirectoryError) as error:
+        raise UserError(f"{path}: expected YAML, found something else ({str(error).splitlines()[0]})") from error
+    if not isinstance(words, dict):
+        raise UserError(f"{path}: expected base, columns and runs, found {type(words).__name__}")
+    return words

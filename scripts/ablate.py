@@ -24,14 +24,13 @@ from PIL import Image
 from ldm.ablations import IMAGE_MODEL, Ablations, Sampling, gather
 from ldm.atomic import write_atomically
 from ldm.command_line import Parser
-from ldm.comparison import file_name, read_logged
+from ldm.comparison import file_name, read_logged, read_words
 from ldm.config import load_config, to_container
 from ldm.data.unseen_world import choose_looks, unseen_scenes
 from ldm.errors import UserError, run_command
 from ldm.markdown_tables import ablation_table
 from ldm.training_run import parse_arguments
 from ldm.video import write_mp4
-from scripts.compare import read_words
 
 ROOT = Path(__file__).resolve().parents[1]
 Runner = Callable[[Sequence[str]], int]  # runs ["script.py", "argument", ...] and returns its exit status

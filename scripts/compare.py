@@ -18,30 +18,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
 from ldm.atomic import write_atomically
 from ldm.command_line import Parser
-from ldm.comparison import Plan, file_name, read_logged, table
+from ldm.comparison import Plan, file_name, read_logged, read_words, table
 from ldm.errors import UserError, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
 Runner = Callable[[Sequence[str]], int]  # runs ["main.py", "argument", ...] and returns its exit status
-
-
-def read_words(path: Path) -> dict[str, Any]:
-    """The words of a plan in a YAML file; raises UserError."""
-    try:
-        words = OmegaConf.to_container(OmegaConf.load(path))
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: expected a plan of runs, found no such file") from error
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, IsADirectoryError) as error:
-        raise UserError(f"{path}: expected YAML, found something else ({str(error).splitlines()[0]})") from error
-    if not isinstance(words, dict):
-        raise UserError(f"{path}: expected base, columns and runs, found {type(words).__name__}")
-    return words
 
 
 def read_plan(path: Path) -> Plan:

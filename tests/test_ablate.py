@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from ldm.ablations import LOGGED, MINUTES, OF_TRUE, Ablations, Sampling, gather
+from ldm.comparison import read_words
 from ldm.config import check, load_config
 from ldm.errors import UserError
 from ldm.evaluation.motion import MEASURES
@@ -18,7 +21,6 @@ from ldm.markdown_tables import ablation_table
 from ldm.sampling_options import read_prompt_file
 from ldm.video import read_video
 from scripts.ablate import Laboratory, main
-from scripts.compare import read_words
 
 ROOT = Path(__file__).parents[1]
 PUBLISHED = ROOT / "configs/drive/ablations.yaml"
@@ -261,3 +263,10 @@ def test_the_command(tmp_path, image, monkeypatch, capsys):
 
 def test_settings_as_words():
     assert Sampling(clips=3, fps=4).options("clips", "fps") == ["--clips", "3", "--fps", "4"]
+
+
+def test_it_runs_from_anywhere(tmp_path: Path):
+    found = subprocess.run(
+        [sys.executable, str(ROOT / "scripts/ablate.py"), "--help"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert found.returncode == 0 and "--train-only" in found.stdout, found.stderr
