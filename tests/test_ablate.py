@@ -266,7 +266,6 @@ def test_settings_as_words():
 
 
 def test_it_runs_from_anywhere(tmp_path: Path):
-    found = subprocess.run(
-        [sys.executable, str(ROOT / "scripts/ablate.py"), "--help"], cwd=tmp_path, capture_output=True, text=True
-    )
+    words = [sys.executable, str(ROOT / "scripts/ablate.py"), "--help"]
+    found = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert found.returncode == 0 and "--train-only" in found.stdout, found.stderr
