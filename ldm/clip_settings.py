@@ -21,9 +21,10 @@ class ClipSettings:
     """All that decides how a clip looks, the seed, the checkpoint and given frames aside.
 
     prompt: plain, or a schedule as in `prompts`. height, width: pixels. fps: playback rate, which the network is told
-    if it asks. scale: of the guidance, 1 for none; it pushes away from `negative_prompt`. eta: noise between DDIM
-    steps. window: frames made at once, None for all. overlap: frames that windows share. known_noise: diffusion step of
-    the noise on known frames. interpolate: how many times the frames of the video given for it.
+    if it asks. scale: of the guidance, 1 for none; it pushes away from `negative_prompt`. motion_scale: of the guidance
+    away from frames by themselves, 1 for none. eta: noise between DDIM steps. window: frames made at once, None for
+    all. overlap: frames that windows share. known_noise: diffusion step of the noise on known frames. interpolate: how many
+    times the frames of the video given for it.
     """
 
     prompt: str
@@ -40,10 +41,13 @@ class ClipSettings:
     overlap: int = 0
     known_noise: int = 0
     interpolate: int = 1
+    motion_scale: float = 1.0
 
 
 # What a config may say at `sampling`: defaults of these, for people who sample from its checkpoint.
-DEFAULTS = {"frames": int, "fps": float, "window": int, "steps": int, "sampler": str, "scale": float}
+DEFAULTS = {
+    "frames": int, "fps": float, "window": int, "steps": int, "sampler": str, "scale": float, "motion_scale": float,
+}  # fmt: skip
 
 
 def sampling_defaults(config: Mapping[str, Any]) -> dict[str, Any]:

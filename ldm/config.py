@@ -28,7 +28,7 @@ SECTIONS = {
     "model": ("base_learning_rate", "target", "params"),
     "data": ("target", "params"),
     "lightning": ("trainer", "callbacks", "logger", "modelcheckpoint"),
-    "sampling": ("frames", "fps", "window", "steps", "sampler", "scale"),
+    "sampling": ("frames", "fps", "window", "steps", "sampler", "scale", "motion_scale"),
 }
 # What a node under `lightning` is when it gives only `params`.
 DEFAULT_TARGETS = {

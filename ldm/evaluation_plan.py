@@ -29,7 +29,8 @@ WORLD = Path("world")
 CHECKPOINT_SUFFIXES = (".ckpt", ".safetensors", ".pt", ".pth", ".bin")
 NUM_CLIPS, MOST_ALONE = 64, 32
 MAX_SEED = 2**32
-CLIP_OPTIONS = ("frames", "fps", "H", "W", "steps", "sampler", "scale", "window")  # of `clip_requests.read_request`
+# Of `clip_requests.read_request`.
+CLIP_OPTIONS = ("frames", "fps", "H", "W", "steps", "sampler", "scale", "motion_scale", "window")
 
 
 def add_making_options(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +50,7 @@ def add_making_options(parser: argparse.ArgumentParser) -> None:
     making.add_argument("--steps", type=int, metavar="N", help="diffusion steps (default: as in txt2vid.py)")
     making.add_argument("--sampler", metavar="NAME", help=f"{', '.join(SAMPLERS)} (default: as in txt2vid.py)")
     making.add_argument("--scale", type=float, help="guidance; 1 is none and twice as fast")
+    making.add_argument("--motion-scale", type=float, metavar="SCALE", help="guidance away from frames by themselves")
     making.add_argument("--window", type=int, metavar="N", help="frames made at once (default: as in txt2vid.py)")
     making.add_argument(
         "--alone", type=int, metavar="N",
@@ -258,7 +260,7 @@ def check_use(options: argparse.Namespace, checkpoints: Sequence[Path]) -> None:
     """Raise UserError for an option that nothing would read, and for numbers out of range."""
     has_world = WORLD in options.reference
     for names, has_use, what in (
-        (("fps", "H", "W", "steps", "sampler", "scale", "window", "prompts", "alone", "rates", "device", "precision"),
+        ((*CLIP_OPTIONS[1:], "prompts", "alone", "rates", "device", "precision"),
          bool(checkpoints), "a checkpoint to make clips"),
         (("clips", "looks", "seed", "made"), bool(checkpoints) or has_world, f"a checkpoint, or --reference {WORLD}"),
     ):  # fmt: skip

@@ -117,6 +117,14 @@ class ClipGenerator:
             )
         if not math.isfinite(settings.scale):
             raise UserError(f"scale: expected a finite number, found {settings.scale}; set --scale")
+        if not math.isfinite(settings.motion_scale):
+            raise UserError(
+                f"motion scale: expected a finite number, found {settings.motion_scale}; set --motion-scale"
+            )
+        if settings.motion_scale != 1 and not self.training.has_time:
+            raise UserError(
+                "motion scale: expected a network with layers over time, found one for images; leave out --motion-scale"
+            )
         if settings.window is not None and settings.window < min(2, settings.frames):
             raise UserError(
                 "window: expected at least 2 frames, so that those made at a time belong together, found "

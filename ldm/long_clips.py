@@ -109,7 +109,8 @@ class ClipSampler:
         context = self.context(frames)
         context = context.expand(num, *context.shape[1:])
         rates = torch.full((num,), fps, device=context.device)
-        return GuidedDenoiser(self.unet, context, self.uncond, self.settings.scale, fps=rates)
+        scales = {"scale": self.settings.scale, "motion_scale": self.settings.motion_scale}
+        return GuidedDenoiser(self.unet, context, self.uncond, fps=rates, **scales)
 
     def _sample(self, denoiser: Callable[[Tensor, Tensor], Tensor], noise: Tensor, show: Progress) -> Tensor:
         scheduler = build_scheduler(self.settings.sampler, self.schedule)

@@ -142,7 +142,7 @@ class SampledRows:
 
     def alone(self, wanted: Sequence[Wanted], advance: Advance, name: str = ALONE) -> MadeRow:
         """What the image part of the network makes of each frame by itself."""
-        settings = replace(self.settings, window=self.settings.frames)
+        settings = replace(self.settings, window=self.settings.frames, motion_scale=1.0)
         files = self._make(self.generator.without_time, settings, wanted, {"row": ALONE}, advance)
         return MadeRow(name, files, is_reference=True)
 

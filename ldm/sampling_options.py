@@ -78,6 +78,10 @@ def clip_parser() -> Parser:
     sampling.add_argument("--sampler", metavar="NAME", help=f"{', '.join(SAMPLERS)} (default: ddim*)")
     sampling.add_argument("--steps", type=int, metavar="N", help="diffusion steps (default: 50*)")
     sampling.add_argument("--scale", type=float, help="guidance; 1 is none and twice as fast (default: 7.5*)")
+    sampling.add_argument(
+        "--motion-scale", type=float, metavar="SCALE",
+        help="guidance away from frames by themselves, which moves things more; 1 is none (default: 1*)",
+    )  # fmt: skip
     sampling.add_argument("--eta", type=float, help="noise between DDIM steps, 0 to 1 (default: 0)")
     return parser
 

@@ -99,6 +99,8 @@ def test_noise_on_known_frames_is_suggested_once_where_windows_follow_each_other
 def test_guidance_of_no_number_is_refused(told, scale):
     with pytest.raises(UserError, match=rf"scale: expected a finite number, found {scale}; set --scale"):
         ask(told, scale=scale)
+    with pytest.raises(UserError, match=rf"motion scale: expected a finite number, found {scale}; set --motion-scale"):
+        ask(told, motion_scale=scale)
 
 
 @pytest.mark.parametrize("window", [1, 0, -3])

@@ -156,6 +156,25 @@ def test_guidance_puts_the_batch_without_caption_first():
     assert seen == {"shape": (4, *SHAPE[1:]), "timesteps": [3] * 4}
 
 
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_motion_guidance_goes_on_from_frames_by_themselves_to_the_clip_and_beyond(scale: float):
+    seen = []
+
+    def unet(latents, timesteps, context, enable_time=True, known_level=None):
+        seen.append((len(latents), enable_time, known_level is not None))
+        value = context.mean((1, 2)).view(-1, 1, 1, 1, 1) + (10.0 if enable_time else 7.0)
+        return value.expand_as(latents)
+
+    unet.has_known_level = True
+    captions = torch.full((2, 3, 5), 2.0), torch.full((1, 3, 5), 0.5)
+    denoiser = GuidedDenoiser(unet, *captions, scale, motion_scale=3.0)
+    output = denoiser(torch.zeros(SHAPE), torch.tensor([3, 3]), torch.tensor([5, 5]))
+    assert output.unique().item() == 10.5 + scale * 1.5 + 2 * (12.0 - 9.0)
+    assert seen == [(2 if scale == 1 else 4, True, True), (2, False, True)]
+    still = denoiser(torch.zeros(2, 1, *SHAPE[2:]), torch.tensor([3, 3]))
+    assert still.unique().item() == 10.5 + scale * 1.5 and len(seen) == 3  # a single frame has no motion
+
+
 def test_a_caption_for_each_frame():
     def unet(latents, timesteps, context):
         return latents + context.mean((-2, -1)).view(*latents.shape[:2], 1, 1, 1)

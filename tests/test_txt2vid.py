@@ -69,6 +69,7 @@ def test_a_clip_becomes_four_files_that_agree(run, tmp_path):
     assert record["clip"] == {
         "prompt": "a road", "negative_prompt": "", "frames": 6, "height": 32, "width": 48, "fps": 4.0, "steps": 2,
         "sampler": "ddim", "scale": 3.0, "eta": 0.0, "window": 6, "overlap": 2, "known_noise": 0, "interpolate": 1,
+        "motion_scale": 1.0,
     }  # fmt: skip
     assert record["seed"] == 42 and len(record["checkpoint"]["sha256"]) == 64
     assert record["versions"]["torch"] == torch.__version__ and "--frames 6" in record["command"]
