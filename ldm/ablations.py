@@ -11,7 +11,8 @@ A plan is that of `comparison` with rows besides:
       ours, 16 frames: {run: ours, evaluations: [moving], frames: 16}    # and words of `Sampling` of its own
     columns: {road: moving/road_expansion, of true: moving/road_expansion of true, loss: logged/val/loss}
 
-A column is a measure of an evaluation, as it is or as a part of the true clips', or what the run logged, or `minutes`.
+A column is a measure of an evaluation, as it is or as a part of the true clips', or its number of `clips`, or what the
+run logged, or `minutes`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from ldm.config_values import check_values
 from ldm.errors import UserError
 
 IMAGE_MODEL = "image model"  # in place of a run's name
-LOGGED, MINUTES, OF_TRUE = "logged/", "minutes", " of true"
+LOGGED, MINUTES, CLIPS, OF_TRUE = "logged/", "minutes", "clips", " of true"
 
 
 @dataclass(frozen=True)

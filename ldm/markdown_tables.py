@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm.ablations import LOGGED, MINUTES, OF_TRUE
+from ldm.ablations import CLIPS, LOGGED, MINUTES, OF_TRUE
 from ldm.errors import UserError
 from ldm.evaluation.report import number
 from ldm.model_card import bundle_table, is_training, training_table
@@ -99,6 +99,8 @@ def _cells(
 
 def _measure_cell(results: Mapping[str, Any], row: Mapping[str, Any], measure: str) -> str:
     name = measure.removesuffix(OF_TRUE)
+    if measure == CLIPS:
+        return str(row["num_clips"])
     if measure.endswith(OF_TRUE):
         return _cell(row["of_true"].get(name), PLACES_OF_SHARES)
     for kind, values in (("measures", "estimates"), ("distances", "distances")):

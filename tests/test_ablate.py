@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-from ldm.ablations import LOGGED, MINUTES, OF_TRUE, Ablations, Sampling, gather
+from ldm.ablations import CLIPS, LOGGED, MINUTES, OF_TRUE, Ablations, Sampling, gather
 from ldm.comparison import read_words
 from ldm.config import check, load_config
 from ldm.errors import UserError
@@ -29,8 +29,8 @@ WORDS = {
     "base": ["configs/drive/video.yaml"],
     "overrides": ["lightning.trainer.max_steps=7"],
     "columns": {
-        "road": "moving/road", "part": "moving/road of true", "still": "still/road", "far": "still/distance",
-        "held out": "logged/val/loss", "minutes": "minutes",
+        "clips": "moving/clips", "road": "moving/road", "part": "moving/road of true", "still": "still/road",
+        "far": "still/distance", "held out": "logged/val/loss", "minutes": "minutes",
     },
     "runs": {"ours": [], "from scratch": ["model.params.ckpt_path=null"]},
     "sampling": {"clips": 2, "steps": 3},
@@ -198,15 +198,15 @@ def test_the_table(tmp_path, image):
         run["seconds"] = 90.0
     assert "clips" not in results["rows"]["ours"]["evaluations"]["moving"]
     table = ablation_table(results).splitlines()
-    assert table[0] == "|  | road | part | still | far | held out | minutes |"
+    assert table[0] == "|  | clips | road | part | still | far | held out | minutes |"
     cells = "0.40 (0.30 to 0.50) | 0.50 (0.40 to 0.60)"
     both = f"{cells} | 0.40 (0.30 to 0.50) | 4.0 (3.9 to 4.1)"
     assert table[2:] == [
-        "| true | 0.80 (0.70 to 0.90) | - | 0.80 (0.70 to 0.90) | 8.0 (7.9 to 8.1) | - | - |",
-        f"| image | {both} | - | - |",
-        f"| ours | {both} | 0.2500 | 1.5 |",
-        f"| long | {cells} | - | - | 0.2500 | 1.5 |",
-        f"| scratch | {both} | 0.2500 | 1.5 |",
+        "| true | 2 | 0.80 (0.70 to 0.90) | - | 0.80 (0.70 to 0.90) | 8.0 (7.9 to 8.1) | - | - |",
+        f"| image | 2 | {both} | - | - |",
+        f"| ours | 2 | {both} | 0.2500 | 1.5 |",
+        f"| long | 2 | {cells} | - | - | 0.2500 | 1.5 |",
+        f"| scratch | 2 | {both} | 0.2500 | 1.5 |",
     ]
 
 
@@ -222,7 +222,7 @@ def test_the_published_plan_is_accepted():
     assert used == {*found.plan.runs, "image model"}
     measures = {column.partition("/")[2].removesuffix(OF_TRUE) for column in found.plan.columns.values()
                 if column != MINUTES and not column.startswith(LOGGED)}  # fmt: skip
-    assert measures <= {*MEASURES, TEXT_AGREEMENT}
+    assert measures <= {*MEASURES, TEXT_AGREEMENT, CLIPS}
 
 
 @pytest.mark.parametrize(
@@ -258,7 +258,7 @@ def test_the_command(tmp_path, image, monkeypatch, capsys):
     main([str(tmp_path / "plan.yaml"), "--out", str(tmp_path / "out"), image])
     assert len(scripts.commands) == 9
     shown = capsys.readouterr().out
-    assert "| scratch | 0.40" in shown and shlex.join(scripts.commands[0]) in shown
+    assert "| scratch | 2 | 0.40" in shown and shlex.join(scripts.commands[0]) in shown
 
 
 def test_settings_as_words():
