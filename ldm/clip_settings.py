@@ -23,8 +23,8 @@ class ClipSettings:
     prompt: plain, or a schedule as in `prompts`. height, width: pixels. fps: playback rate, which the network is told
     if it asks. scale: of the guidance, 1 for none; it pushes away from `negative_prompt`. motion_scale: of the guidance
     away from frames by themselves, 1 for none. eta: noise between DDIM steps. window: frames made at once, None for
-    all. overlap: frames that windows share. known_noise: diffusion step of the noise on known frames. interpolate: how many
-    times the frames of the video given for it.
+    all. overlap: frames that windows share. known_noise: diffusion step of the noise on known frames. interpolate: how
+    many times the frames of the video given for it.
     """
 
     prompt: str
