@@ -58,6 +58,7 @@ def words_against(words: Mapping[str, Any]) -> list[str]:
         "temporal_attention.positions": (attention.get("positions", True), False),
         "temporal_attention.local": (attention.get("local"), None),
         "temporal_kernel_size": (words.get("temporal_kernel_size", 3), 3),
+        "temporal_changes_only": (words.get("temporal_changes_only", False), False),
         "fps_embedding": (words.get("fps_embedding", False), False),
         "known_level_embedding": (words.get("known_level_embedding", False), False),
         "num_heads": (words.get("num_heads", 8), NUM_HEADS),

@@ -88,6 +88,10 @@ def unet_words(
         words["temporal_attention"] = False
     elif has_attention and not has_convolutions:
         words["temporal_kernel_size"] = None
+    if has_convolutions and "input_blocks.0.0.temporal.bias" not in tensors:
+        words["temporal_changes_only"] = True
+    elif has_attention and not any(name.endswith(".temporal.to_out.bias") for name in tensors):
+        words["temporal_changes_only"] = True
     for word, name in (("fps_embedding", "fps"), ("known_level_embedding", "known_level")):
         if f"conditioning.temporal.{name}.0.weight" in tensors:
             words[word] = True

@@ -119,9 +119,10 @@ def test_a_checkpoint_has_all_that_its_own_config_asks_for(tmp_path):
 
 
 ONE_KIND = [{"temporal_attention": False}, {"temporal_kernel_size": None}]  # of the layers over time
+ALL_KINDS = [{}, *ONE_KIND, {"temporal_changes_only": True}, ONE_KIND[1] | {"temporal_changes_only": True}]
 
 
-@pytest.mark.parametrize("words", [{}, {"in_channels": 9}, {"fps_embedding": True}, TOLD, *ONE_KIND])
+@pytest.mark.parametrize("words", [{"in_channels": 9}, {"fps_embedding": True}, TOLD, *ALL_KINDS])
 def test_the_tensors_tell_what_the_network_is_told(tmp_path, words):
     words = UNET | words
     state = filled(words).state_dict()

@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
+from torch import nn
 
 from ldm.errors import UserError
 from ldm.modules.attention_backends import attend, check_backend, num_launches
-from ldm.modules.temporal import PseudoConv3d, TemporalAttention, TemporalConv
+from ldm.modules.temporal import PseudoConv3d, TemporalAttention, TemporalConv, see_changes_only
 from tests.conftest import fill_by_rule, golden_tensor, relative_error
 
 CONVOLUTIONS = {"k3": (6, 10, 3, 3), "k3t5": (6, 6, 3, 5), "k7t3": (4, 8, 7, 3)}
@@ -164,3 +165,26 @@ def test_a_back_end_that_cannot_run_says_why(backend):
 def test_a_width_that_cannot_be_rotated_is_refused():
     with pytest.raises(UserError, match=r"multiple of 16 \(2 x 8 heads.*found 24"):
         TemporalAttention(24)
+
+
+def test_layers_that_see_changes_only_treat_equal_frames_as_images_whatever_is_learned():
+    torch.manual_seed(0)
+    conv, attention = TemporalConv(8), TemporalAttention(16, num_heads=2)
+    see_changes_only(nn.ModuleList([conv, attention]))
+    assert conv.bias is None and attention.to_out.bias is None
+    for parameter in (*conv.parameters(), *attention.parameters()):
+        nn.init.normal_(parameter)
+    still = repeat(torch.randn(2, 8, 3, 4), "b c h w -> (b t) c h w", t=5)
+    assert torch.allclose(conv(still, 5), still, atol=1e-5)
+    tokens = repeat(torch.randn(2, 6, 16), "b n c -> (b t) n c", t=5)
+    assert attention(tokens, 5).abs().max() < 1e-5
+    moving = torch.randn(10, 8, 3, 4)
+    assert (conv(moving, 5) - moving).abs().mean() > 0.1
+    assert attention(torch.randn(10, 6, 16), 5).abs().mean() > 0.1
+
+
+def test_a_convolution_that_sees_changes_only_still_starts_as_the_identity():
+    conv = TemporalConv(8)
+    see_changes_only(conv)
+    moving = torch.randn(10, 8, 3, 4, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(conv(moving, 5), moving)

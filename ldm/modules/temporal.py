@@ -28,7 +28,12 @@ class TemporalConv(nn.Conv1d):
     """Convolution over frames, one per pixel, that starts as the identity: `(b t) c h w` -> `(b t) c h w`.
 
     kernel_size: odd; zeros beyond the first and the last frame, so any number of frames is kept.
+
+    With `changes_only` (see `see_changes_only`) its taps are moved by equal parts until they sum up to the identity,
+    and the first and the last frame go on beyond the ends, so that equal frames come out as they are.
     """
+
+    changes_only = False
 
     def __init__(self, channels: int, kernel_size: int = 3) -> None:
         if kernel_size < 1 or kernel_size % 2 == 0:
@@ -44,7 +49,13 @@ class TemporalConv(nn.Conv1d):
         # In channels-last memory both rearrangements are views, and the kernel a 2-D one that spans frames only.
         height = x.shape[-2]
         x = rearrange(x, "(b t) c h w -> b c t (h w)", t=num_frames)
-        x = F.conv2d(x, self.weight.unsqueeze(-1), self.bias, padding=(self.padding[0], 0))
+        weight, padding = self.weight, self.padding[0]
+        if self.changes_only:
+            surplus = weight.sum(-1) - torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
+            weight = weight - surplus[..., None] / weight.shape[-1]
+            first, last = (x[:, :, end].expand(-1, -1, padding, -1) for end in (slice(None, 1), slice(-1, None)))
+            x, padding = torch.cat([first, x, last], dim=2), 0
+        x = F.conv2d(x, weight.unsqueeze(-1), self.bias, padding=(padding, 0))
         return rearrange(x, "b c t (h w) -> (b t) c h w", h=height)
 
 
@@ -89,6 +100,19 @@ def rotate_by_position(x: Tensor, max_period: float = 10000) -> Tensor:
     return torch.cat([first * cosine - second * sine, first * sine + second * cosine], dim=-1)
 
 
+def see_changes_only(network: nn.Module, wanted: bool = True) -> None:
+    """If `wanted`, let the layers over time in `network` see how features change between frames, never what they are.
+
+    A clip of equal frames is then treated as images exactly, whatever is learned: what layers over time learn of the
+    colours of their training clips stays out of other pictures. Biases go, and leave no keys behind.
+    """
+    for layer in network.modules() if wanted else ():
+        if isinstance(layer, TemporalConv | TemporalAttention):
+            layer.changes_only = True
+            owner = layer if isinstance(layer, TemporalConv) else layer.to_out
+            owner.register_parameter("bias", None)
+
+
 class TemporalAttention(nn.Module):
     """Self-attention of each pixel over the frames of its clip, zero at the start: `(b t) n c` -> the same.
 
@@ -97,7 +121,11 @@ class TemporalAttention(nn.Module):
     dim: channels, a multiple of 2 * num_heads.  backend: see `attention_backends`.
     local: an odd number of frames around its own that a frame sees; None: all of them.  sees_first: besides, the first
         frame of the clip.  positions: whether it is told how far apart frames are.
+
+    With `changes_only` (see `see_changes_only`) a frame's own value is taken off what it gathers.
     """
+
+    changes_only = False
 
     def __init__(
         self,
@@ -137,4 +165,6 @@ class TemporalAttention(nn.Module):
             x = attend(q, k, v, self.backend)
         else:
             x = attend_locally(q, k, v, self.window, self.backend)
+        if self.changes_only:
+            x = x - v
         return self.to_out(rearrange(x, "(b n) heads t d -> (b t) n (heads d)", n=num_tokens))

@@ -21,7 +21,7 @@ from ldm.modules.attention import SpatialTransformer
 from ldm.modules.attention_backends import check_backend
 from ldm.modules.conditioning import build_conditioning
 from ldm.modules.nn import GroupNorm32, run_block, timestep_embedding
-from ldm.modules.temporal import PseudoConv3d
+from ldm.modules.temporal import PseudoConv3d, see_changes_only
 
 
 class Downsample(nn.Module):
@@ -136,6 +136,7 @@ class UNetModel(nn.Module):
     attention_backend: see `attention_backends`.
     norm_over_clip: residual blocks and the output take the statistics of their norms over all frames of a clip.
     temporal_attention: `local`, `sees_first`, `positions` of `TemporalAttention`; False: no attention over frames.
+    temporal_changes_only: layers over time see changes from frame to frame alone, see `temporal.see_changes_only`.
     fps_embedding, known_level_embedding: whether the network is told the frame rate, and the noise on known frames.
     """
 
@@ -157,6 +158,7 @@ class UNetModel(nn.Module):
         attention_backend: str = "sdpa",
         norm_over_clip: bool = False,
         temporal_attention: Mapping[str, Any] | bool | None = None,
+        temporal_changes_only: bool = False,
         fps_embedding: bool = False,
         known_level_embedding: bool = False,
     ) -> None:
@@ -221,6 +223,7 @@ class UNetModel(nn.Module):
             GroupNorm32(channels), nn.SiLU(), zeroed_image_part(PseudoConv3d(channels, out_channels, 3, **time))
         )
 
+        see_changes_only(self, temporal_changes_only)
         known = out_channels if self.takes_known_frames else None
         self.conditioning = build_conditioning(
             known, model_channels, emb_channels, fps_embedding, known_level_embedding
