@@ -45,6 +45,7 @@ class Sampling:
     fps: float = 12.0
     steps: int = 25
     scale: float = 1.0
+    motion_scale: float = 1.0
     sampler: str = "ddim"
     first_frame: bool = False
     interpolate: int | None = None
@@ -56,7 +57,7 @@ class Sampling:
 
     def options(self, *names: str) -> list[str]:
         """These settings as words of a command line."""
-        return [word for name in names for word in (f"--{name}", f"{getattr(self, name)}")]
+        return [word for name in names for word in (f"--{name.replace('_', '-')}", f"{getattr(self, name)}")]
 
 
 SAMPLING_KINDS = get_type_hints(Sampling)

@@ -158,7 +158,8 @@ class Laboratory:
                 slow, step = given / f"{number:05}.mp4", sampling.interpolate
                 write_mp4(slow, clip.frames[::step], sampling.fps / step)
                 words = ["--interpolate", str(step), str(slow)]
-            words += ["--seed", str(sampling.seed + number), *sampling.options("steps", "scale", "sampler")]
+            words += ["--seed", str(sampling.seed + number)]
+            words += sampling.options("steps", "scale", "motion_scale", "sampler")
             lines.append(f"{caption} {shlex.join(words)}")
         prompts = given / "prompts.txt"
         write_atomically(prompts, "\n".join(lines) + "\n")
@@ -184,7 +185,7 @@ class Laboratory:
 
 def evaluation_command(checkpoint: Path, sampling: Sampling, folder: Path) -> list[str]:
     """The words that make clips by a checkpoint, measure them beside true ones and write folder/report.json."""
-    words = sampling.options("looks", "clips", "seed", "frames", "fps", "steps", "scale", "sampler")
+    words = sampling.options("looks", "clips", "seed", "frames", "fps", "steps", "scale", "motion_scale", "sampler")
     words += ["--alone", "0", "--reference", "world"]  # the image model is a row of its own
     return ["scripts/evaluate.py", str(checkpoint), *words, "--out", str(folder)]
 
