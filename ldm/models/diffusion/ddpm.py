@@ -267,7 +267,8 @@ class LatentVideoDiffusion(pl.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = build_optimizer(self.groups.for_optimizer(self.learning_rate), **self.optimizer_options)
-        schedule = rate_schedule(optimizer, self.warmup_steps, self.cooldown_steps, self.trainer.max_steps)
+        total = self.trainer.max_steps if self.cooldown_steps else -1
+        schedule = rate_schedule(optimizer, self.warmup_steps, self.cooldown_steps, total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
