@@ -85,7 +85,6 @@ def test_the_stages_in_their_order_each_on_those_before(tmp_path):
         assert value(words, "model.params.cond_stage_config.params.ckpt_path") == last["text"]
         assert value(words, "model.params.ckpt_path") == last["image"]
         assert value(words, "data.params.root") == str(tmp_path / "clips")
-        assert value(words, "data.params.image_root") == str(tmp_path / "images")
     assert not any(word.startswith("model.params.ckpt_path=") for word in scripts.of("image")[0])
     images, clips = (words for words in scripts.commands if words[0] == "scripts/prepare.py")
     assert images[images.index("--frames") + 1] == "1" and images[images.index("--world") + 1] == "40"
