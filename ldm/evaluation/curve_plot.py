@@ -88,7 +88,8 @@ def _panel(summary: Mapping[str, Any], name: str) -> list[str]:
         parts.append(
             f'<text fill="{SOFT}" text-anchor="middle" x="{axes.x(tick):.1f}" y="{HEIGHT - 16}">{tick:,g}</text>'
         )
-    parts.append(f'<text fill="{SOFT}" text-anchor="end" x="{WIDTH - RIGHT}" y="{HEIGHT - 3}">TFLOP, logarithmic</text>')
+    unit = "TFLOP, logarithmic"
+    parts.append(f'<text fill="{SOFT}" text-anchor="end" x="{WIDTH - RIGHT}" y="{HEIGHT - 3}">{unit}</text>')
     if any(point["tflop"] == 0 for its in found for point in its["points"]):
         parts.append(f'<text fill="{SOFT}" text-anchor="middle" x="{LEFT}" y="{HEIGHT - 16}">0</text>')
     for number, its in enumerate(found):
