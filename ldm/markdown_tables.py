@@ -66,7 +66,8 @@ def evaluation_table(report: Mapping[str, Any]) -> str:
         [row["name"], str(row["num_clips"]), *(_cell(row[kind].get(name), its["places"]) for kind, name, its in kinds)]
         for row in report["rows"]
     ]
-    return _markdown(["", "clips", *(its["title"] for *_, its in kinds)], lines)
+    titles = [its["title"] if kind == "estimates" else f"Frechet distance of {its['title']}" for kind, _, its in kinds]
+    return _markdown(["", "clips", *titles], lines)
 
 
 def ablation_table(results: Mapping[str, Any]) -> str:

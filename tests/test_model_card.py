@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -56,11 +57,12 @@ def test_the_card_gets_its_numbers_from_files(bundle):
     (bundle / "training.json").write_text(json.dumps(stages))
     measure = {"title": "roadside", "places": 2}
     row = {"name": "model", "num_clips": 64, "estimates": {"roadside": {"mean": 0.876, "low": 0.8, "high": 0.9}}}
-    for name in ("evaluation-5.json", "evaluation-16.json"):
+    evaluations = re.findall(r"evaluation-[\w-]+\.json", CARD.read_text())
+    for name in evaluations:
         (bundle / name).write_text(json.dumps({"measures": {"roadside": measure}, "rows": [row]}))
     text = fill_document(bundle / "README.md")
     assert "| image | 1,234 | 10.0 |" in text and "| video | 7 | 0.5 |" in text
-    assert text.count("| model | 64 | 0.88 (0.80 to 0.90) |") == 2 and "32x32 pixels" in text
+    assert text.count("| model | 64 | 0.88 (0.80 to 0.90) |") == len(evaluations) > 1 and "32x32 pixels" in text
 
 
 def test_results_of_another_kind_are_refused(tmp_path):
