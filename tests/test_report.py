@@ -14,7 +14,7 @@ from scripts.report import main
 ROOT = Path(__file__).parents[1]
 EVALUATION = {
     "measures": {"road": {"title": "road expansion", "places": 2}, "flicker": {"title": "flicker", "places": 3}},
-    "distances": {"d": {"title": "distance", "places": 1}},
+    "distances": {"d": {"title": "frames", "places": 1}},
     "rows": [
         {
             "name": "true", "is_reference": True, "num_clips": 64, "distances": {},
@@ -30,7 +30,7 @@ EVALUATION = {
     ],
 }  # fmt: skip
 TABLE = """\
-|  | clips | road expansion | flicker | distance |
+|  | clips | road expansion | flicker | Frechet distance of frames |
 | --- | --- | --- | --- | --- |
 | true | 64 | 0.80 (0.75 to 0.85) | - | - |
 | last | 9 | 0.00 (-0.10 to 0.10) | 0.012 (0.010 to 0.020) | 3.0 (2.0 to 5.0) |
