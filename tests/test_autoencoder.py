@@ -188,6 +188,26 @@ def test_starting_from_a_checkpoint_keeps_its_weights(footage, tmp_path):
         assert torch.equal(again.first_stage.compvis_state_dict()[name], tensor)
 
 
+def test_a_decoder_is_trained_alone_and_latents_stay(footage, tmp_path):
+    trainer = make_trainer(tmp_path, 2)
+    trainer.fit(make_model(), make_data(footage))
+    trainer.save_checkpoint(tmp_path / "ae.ckpt")
+    again = make_model(ckpt_path=str(tmp_path / "ae.ckpt"), decoder_only=True, equivariance=1.0)
+    network = again.first_stage.network
+    kept = sum(weight.numel() for part in (network.encoder, network.quant_conv) for weight in part.parameters())
+    assert again.parameter_summary().endswith(f"frozen: {kept:,}")
+    trainer = make_trainer(tmp_path, 2)
+    trainer.fit(again, make_data(footage))
+    trainer.save_checkpoint(tmp_path / "sharper.ckpt")
+    before, after = (torch.load(tmp_path / f"{name}.ckpt", weights_only=True) for name in ("ae", "sharper"))
+    assert after["scale_factor"] == before["scale_factor"]
+    for name, tensor in before["state_dict"].items():
+        is_kept = name.startswith(("encoder.", "quant_conv."))
+        assert torch.equal(after["state_dict"][name], tensor) == is_kept, name
+    with pytest.raises(UserError, match=r"decoder_only: expected model\.params\.ckpt_path, the autoenc"):
+        make_model(decoder_only=True)
+
+
 class SaveAt(pl.Callback):
     """Saves a checkpoint in the middle of an epoch, as a stop would."""
 

@@ -145,12 +145,19 @@ def test_interpolations_are_resolved(write):
 
 
 PLANS = [CONFIGS / "drive/ablations.yaml", *(CONFIGS / "compare").glob("*.yaml")]  # of several runs
-WHOLE = sorted(set(CONFIGS.rglob("*.yaml")) - set(PLANS) - set((CONFIGS / "stories").glob("*.yaml")))
+LAID_OVER = [CONFIGS / "drive/decoder.yaml", *(CONFIGS / "stories").glob("*.yaml")]  # another config
+WHOLE = sorted(set(CONFIGS.rglob("*.yaml")) - set(PLANS) - set(LAID_OVER))
 
 
 @pytest.mark.parametrize("path", WHOLE, ids=lambda path: path.stem)
 def test_every_config_of_the_project_is_sound(path):
     check(load_config([path]))
+
+
+def test_a_decoder_is_laid_over_its_autoencoder():
+    config = load_config([CONFIGS / "drive/autoencoder.yaml", CONFIGS / "drive/decoder.yaml"])
+    check(config)
+    assert config.model.params.decoder_only and config.model.params.ddconfig.ch == 32
 
 
 # ---- mistakes

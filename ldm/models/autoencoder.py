@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from ldm.checkpoint import read_checkpoint
 from ldm.data.frames import FrameBatch
 from ldm.errors import UserError
 from ldm.models.autoencoder_loss import AutoencoderLoss
@@ -44,6 +45,8 @@ class AutoencoderKL(pl.LightningModule):
     seed: of every draw.
     equivariance: share of the frames whose latents are zoomed and shifted before they are decoded, and compared with
         the frame zoomed and shifted; 0 for none. Latents then move as pictures move, which video models learn sooner.
+    decoder_only: only the decoder is trained; latents and scale factor remain those of `ckpt_path`, and a video model
+        that was trained on them gets sharper pictures without learning anything anew.
     config: the config of the run, kept in checkpoints.
 
     Optimisation is manual because the adversarial term needs two optimisers, so Lightning's accumulation and clipping
@@ -63,21 +66,31 @@ class AutoencoderKL(pl.LightningModule):
         gradient_clip: float = 1.0,
         seed: int = 23,
         equivariance: float = 0.0,
+        decoder_only: bool = False,
         config: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         _refuse_lightnings_own(config or {})
         if not 0 <= equivariance <= 1:
             raise UserError(f"model.params.equivariance: expected a share, 0 to 1, found {equivariance!r}")
+        if decoder_only and ckpt_path is None:
+            raise UserError(
+                "model.params.decoder_only: expected model.params.ckpt_path, the autoencoder to start from, found none"
+            )
         self.automatic_optimization = False
         self.first_stage = KLFirstStage(ddconfig, embed_dim, ckpt_path)
         self.loss = AutoencoderLoss(lossconfig)
         self.learning_rate, self.warmup_steps, self.gradient_clip = learning_rate, warmup_steps, gradient_clip
         self.seed, self.equivariance, self.config = seed, equivariance, config
+        self.decoder_only = decoder_only
+        self.kept_scale = read_checkpoint(ckpt_path).scale_factor if decoder_only else None
         self.latent_moments: Tensor | None = None  # running mean and mean square of the latents
         self.shown: list[tuple[Tensor, Tensor]] = []  # originals and reconstructions of the last validation
         if ckpt_path is None:
             _start_precise(self.first_stage)
+        if decoder_only:
+            self.first_stage.network.encoder.requires_grad_(requires_grad=False)
+            self.first_stage.network.quant_conv.requires_grad_(requires_grad=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Images `b c h w` in [-1, 1] -> their reconstruction from the most likely latents."""
@@ -88,14 +101,17 @@ class AutoencoderKL(pl.LightningModule):
         parts = {"encoder": ("encoder", "quant_conv"), "decoder": ("decoder", "post_quant_conv")}
         network = self.first_stage.network
         counts = {part: sum(_count(getattr(network, name)) for name in names) for part, names in parts.items()}
+        frozen = counts.pop("encoder") if self.decoder_only else 0
         if self.loss.discriminator is not None:
             counts["discriminator"] = _count(self.loss.discriminator)
         listed = ", ".join(f"{part} {count:,}" for part, count in counts.items())
-        return f"trained: {sum(counts.values()):,} parameters ({listed}); frozen: 0"
+        return f"trained: {sum(counts.values()):,} parameters ({listed}); frozen: {frozen:,}"
 
     @property
     def scale_factor(self) -> float | None:
         """What latents are multiplied by to have unit variance; None before the first step."""
+        if self.decoder_only:
+            return self.kept_scale
         if self.latent_moments is None:
             return None
         mean, square = self.latent_moments.tolist()
@@ -103,7 +119,8 @@ class AutoencoderKL(pl.LightningModule):
 
     def training_step(self, batch: FrameBatch, batch_idx: int) -> None:
         """One step of the autoencoder and, once it takes part, one of the discriminator."""
-        moments = self.first_stage.encode(batch.pixels)
+        with torch.set_grad_enabled(not self.decoder_only):
+            moments = self.first_stage.encode(batch.pixels)
         latents = sample_posterior(moments.float(), self._noise(batch, moments.shape))
         shown, pixels = latents, batch.pixels
         if self.equivariance:
@@ -161,7 +178,7 @@ class AutoencoderKL(pl.LightningModule):
         if self.loss.discriminator is not None:
             networks.append(self.loss.discriminator)
         optimizers = [
-            torch.optim.AdamW(network.parameters(), lr=self.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+            torch.optim.AdamW(_trained(network), lr=self.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
             for network in networks
         ]
         total = self.trainer.max_steps if self.trainer.max_steps > 0 else self.trainer.estimated_stepping_batches
@@ -174,6 +191,7 @@ class AutoencoderKL(pl.LightningModule):
             checkpoint["discriminator"] = self.loss.discriminator.state_dict()
         if self.latent_moments is not None:
             checkpoint["latent_moments"] = self.latent_moments
+        if self.scale_factor is not None:
             checkpoint["scale_factor"] = self.scale_factor
         if self.config is not None:
             checkpoint["config"] = dict(self.config)
@@ -198,7 +216,7 @@ class AutoencoderKL(pl.LightningModule):
     def _step(self, optimizer: Any, loss: Tensor, network: torch.nn.Module) -> None:
         optimizer.zero_grad()
         self.manual_backward(loss)
-        torch.nn.utils.clip_grad_norm_(network.parameters(), self.gradient_clip)
+        torch.nn.utils.clip_grad_norm_(_trained(network), self.gradient_clip)
         optimizer.step()
 
     def _remember(self, latents: Tensor) -> None:
@@ -268,6 +286,10 @@ def _rise_and_fall(warmup_steps: int, total: float) -> Any:
         return float(min(1.0, (step + 1) / max(1, warmup_steps)) * (0.02 + 0.98 * cosine))
 
     return share
+
+
+def _trained(network: torch.nn.Module) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in network.parameters() if parameter.requires_grad]
 
 
 def _listed(found: Any) -> list[Any]:
