@@ -14,7 +14,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.modules.attention_backends import attend
-from ldm.modules.nn import GroupNorm32, run_block, zeroed
+from ldm.modules.chunks import in_chunks
+from ldm.modules.nn import GroupNorm32, zeroed
 from ldm.modules.temporal import TemporalAttention
 
 
@@ -84,6 +85,8 @@ class BasicTransformerBlock(nn.Module):
 
     temporal: words of `TemporalAttention` besides dim and back end, for the block to own `temporal`, the attention over
         frames; None for none.
+    feed_forward_frames: the feed-forward takes that many frames at a time and keeps only its input for the backward
+        pass, see `chunks`; None: all at once.
     """
 
     def __init__(
@@ -93,7 +96,7 @@ class BasicTransformerBlock(nn.Module):
         dim_head: int,
         context_dim: int | None = None,
         temporal: Mapping[str, Any] | None = None,
-        use_checkpoint: bool = False,
+        feed_forward_frames: int | None = None,
         backend: str = "sdpa",
     ) -> None:
         super().__init__()
@@ -104,17 +107,20 @@ class BasicTransformerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.norm3 = nn.LayerNorm(dim)
         self.temporal = None if temporal is None else TemporalAttention(dim, backend=backend, **temporal)
-        self.use_checkpoint = use_checkpoint
+        self.feed_forward_frames = feed_forward_frames
 
     def forward(self, x: Tensor, context: Tensor | None = None, num_frames: int | None = None) -> Tensor:
         """`(b t) n c`, `b m d` -> `(b t) n c`."""
-        return run_block(self._forward, x, context, num_frames, recompute=self.use_checkpoint)
-
-    def _forward(self, x: Tensor, context: Tensor | None, num_frames: int | None) -> Tensor:
         x = self.attn1(self.norm1(x)) + x
         x = self.attn2(self.norm2(x), context) + x
         if num_frames is not None and self.temporal is not None:
             x = self.temporal(x, num_frames) + x
+        if self.feed_forward_frames is None:
+            return self._feed_forward(x)
+        weights = [*self.norm3.parameters(), *self.ff.parameters()]
+        return in_chunks(self._feed_forward, weights, x, self.feed_forward_frames)
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
         return self.ff(self.norm3(x)) + x
 
 
@@ -129,12 +135,12 @@ class SpatialTransformer(nn.Module):
         depth: int = 1,
         context_dim: int | None = None,
         temporal: Mapping[str, Any] | None = None,
-        use_checkpoint: bool = False,
+        feed_forward_frames: int | None = None,
         backend: str = "sdpa",
     ) -> None:
         super().__init__()
         inner_dim = num_heads * dim_head
-        block = (inner_dim, num_heads, dim_head, context_dim, temporal, use_checkpoint, backend)
+        block = (inner_dim, num_heads, dim_head, context_dim, temporal, feed_forward_frames, backend)
         self.norm = GroupNorm32(channels, eps=1e-6)
         self.proj_in = nn.Conv2d(channels, inner_dim, 1)
         self.transformer_blocks = nn.ModuleList([BasicTransformerBlock(*block) for _ in range(depth)])

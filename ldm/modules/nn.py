@@ -1,15 +1,13 @@
-"""The small parts every block of the UNet is made of: timestep embedding, group norm, zero start, checkpointing."""
+"""The small parts every block of the UNet is made of: timestep embedding, group norm, zero start."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000) -> Tensor:
@@ -62,13 +60,3 @@ def zeroed(module: nn.Module) -> nn.Module:
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
-
-
-def run_block(block: Callable[..., Tensor], *inputs: Tensor | int | None, recompute: bool) -> Tensor:
-    """Call `block`, or with `recompute` keep only its inputs and run it again in the backward pass.
-
-    Non-reentrant, so that it works with frozen parameters and under autocast, and restores the random state.
-    """
-    if recompute and torch.is_grad_enabled():
-        return checkpoint(block, *inputs, use_reentrant=False)
-    return block(*inputs)

@@ -20,7 +20,8 @@ from ldm.errors import UserError
 from ldm.modules.attention import SpatialTransformer
 from ldm.modules.attention_backends import check_backend
 from ldm.modules.conditioning import build_conditioning
-from ldm.modules.nn import GroupNorm32, run_block, timestep_embedding
+from ldm.modules.nn import GroupNorm32, timestep_embedding
+from ldm.modules.recomputing import check_memory_words, chosen_runs, run_directly
 from ldm.modules.temporal import PseudoConv3d, see_changes_only
 
 
@@ -56,7 +57,6 @@ class ResBlock(nn.Module):
         out_channels: int,
         dropout: float = 0.0,
         temporal_kernel_size: int | None = 3,
-        use_checkpoint: bool = False,
         norm_over_clip: bool = False,
     ) -> None:
         super().__init__()
@@ -74,14 +74,10 @@ class ResBlock(nn.Module):
         self.skip_connection = (
             nn.Identity() if channels == out_channels else PseudoConv3d(channels, out_channels, 1, **time)
         )
-        self.use_checkpoint = use_checkpoint
         self.norm_over_clip = norm_over_clip
 
     def forward(self, x: Tensor, emb: Tensor, num_frames: int | None = None) -> Tensor:
         """`(b t) c h w`, `b e` -> `(b t) c' h w`."""
-        return run_block(self._forward, x, emb, num_frames, recompute=self.use_checkpoint)
-
-    def _forward(self, x: Tensor, emb: Tensor, num_frames: int | None) -> Tensor:
         step = repeat(self.emb_layers(emb), "b c -> (b t) c 1 1", t=x.shape[0] // emb.shape[0])
         out = _norm_to_convolution(self.in_layers, x, num_frames, self.norm_over_clip) + step
         out = _norm_to_convolution(self.out_layers, out, num_frames, self.norm_over_clip)
@@ -106,16 +102,23 @@ def zeroed_image_part(conv: PseudoConv3d) -> PseudoConv3d:
 
 
 class UNetBlock(nn.Sequential):
-    """Layers one after the other, each given the inputs it takes: the diffusion step, the text, or neither."""
+    """Layers one after the other, each given the inputs it takes: the diffusion step, the text, or neither.
+
+    `runs` says of each layer how it is called, see `recomputing`.
+    """
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__(*layers)
+        self.runs = [run_directly] * len(layers)
 
     def forward(self, x: Tensor, emb: Tensor, context: Tensor | None, num_frames: int | None) -> Tensor:
-        for layer in self:
+        for layer, run in zip(self, self.runs, strict=True):
             if isinstance(layer, ResBlock):
-                x = layer(x, emb, num_frames)
+                x = run(layer, x, emb, num_frames)
             elif isinstance(layer, SpatialTransformer):
-                x = layer(x, context, num_frames)
+                x = run(layer, x, context, num_frames)
             else:
-                x = layer(x, num_frames)
+                x = run(layer, x, num_frames)
         return x
 
 
@@ -130,7 +133,10 @@ class UNetModel(nn.Module):
     attention_resolutions: downsampling factors (1, 2, 4, ...) of the levels that have transformers.
     num_heads, transformer_depth, context_dim: heads and blocks of each transformer, width of a caption token.
     dropout: in residual blocks.
-    use_checkpoint: keep only the inputs of each block for the backward pass and compute the rest again.
+    use_checkpoint: keep only the inputs of each block for the backward pass and compute the rest again; a number: of
+        the first blocks. Blocks are the residual blocks, the transformers, and what halves and doubles the size.
+    feed_forward_frames: how many frames go through a transformer's feed-forward at a time; None: all of them.
+    inputs_on_host: the inputs that `use_checkpoint` keeps wait in host memory.
     temporal: False leaves out every temporal layer: the image network of Stable Diffusion v1.
     temporal_kernel_size: frames that a temporal convolution sees, odd; None: no temporal convolutions.
     attention_backend: see `attention_backends`.
@@ -152,7 +158,7 @@ class UNetModel(nn.Module):
         transformer_depth: int = 1,
         context_dim: int = 768,
         dropout: float = 0.0,
-        use_checkpoint: bool = False,
+        use_checkpoint: bool | int = False,
         temporal: bool = True,
         temporal_kernel_size: int | None = 3,
         attention_backend: str = "sdpa",
@@ -161,6 +167,8 @@ class UNetModel(nn.Module):
         temporal_changes_only: bool = False,
         fps_embedding: bool = False,
         known_level_embedding: bool = False,
+        feed_forward_frames: int | None = None,
+        inputs_on_host: bool = False,
     ) -> None:
         super().__init__()
         check_backend(attention_backend)
@@ -180,12 +188,11 @@ class UNetModel(nn.Module):
         time = {"temporal_kernel_size": temporal_kernel_size if temporal else None}
 
         def res_block(channels: int, out_channels: int) -> ResBlock:
-            switches = {"use_checkpoint": use_checkpoint, "norm_over_clip": norm_over_clip}
-            return ResBlock(channels, emb_channels, out_channels, dropout, **time, **switches)
+            return ResBlock(channels, emb_channels, out_channels, dropout, **time, norm_over_clip=norm_over_clip)
 
         def transformer(channels: int) -> SpatialTransformer:
             heads = (num_heads, channels // num_heads, transformer_depth, context_dim)
-            return SpatialTransformer(channels, *heads, attention_over_frames, use_checkpoint, attention_backend)
+            return SpatialTransformer(channels, *heads, attention_over_frames, feed_forward_frames, attention_backend)
 
         def at_level(level: int, channels: int) -> list[nn.Module]:
             """A residual block that ends in the level's width, and the level's transformer if it has one."""
@@ -224,6 +231,7 @@ class UNetModel(nn.Module):
         )
 
         see_changes_only(self, temporal_changes_only)
+        self._choose_runs(use_checkpoint, feed_forward_frames, inputs_on_host)
         known = out_channels if self.takes_known_frames else None
         self.conditioning = build_conditioning(
             known, model_channels, emb_channels, fps_embedding, known_level_embedding
@@ -277,6 +285,14 @@ class UNetModel(nn.Module):
         convolution = self.input_blocks[0][0]
         h = convolution(noisy) + self.conditioning["temporal"].known(known)
         return h if num_frames is None or convolution.temporal is None else convolution.temporal(h, num_frames)
+
+    def _choose_runs(self, use_checkpoint: bool | int, feed_forward_frames: int | None, inputs_on_host: bool) -> None:
+        sequences = [*self.input_blocks[1:], self.middle_block, *self.output_blocks]
+        layers = [layer for sequence in sequences for layer in sequence]
+        check_memory_words(use_checkpoint, feed_forward_frames, inputs_on_host, len(layers))
+        runs = chosen_runs(layers, use_checkpoint, inputs_on_host)
+        for sequence in sequences:
+            sequence.runs = [next(runs) for _ in sequence]
 
     def _check_input(self, x: Tensor, context: Tensor) -> None:
         if x.ndim not in (4, 5) or x.shape[-3] != self.in_channels:
