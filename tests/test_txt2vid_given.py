@@ -206,7 +206,8 @@ def test_temporal_layers_are_put_into_any_base(run, tmp_path, place):
     assert "base.ckpt with " in out
     assert last_record(tmp_path)["temporal"]["path"].endswith("motion.safetensors")
     run("--replay", str(tmp_path / "00000.json"))
-    assert (tmp_path / "00000.mp4").read_bytes() == (tmp_path / "00001.mp4").read_bytes()
+    sheets = [np.asarray(Image.open(tmp_path / f"{number:05}.png"), np.int16) for number in (0, 1)]
+    assert abs(sheets[0] - sheets[1]).max() <= 1  # bytes of a clip differ on processors whose sums are not always alike
     weights[1] = str(tmp_path / "other.ckpt")
     assert "motion.safetensors was trained on other image weights" in run(*weights)
     with pytest.raises(
