@@ -252,7 +252,7 @@ def test_impossible_configs_are_refused(options, message):
 @pytest.mark.parametrize(
     ("optimizer", "message"),
     [
-        ({"name": "adam"}, "expected one of adamw, adamw8bit, found 'adam'"),
+        ({"name": "adam"}, "expected one of adamw, adamw8bit, adamw4bit, found 'adam'"),
         ({"weight_decy": 0.1}, r"optimizer.weight_decy: .*did you mean 'weight_decay'\?"),
         ({"betas": 0.9}, "optimizer.betas: expected two numbers from 0 to below 1, found 0.9"),
         ({"weight_decay": "much"}, "optimizer.weight_decay: expected a number from 0, found 'much'"),

@@ -12,6 +12,11 @@ from torch import Tensor
 
 from ldm.checkpoint_names import AVERAGE_PREFIX, average_name
 from ldm.errors import UserError
+from ldm.models.diffusion.seeds import mixed
+from ldm.models.diffusion.stored_weights import rounded_at_random
+
+AVERAGE_STREAM = 500  # of random draws
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def average_key(name: str) -> str:
@@ -24,18 +29,33 @@ def average_key(name: str) -> str:
 class WeightAverage(pl.Callback):
     """Keeps average += (1 - d) (weight - average), d = min(decay, (1 + n) / (10 + n)), after the n-th optimiser step.
 
-    Only parameters that are trained are averaged, in float32. The averages travel in the checkpoint's `state_dict` as
-    `model_ema.*`. Validation and sample videos see the averaged weights.
+    Only parameters that are trained are averaged, in float32 whatever they are stored in. The averages travel in the
+    checkpoint's `state_dict` as `model_ema.*`. Validation and sample videos see the averaged weights.
+
+    device: "cpu": the averages lie in host memory and come to the card to be updated, on a stream of their own, beside
+        the next forward pass; None: they lie with the weights.
+    dtype: "float32", or "bfloat16", 2 bytes a weight. The steps of such an average are far below its last place, so
+        that rounded to the nearest it would never move; it is rounded at random, which is right on average and leaves
+        a noise of the size of the last place. Averages of vectors stay float32.
     """
 
-    def __init__(self, decay: float = 0.9999) -> None:
+    def __init__(self, decay: float = 0.9999, device: str | None = None, dtype: str = "float32") -> None:
         if not 0 <= decay < 1:
             raise UserError(f"WeightAverage: expected a decay of at least 0 and below 1, found {decay}")
+        if device not in (None, "cpu"):
+            raise UserError(
+                f"WeightAverage: expected the device cpu, or null for that of the weights, found {device!r}"
+            )
+        if dtype not in DTYPES:
+            raise UserError(f"WeightAverage: expected the dtype {' or '.join(DTYPES)}, found {dtype!r}")
         self.decay = decay
+        self.in_host_memory = device == "cpu"
+        self.dtype = DTYPES[dtype]
         self.num_updates = 0
         self.averages: dict[str, Tensor] = {}
         self._step_seen = 0
         self._set_aside: dict[str, Tensor] = {}
+        self._stream: torch.cuda.Stream | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -46,12 +66,54 @@ class WeightAverage(pl.Callback):
         """Take the trained weights of `module` into the average; the first call starts it."""
         weights = _trained(module)
         if not self.averages:
-            self.averages = {name: weight.detach().float().clone() for name, weight in weights.items()}
+            self.averages = {
+                name: self._placed(_full(module, weight), weight, copy=True) for name, weight in weights.items()
+            }
             return
         self.num_updates += 1
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
-        averages = [self.averages[name] for name in weights]
-        torch._foreach_lerp_(averages, [weight.float() for weight in weights.values()], 1 - decay)
+        in_one = (
+            [] if self.in_host_memory else [name for name, weight in weights.items() if self._is_full(name, weight)]
+        )
+        if in_one:
+            torch._foreach_lerp_([self.averages[n] for n in in_one], [weights[n] for n in in_one], 1 - decay)
+        with self._beside(next(iter(weights.values())).device):
+            for place, (name, weight) in enumerate(weights.items()):
+                if name not in in_one:
+                    self._update_one(self.averages[name], _full(module, weight), 1 - decay, place)
+
+    def _update_one(self, average: Tensor, weight: Tensor, share: float, place: int) -> None:
+        kept = average.to(weight.device, non_blocking=True)
+        mean = kept.float().lerp_(weight, share)
+        if average.dtype == torch.bfloat16:
+            generator = torch.Generator(weight.device).manual_seed(mixed(self.num_updates, AVERAGE_STREAM, place))
+            mean = rounded_at_random(mean, generator)
+        average.copy_(mean, non_blocking=True)
+
+    def _is_full(self, name: str, weight: Tensor) -> bool:
+        return weight.dtype == self.averages[name].dtype == torch.float32
+
+    def _placed(self, average: Tensor, weight: Tensor, copy: bool = False) -> Tensor:
+        """An average in the dtype and the memory it is kept in."""
+        dtype = torch.float32 if average.ndim < 2 else self.dtype
+        placed = average.to("cpu" if self.in_host_memory else weight.device, dtype, copy=copy)
+        return placed.pin_memory() if self.in_host_memory and weight.device.type == "cuda" else placed
+
+    @contextmanager
+    def _beside(self, device: torch.device) -> Iterator[None]:
+        """What is done meanwhile runs on a stream of its own, after all that the device has been given so far."""
+        if not self.in_host_memory or device.type != "cuda":
+            yield
+            return
+        self._stream = self._stream or torch.cuda.Stream(device)
+        self._stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def _join(self) -> None:
+        """Let the device finish the averages before it goes on."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
 
     @contextmanager
     def applied(self, module: torch.nn.Module) -> Iterator[None]:
@@ -80,13 +142,16 @@ class WeightAverage(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.averages:  # from a checkpoint, read before the module was moved to its device
             weights = _trained(pl_module)
-            self.averages = {name: self.averages[name].to(weight.device) for name, weight in weights.items()}
+            self.averages = {name: self._placed(self.averages[name], weight) for name, weight in weights.items()}
         else:
             self.update(pl_module)
         self._step_seen = trainer.global_step
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._step_seen = trainer.global_step
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        self._join()  # weights are updated after this, or in it
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -107,6 +172,8 @@ class WeightAverage(pl.Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        if self._stream is not None:
+            self._stream.synchronize()
         if self.averages:
             tensors = {average_key(name): average for name, average in self.averages.items()}
             tensors[AVERAGE_PREFIX + "decay"] = torch.tensor(self.decay, dtype=torch.float32)
@@ -127,10 +194,11 @@ class WeightAverage(pl.Callback):
                 f"{missing[0]}: it was written by a run that trained others. Resume with its own config"
             )
         self.num_updates = int(tensors[AVERAGE_PREFIX + "num_updates"])
-        self.averages = {name: tensors[key].float().clone() for name, key in names.items()}
+        self.averages = {name: tensors[key].clone() for name, key in names.items()}
 
     def _apply(self, module: torch.nn.Module) -> None:
         if not self._set_aside and self.averages:
+            self._join()
             for name, weight in _trained(module).items():
                 self._set_aside[name] = weight.data
                 weight.data = self.averages[name].to(weight)
@@ -143,6 +211,12 @@ class WeightAverage(pl.Callback):
 
 def _trained(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
+
+
+def _full(module: torch.nn.Module, weight: torch.nn.Parameter) -> Tensor:
+    """A trained weight of a module in float32, also where the module keeps it in parts or in fewer bits."""
+    stored = getattr(module, "stored_weights", None)
+    return weight.detach().float() if stored is None else stored.full(weight)
 
 
 def _strip(module: torch.nn.Module, state_dict: dict[str, Tensor], *_: Any) -> None:

@@ -12,10 +12,11 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import RichProgressBar
-from torch import Tensor
 
 from ldm.callbacks.average import WeightAverage
+from ldm.callbacks.waiting import DataWait
 from ldm.errors import UserError
+from ldm.models.diffusion.weight_by_weight import WeightByWeight, state_bytes
 
 log = logging.getLogger(__name__)
 MIB = 2**20
@@ -23,7 +24,11 @@ MIB = 2**20
 
 class MemoryReport(pl.Callback):
     """Logs the bytes of weights, gradients, optimiser states and averages, and the peak, at the start and after the
-    first optimiser step: one line each, and scalars `memory/*` in MiB."""
+    first optimiser step: one line each, and scalars `memory/*` in MiB.
+
+    Weights are as they are stored, the lower bits of split ones included. Of gradients that are dropped in the backward
+    pass the largest counts. `in host memory` is what of the states and averages a card does not hold.
+    """
 
     def __init__(self) -> None:
         self._gradients = 0
@@ -38,7 +43,8 @@ class MemoryReport(pl.Callback):
     ) -> None:
         if trainer.global_step + 1 == self._first_step:
             gradients = [weight.grad for weight in pl_module.parameters() if weight.grad is not None]
-            self._gradients = sum(gradient.nbytes for gradient in gradients)
+            in_backward = isinstance(optimizer, WeightByWeight) and optimizer.in_backward
+            self._gradients = optimizer.largest_gradient if in_backward else sum(g.nbytes for g in gradients)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -48,15 +54,22 @@ class MemoryReport(pl.Callback):
             self._report(trainer, pl_module, "after the first step")
 
     def _report(self, trainer: pl.Trainer, pl_module: pl.LightningModule, when: str) -> None:
-        trained = [weight for weight in pl_module.parameters() if weight.requires_grad]
+        weights = {True: 0, False: 0}
+        for weight in pl_module.parameters():
+            weights[weight.requires_grad] += weight.nbytes
+        averages = [callback for callback in trainer.callbacks if isinstance(callback, WeightAverage)]
+        stored = getattr(pl_module, "stored_weights", None)
         sizes = {
-            "weights_trained": sum(weight.nbytes for weight in trained),
-            "weights_frozen": sum(weight.nbytes for weight in pl_module.parameters() if not weight.requires_grad),
+            "weights_trained": weights[True] + (0 if stored is None else stored.num_bytes),
+            "weights_frozen": weights[False],
             "gradients": self._gradients,
-            "optimiser_states": sum(map(_state_bytes, trainer.optimizers)),
-            "average": sum(callback.num_bytes for callback in trainer.callbacks if isinstance(callback, WeightAverage)),
+            "optimiser_states": sum(map(state_bytes, trainer.optimizers)),
+            "average": sum(callback.num_bytes for callback in averages),
             "peak": peak_memory(pl_module.device),
         }
+        if pl_module.device.type != "cpu":
+            states = sum(state_bytes(o) for o in trainer.optimizers if isinstance(o, WeightByWeight) and o.on_host)
+            sizes["in_host_memory"] = states + sum(c.num_bytes for c in averages if c.in_host_memory)
         kind = "on the card" if pl_module.device.type == "cuda" else "of the process"
         words = ", ".join(f"{name.replace('_', ' ')} {size / MIB:,.0f}" for name, size in sizes.items())
         log.info("memory %s, MiB: %s %s", when, words, kind)
@@ -70,19 +83,6 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
-    return sum(map(_tensor_bytes, states))
-
-
-def _tensor_bytes(tensor: Tensor) -> int:
-    """Bytes really stored; quantised tensors claim the size of what they stand for."""
-    if hasattr(tensor, "__tensor_flatten__"):
-        names, _ = tensor.__tensor_flatten__()
-        return sum(_tensor_bytes(getattr(tensor, name)) for name in names)
-    return tensor.nbytes
 
 
 class ProgressLines(pl.Callback):
@@ -114,6 +114,8 @@ class ProgressLines(pl.Callback):
         shown = trainer.progress_bar_metrics if loss is None else {"loss": float(loss)}
         words += [f"{name} {value:.4f}" for name, value in shown.items()]
         words += [f"{seconds:.2f} s/step" if seconds > 0.5 else f"{1 / seconds:.1f} steps/s"]
+        waits = [callback.share for callback in trainer.callbacks if isinstance(callback, DataWait)]
+        words += [f"{share:.1%} waiting for data" for share in waits if share is not None]
         words += [f"{timedelta(seconds=round(seconds * (last - step)))} left"] if last else []
         log.info("%s", ", ".join(words))
 

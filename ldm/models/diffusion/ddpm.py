@@ -23,10 +23,14 @@ from ldm.data.clips import Batch, check_prepared
 from ldm.errors import UserError
 from ldm.models.diffusion.filling import filled
 from ldm.models.diffusion.known_mixture import Known, KnownFrameMixture
+from ldm.models.diffusion.memory_switches import MemorySwitches
 from ldm.models.diffusion.noise import NoiseFamily
 from ldm.models.diffusion.optimizers import build_optimizer, check_options, rate_schedule
 from ldm.models.diffusion.parameter_groups import ParameterGroups
 from ldm.models.diffusion.schedule import NoiseSchedule
+from ldm.models.diffusion.seeds import mixed
+from ldm.models.diffusion.stored_weights import StoredWeights
+from ldm.models.diffusion.weight_by_weight import WeightByWeight
 from ldm.modules.posterior import sample_posterior
 
 log = logging.getLogger(__name__)
@@ -46,7 +50,8 @@ class LatentVideoDiffusion(pl.LightningModule):
     ckpt_path: image weights to start from, any file or folder that `ldm.checkpoint` reads; None: from scratch.
     trainable: group -> True, or a learning rate of its own, or False; a group that is not named is frozen. Groups are
         `temporal`, `spatial_attention`, `time_embed`, `convolutions`, or the beginning of a parameter's name.
-    optimizer: arguments of `build_optimizer`.
+    optimizer: name, weight_decay, betas, library and states_on of `build_optimizer`.
+    memory: `MemorySwitches`, how weights are stored and when updated; None: in float32, after the backward pass.
     warmup_steps, cooldown_steps: optimiser steps over which the learning rate rises, and the last ones of the run, over
         which it falls to zero.
     timesteps, linear_start, linear_end, parameterization, zero_terminal_snr: of `NoiseSchedule`.
@@ -69,6 +74,7 @@ class LatentVideoDiffusion(pl.LightningModule):
         ckpt_path: str | None = None,
         trainable: Mapping[str, bool | float] | None = None,
         optimizer: Mapping[str, Any] | None = None,
+        memory: Mapping[str, Any] | None = None,
         warmup_steps: int = 0,
         cooldown_steps: int = 0,
         timesteps: int = 1000,
@@ -90,10 +96,11 @@ class LatentVideoDiffusion(pl.LightningModule):
         self.min_snr_gamma = _checked_gamma(min_snr_gamma, zero_terminal_snr)
         self.mixture = KnownFrameMixture.of_config(known_frames)
         if self.mixture is not None:
-            _check_takes_known_frames(self.unet, self.mixture, timesteps)
+            self.mixture.check_network(self.unet, timesteps)
         self.learning_rate = learning_rate
         self.optimizer_options = dict(optimizer or {})
         check_options(self.optimizer_options)
+        self.memory = MemorySwitches.of_config(memory)
         self.warmup_steps, self.cooldown_steps = warmup_steps, cooldown_steps
         self.seed = seed
         own_config = {
@@ -109,6 +116,8 @@ class LatentVideoDiffusion(pl.LightningModule):
         self.groups.freeze_the_rest()
         if ckpt_path is not None:
             fill_unet(self.unet, read_checkpoint(ckpt_path))
+        self.stored_weights = StoredWeights(self.unet, self.memory.weights, self.memory.frozen, seed)
+        self._optimizer: torch.optim.Optimizer | None = None
         self._encoder_tensors: dict[str, Tensor] = {}
         self._prepared_as: dict[str, Any] = {}  # goes into the config of checkpoints: what the sampler takes as default
 
@@ -120,7 +129,11 @@ class LatentVideoDiffusion(pl.LightningModule):
         """Check that the clips were prepared with this model's encoders, and find the encoders' weights."""
         if stage != "fit" or self._encoder_tensors:
             return
-        data = self.trainer.datamodule
+        trainer = self.trainer
+        self.memory.check_run(
+            trainer.precision, trainer.accumulate_grad_batches, trainer.gradient_clip_val, trainer.world_size
+        )
+        data = trainer.datamodule
         if getattr(data, "image_share", 0) and self.groups.is_temporal_alone:
             raise UserError(
                 "data.params.image_share: expected 0, since nothing but the temporal layers is trained and they do not "
@@ -132,7 +145,7 @@ class LatentVideoDiffusion(pl.LightningModule):
                 "not take part in a clip of 1 frame; ask for more frames or train other groups too"
             )
         self._encoder_tensors = encoder_tensors(self.config)
-        prepared = self.trainer.datamodule.prepared
+        prepared = data.prepared
         self._prepared_as = {"prepare": {"fps": prepared.info.fps, "size": list(prepared.info.size)}}
         check_prepared(
             prepared,
@@ -240,7 +253,7 @@ class LatentVideoDiffusion(pl.LightningModule):
         generator = torch.Generator(device)
         clean, noise, timesteps = [], [], []
         for moments, position in zip(batch.moments.float(), batch.positions, strict=True):
-            generator.manual_seed(_mix(self.seed, stream, position))
+            generator.manual_seed(mixed(self.seed, stream, position))
             mean = moments.chunk(2, dim=-3)[0]
             sampled = sample_posterior(moments, _normal_like(mean, generator))
             clean.append(self.scale_factor * sampled)
@@ -256,7 +269,7 @@ class LatentVideoDiffusion(pl.LightningModule):
         on_cpu, on_device = torch.Generator(), torch.Generator(clean.device)
         masks, levels, noise = [], [], []
         for latents, position in zip(clean, batch.positions, strict=True):
-            seed = _mix(self.seed, stream, position)
+            seed = mixed(self.seed, stream, position)
             mask, level = self.mixture.draw(frames, h, w, on_cpu.manual_seed(seed))
             masks.append(mask)
             levels.append(level)
@@ -266,14 +279,25 @@ class LatentVideoDiffusion(pl.LightningModule):
         return Known(mask, self.schedule.with_level(clean, torch.stack(noise), level), level)
 
     def configure_optimizers(self) -> dict[str, Any]:
-        optimizer = build_optimizer(self.groups.for_optimizer(self.learning_rate), **self.optimizer_options)
+        if isinstance(self._optimizer, WeightByWeight):
+            self._optimizer.close()
+        weights = None if self.memory.weights == "float32" else self.stored_weights
+        optimizer = self._optimizer = build_optimizer(
+            self.groups.for_optimizer(self.learning_rate),
+            **self.optimizer_options,
+            weights=weights,
+            in_backward=self.memory.step_in_backward,
+        )
         total = self.trainer.max_steps if self.cooldown_steps else -1
         schedule = rate_schedule(optimizer, self.warmup_steps, self.cooldown_steps, total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Write the weights under CompVis's names, and beside them the schedule, both encoders and the config."""
-        ours = checkpoint["state_dict"]
+        """Write the weights under CompVis's names, and beside them the schedule, both encoders and the config.
+
+        Split weights are written as the float32 values they stand for, others as they are stored.
+        """
+        ours = self.stored_weights.in_full(checkpoint["state_dict"], "unet.")
         checkpoint["state_dict"] = (
             self.schedule.compvis_buffers()
             | {_compvis_name(name): tensor for name, tensor in ours.items()}
@@ -285,11 +309,12 @@ class LatentVideoDiffusion(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take back the names Lightning knows; leave out what is not this module's."""
-        checkpoint["state_dict"] = {
+        ours = {
             "unet." + name.removeprefix(UNET_PREFIX) if name.startswith(UNET_PREFIX) else name: tensor
             for name, tensor in checkpoint["state_dict"].items()
             if name.startswith((UNET_PREFIX, "model_ema."))
         }
+        checkpoint["state_dict"] = self.stored_weights.taken_apart(ours, "unet.")
 
 
 def _compvis_name(name: str) -> str:
@@ -304,14 +329,6 @@ def _normal_like(like: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(like.shape, generator=generator, device=like.device)
 
 
-def _mix(seed: int, stream: int, position: int) -> int:
-    """One 63-bit seed from three numbers, far apart for near ones (the finaliser of splitmix64, Steele et al. 2014)."""
-    mixed = (seed * 0x9E3779B97F4A7C15 + stream * 0xD1B54A32D192ED03 + position) & 0xFFFFFFFFFFFFFFFF
-    for multiplier, shift in ((0xBF58476D1CE4E5B9, 30), (0x94D049BB133111EB, 27)):
-        mixed = ((mixed ^ (mixed >> shift)) * multiplier) & 0xFFFFFFFFFFFFFFFF
-    return (mixed ^ (mixed >> 31)) >> 1
-
-
 def _checked_gamma(gamma: float | None, zero_terminal_snr: bool) -> float | None:
     if gamma is not None and zero_terminal_snr:
         raise UserError(
@@ -321,21 +338,3 @@ def _checked_gamma(gamma: float | None, zero_terminal_snr: bool) -> float | None
     if gamma is not None and (isinstance(gamma, bool) or not isinstance(gamma, int | float) or gamma <= 0):
         raise UserError(f"model.params.min_snr_gamma: expected a number above 0 or null, found {gamma!r}")
     return gamma
-
-
-def _check_takes_known_frames(unet: torch.nn.Module, mixture: KnownFrameMixture, timesteps: int) -> None:
-    if not unet.takes_known_frames:
-        raise UserError(
-            f"model.params.known_frames: expected a network that takes known frames, unet_config.params.in_channels "
-            f"{2 * unet.out_channels + 1} for out_channels {unet.out_channels}, found in_channels {unet.in_channels}"
-        )
-    if mixture.max_noise and not unet.has_known_level:
-        raise UserError(
-            "model.params.known_frames.max_noise: expected 0 for a network that is not told of the noise, found "
-            f"{mixture.max_noise}; set unet_config.params.known_level_embedding: true"
-        )
-    if mixture.max_noise >= timesteps:
-        raise UserError(
-            f"model.params.known_frames.max_noise: expected a diffusion step below {timesteps}, found "
-            f"{mixture.max_noise}"
-        )

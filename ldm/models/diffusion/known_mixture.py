@@ -76,6 +76,23 @@ class KnownFrameMixture:
             )
         return cls(**words)
 
+    def check_network(self, unet: torch.nn.Module, timesteps: int) -> None:
+        """Raise `UserError` unless a network of so many diffusion steps takes known frames as they are drawn here."""
+        where = "model.params.known_frames"
+        if not unet.takes_known_frames:
+            raise UserError(
+                f"{where}: expected a network that takes known frames, unet_config.params.in_channels "
+                f"{2 * unet.out_channels + 1} for out_channels {unet.out_channels}, found in_channels "
+                f"{unet.in_channels}"
+            )
+        if self.max_noise and not unet.has_known_level:
+            raise UserError(
+                f"{where}.max_noise: expected 0 for a network that is not told of the noise, found {self.max_noise}; "
+                "set unet_config.params.known_level_embedding: true"
+            )
+        if self.max_noise >= timesteps:
+            raise UserError(f"{where}.max_noise: expected a diffusion step below {timesteps}, found {self.max_noise}")
+
     def draw(self, frames: int, h: int, w: int, generator: torch.Generator) -> tuple[Tensor, int]:
         """A mask `t 1 h w` and the diffusion step of the noise on what is known, 0 for none.
 

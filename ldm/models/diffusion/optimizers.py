@@ -1,8 +1,12 @@
-"""AdamW with 32-bit or 8-bit states, and how the learning rate rises and falls (torch, and torchao for 8 bits)."""
+"""AdamW with states of 32, 8 or 4 bits, and how the learning rate rises and falls.
+
+torch's own AdamW, torchao's for 8 and 4 bits, or bitsandbytes' for 8. Where weights are stored in fewer bits, states
+lie in host memory or steps are taken in the backward pass, it is shown one weight at a time: `weight_by_weight`.
+"""
 
 from __future__ import annotations
 
-import inspect
+import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,18 +15,22 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ldm.config import nearest
 from ldm.errors import UserError
+from ldm.models.diffusion.stored_weights import StoredWeights
+from ldm.models.diffusion.weight_by_weight import MakeOptimizer, WeightByWeight
 
-OPTIMIZERS = ("adamw", "adamw8bit")
+# What each name may be computed by, the first that is installed.
+OPTIMIZERS = {"adamw": (), "adamw8bit": ("torchao", "bitsandbytes"), "adamw4bit": ("torchao",)}
+STATES_ON = ("card", "host")
+OPTIONS = ("name", "weight_decay", "betas", "library", "states_on")
 
 
 def check_options(options: Mapping[str, Any]) -> None:
     """Raise `UserError` unless `build_optimizer` takes these options here; quick, and before any training."""
-    accepted = list(inspect.signature(build_optimizer).parameters)[1:]
     for option in options:
-        if option not in accepted:
+        if option not in OPTIONS:
             raise UserError(
-                f"model.params.optimizer.{option}: expected one of {', '.join(accepted)}; did you mean "
-                f"'{nearest(option, accepted)}'?"
+                f"model.params.optimizer.{option}: expected one of {', '.join(OPTIONS)}; did you mean "
+                f"'{nearest(option, OPTIONS)}'?"
             )
     build_optimizer([{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 1.0}], **options)
 
@@ -32,22 +40,31 @@ def build_optimizer(
     name: str = "adamw",
     weight_decay: float = 0.01,
     betas: tuple[float, float] = (0.9, 0.999),
+    library: str | None = None,
+    states_on: str = "card",
+    weights: StoredWeights | None = None,
+    in_backward: bool = False,
 ) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2019) over parameter groups, each with `params` and `lr`.
 
     name: "adamw" keeps its two averages in float32, 8 bytes a parameter; "adamw8bit" in blocks of 8-bit numbers, 2.04
-        bytes a parameter (Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization").
+        bytes a parameter (Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization"); "adamw4bit" in blocks
+        of 4-bit numbers, 1.06 (Li et al. 2023, "Memory Efficient Optimizers with 4-bit States").
+    library: "torchao" or "bitsandbytes" for states of few bits; None: the first of them that is installed.
+    states_on: "card": with the weights; "host": in host memory, from where they come for their weight's update.
+    weights, in_backward: of `WeightByWeight`.
     """
     if not (isinstance(betas, Sequence) and len(betas) == 2 and all(0 <= beta < 1 for beta in betas)):
         raise UserError(f"model.params.optimizer.betas: expected two numbers from 0 to below 1, found {betas!r}")
     if not (isinstance(weight_decay, int | float) and weight_decay >= 0):
         raise UserError(f"model.params.optimizer.weight_decay: expected a number from 0, found {weight_decay!r}")
+    if states_on not in STATES_ON:
+        raise UserError(f"model.params.optimizer.states_on: expected card or host, found {states_on!r}")
     groups = [dict(group) for group in groups]
-    if name == "adamw":
-        return torch.optim.AdamW(groups, weight_decay=weight_decay, betas=tuple(betas))
-    if name == "adamw8bit":
-        return _adamw_8bit(groups, weight_decay, tuple(betas))
-    raise UserError(f"model.params.optimizer.name: expected one of {', '.join(OPTIMIZERS)}, found '{name}'")
+    make = _maker(name, library, weight_decay, tuple(betas))
+    if weights is None and not in_backward and states_on == "card":
+        return make(groups)
+    return WeightByWeight(groups, make, weights, in_backward, on_host=states_on == "host")
 
 
 def rate_schedule(
@@ -73,21 +90,56 @@ def rate_schedule(
     return LambdaLR(optimizer, share)
 
 
-def _adamw_8bit(groups: list[dict[str, Any]], weight_decay: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
-    try:
-        from torchao.optim import AdamW8bit  # noqa: PLC0415 - optional, and slow to import
-    except ImportError as error:
+def _maker(name: str, library: str | None, weight_decay: float, betas: tuple[float, float]) -> MakeOptimizer:
+    """What builds the optimiser over groups; raises `UserError` for a name or a library that is not there."""
+    if name not in OPTIMIZERS:
+        raise UserError(f"model.params.optimizer.name: expected one of {', '.join(OPTIMIZERS)}, found '{name}'")
+    libraries = OPTIMIZERS[name]
+    if library is not None and library not in libraries:
         raise UserError(
-            f"model.params.optimizer.name: 'adamw8bit' needs the package torchao, which does not import here ({error});"
-            " pip install torchao, or set the name to adamw"
-        ) from error
+            f"model.params.optimizer.library: expected {' or '.join(libraries) or 'none'} for {name}, found '{library}'"
+        )
+    words = {"weight_decay": weight_decay, "betas": betas}
+    if not libraries:
+        return lambda groups: _adamw(groups, words)
+    failures = []
+    for candidate in libraries if library is None else [library]:
+        try:
+            module = importlib.import_module(f"{candidate}.optim")
+        except (ImportError, OSError) as error:
+            failures.append(f"{candidate}, which does not import here ({error})")
+            continue
+        kind = getattr(module, {"adamw8bit": "AdamW8bit", "adamw4bit": "AdamW4bit"}[name])
+        kind = _uncompiled_on_cpu(kind) if candidate == "torchao" else kind
+        return lambda groups: kind(groups, lr=groups[0]["lr"], **words)
+    raise UserError(
+        f"model.params.optimizer.name: '{name}' needs the package {', or '.join(failures)}; pip install "
+        f"{library or libraries[0]}, or set the name to adamw"
+    )
 
-    class AdamW8bitAnywhere(AdamW8bit):
-        """torchao compiles its step with a C++ compiler where there is no GPU; here it runs there uncompiled."""
 
+def _adamw(groups: list[dict[str, Any]], words: dict[str, Any]) -> torch.optim.AdamW:
+    """On a card one kernel: the step over lists of tensors has a copy of all weights in memory for a moment."""
+    if groups[0]["params"][0].device.type != "cuda":
+        return torch.optim.AdamW(groups, **words)
+    optimizer = torch.optim.AdamW(groups, fused=True, **words)
+    optimizer._step_supports_amp_scaling = False  # or Lightning refuses to clip, though no gradient is scaled in bf16
+    return optimizer
+
+
+def _uncompiled_on_cpu(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    """torchao compiles its step with a C++ compiler where there is no GPU; here it runs there uncompiled."""
+
+    class Anywhere(kind):
         def step(self, closure: Any = None) -> Any:
             on_cpu = self.param_groups[0]["params"][0].device.type == "cpu"
             with torch.compiler.set_stance("force_eager" if on_cpu else "default"):
                 return super().step(closure)
 
-    return AdamW8bitAnywhere(groups, lr=groups[0]["lr"], weight_decay=weight_decay, betas=betas)
+        def __setstate__(self, state: dict[str, Any]) -> None:
+            super().__setstate__(state)
+            for group in self.param_groups:  # numbers, if `WeightByWeight` wrote them
+                group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32)
+
+    Anywhere.__name__ = Anywhere.__qualname__ = kind.__name__
+    return Anywhere

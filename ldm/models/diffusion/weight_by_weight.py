@@ -1,0 +1,169 @@
+"""An optimiser that updates one weight after the other, each in float32, whatever it is stored as and wherever.
+
+Only one weight is ever there in float32, and where its step is taken in the backward pass, only one gradient. The
+update itself is that of a library's optimiser, which is shown one weight at a time (as in Lv et al. 2023, "Full
+Parameter Fine-tuning for Large Language Models with Limited Resources", section 3.1).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ldm.errors import UserError
+from ldm.models.diffusion.host_states import HostStates, plain_parts, rebuilt
+from ldm.models.diffusion.stored_weights import StoredWeights
+
+MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+
+
+class WeightByWeight(torch.optim.Optimizer):
+    """Steps like the library's optimiser does on float32 weights; its state dict is read by that one, and the reverse.
+
+    groups: as any optimiser takes them, with `params` and `lr`.
+    make: builds the library's optimiser.
+    weights: how the weights are stored; None: in float32.
+    in_backward: update each weight as soon as its gradient is complete and drop the gradient; `step` then only counts.
+        Until `close`, every backward pass through the weights is a step.
+    on_host: states lie in host memory between steps.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        make: MakeOptimizer,
+        weights: StoredWeights | None = None,
+        in_backward: bool = False,
+        on_host: bool = False,
+    ) -> None:
+        device = groups[0]["params"][0].device
+        self._inner = make([{"params": [nn.Parameter(torch.zeros(1, device=device))], "lr": 1.0}])
+        words = {name: value for name, value in self._inner.param_groups[0].items() if name != "params"}
+        super().__init__([dict(group) for group in groups], words | {"num_updates": 0})
+        self._weights = StoredWeights(nn.Module()) if weights is None else weights
+        self._host = HostStates() if on_host else None
+        self._groups = {weight: group for group in self.param_groups for weight in group["params"]}
+        self._is_half_done = False
+        self._hooks = []
+        self.in_backward, self.on_host = in_backward, on_host
+        if in_backward:
+            self._hooks = [weight.register_post_accumulate_grad_hook(self._on_gradient) for weight in self._groups]
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every weight that has a gradient; with `in_backward` that has been done."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if not self.in_backward:
+            for weight in self._groups:
+                if weight.grad is not None:
+                    self._update(weight)
+        for group in self.param_groups:
+            group["num_updates"] += 1
+        self._is_half_done = False
+        if self._host is not None:
+            self._host.end_step()
+        return loss
+
+    def close(self) -> None:
+        """Take no more steps in backward passes."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    @property
+    def largest_gradient(self) -> int:
+        """Bytes of the largest gradient, all that is ever kept of them with `in_backward`."""
+        return max(weight.nbytes for weight in self._groups)
+
+    def states(self) -> dict[nn.Parameter, dict[str, Any]]:
+        """The states of every weight, wherever they are."""
+        return dict(self.state) if self._host is None else self._host.all()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As every optimiser's. Raises RuntimeError between the updates of a step: nothing would fit together."""
+        if self._is_half_done:
+            raise RuntimeError("some weights are a step ahead of others: the backward pass did not end")
+        packed = super().state_dict()
+        if self._host is not None:
+            states = self._host.all()
+            packed["state"] = {place: states[w] for place, w in enumerate(self._groups) if w in states}
+        return packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over states in their own precision, which is not that of the weights."""
+        saved = state_dict["param_groups"]
+        sizes, own_sizes = ([len(group["params"]) for group in groups] for groups in (saved, self.param_groups))
+        if sizes != own_sizes:
+            raise UserError(
+                f"optimiser states: expected those of groups of {own_sizes} weights, found groups of {sizes}: they "
+                "were written by a run that trained other weights. Resume with its own config"
+            )
+        for group, old in zip(self.param_groups, saved, strict=True):
+            own = {"params", "fused", "foreach", "capturable"}  # where the weights are, not where they were
+            group.update({name: value for name, value in old.items() if name in group and name not in own})
+            group["lr"] = float(group["lr"])
+        self.state = defaultdict(dict)
+        places = chain.from_iterable(group["params"] for group in saved)
+        for weight, place in zip(self._groups, places, strict=True):
+            if place not in state_dict["state"]:
+                continue
+            state = state_dict["state"][place]
+            if self._host is None:
+                self.state[weight] = {name: self._placed(value, weight) for name, value in state.items()}
+            else:
+                counters = {n: self._placed(v, weight) for n, v in state.items() if n == "step"}
+                self._host.set(weight, {**state, **counters})
+
+    def _on_gradient(self, weight: nn.Parameter) -> None:
+        if weight.grad is None:
+            return
+        self._is_half_done = True
+        with _disable_current_modes():  # what counts the operations of a backward pass does not mean these
+            self._update(weight)
+        weight.grad = None
+
+    @torch.no_grad()
+    def _update(self, weight: nn.Parameter) -> None:
+        group = self._groups[weight]
+        is_halved = self._weights.is_halved(weight)
+        target = self._weights.full(weight) if is_halved else weight
+        if is_halved:
+            target.grad = weight.grad.float()
+        shown = self._inner.param_groups[0]
+        for name, value in group.items():
+            if name == "lr" and isinstance(shown["lr"], Tensor):
+                shown["lr"].fill_(value)
+            elif name != "params":
+                shown[name] = float(value) if name == "lr" else value
+        shown["params"] = [target]
+        state = self.state[weight] if self._host is None else self._host.fetch(weight)
+        self._inner.state = defaultdict(dict, {target: state})
+        self._inner.step()
+        if self._host is not None:
+            self._host.keep(weight, self._inner.state[target])
+        if is_halved:
+            self._weights.put(weight, target, group["num_updates"])
+        shown["params"], self._inner.state = [], defaultdict(dict)
+
+    def _placed(self, value: Any, weight: nn.Parameter) -> Any:
+        """A state's tensor beside its weight; a counter where the library's optimiser keeps it."""
+        if not isinstance(value, Tensor):
+            return value
+        is_on_device = value.ndim > 0 or self.param_groups[0].get("fused")
+        device = weight.device if is_on_device else torch.device("cpu")
+        return rebuilt(value, lambda part: part.detach().to(device, copy=True))
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes that an optimiser's states take, counters left out; quantised tensors as they are stored."""
+    states = optimizer.states() if isinstance(optimizer, WeightByWeight) else optimizer.state
+    values = chain.from_iterable(state.values() for state in states.values())
+    return sum(part.nbytes for value in values if isinstance(value, Tensor) for part in plain_parts(value))
