@@ -19,6 +19,7 @@ ALLOWED = {
     | {"ldm.checkpoint_names", "ldm.checkpoint_reading", "ldm.checkpoint_folder"}  # the encoders load themselves
     | {"taming"},
     "ldm/modules/tokenizer.py": {"transformers", "huggingface_hub", "ldm.errors"},
+    "ldm/modules/temporal_kernel.py": {"torch", "triton"},
     "ldm/modules/": {"torch", "einops", "ldm.errors", "ldm.modules"},
     "ldm/models/diffusion/schedule.py": {"torch", "ldm.errors"},
     "ldm/models/diffusion/noise.py": {"torch", "ldm.errors"},

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ldm.modules.attention_backends import attend
 from ldm.modules.chunks import in_chunks
 from ldm.modules.nn import GroupNorm32, zeroed
+from ldm.modules.projections import AttentionProjections
 from ldm.modules.temporal import TemporalAttention
 
 
@@ -43,7 +44,7 @@ class FeedForward(nn.Module):
         return self.net(x)
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(AttentionProjections):
     """Attention of a frame's tokens to each other or, with a context, to the caption of the clip.
 
     query_dim, context_dim: widths of the tokens and of the context; None: the tokens attend to each other.
@@ -69,13 +70,10 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """`(b t) n c`, `b m d` -> `(b t) n c`; keys and values are computed once per clip, whatever t is."""
-        context = x if context is None else context
-        batch, num_tokens = context.shape[0], x.shape[1]
-        q = rearrange(self.to_q(x), "(b t) n (heads d) -> b heads (t n) d", b=batch, heads=self.num_heads)
-        k, v = (
-            rearrange(project(context), "b m (heads d) -> b heads m d", heads=self.num_heads)
-            for project in (self.to_k, self.to_v)
-        )
+        batch, num_tokens = (x if context is None else context).shape[0], x.shape[1]
+        q, k, v = self.project(x, context)
+        q = rearrange(q, "(b t) n (heads d) -> b heads (t n) d", b=batch, heads=self.num_heads)
+        k, v = (rearrange(y, "b m (heads d) -> b heads m d", heads=self.num_heads) for y in (k, v))
         x = attend(q, k, v, self.backend)
         return self.to_out(rearrange(x, "b heads (t n) d -> (b t) n (heads d)", n=num_tokens))
 

@@ -4,6 +4,8 @@ sdpa        torch's own, which picks a kernel for the device (the default)
 math        two matrix products and a softmax; the fastest on a CPU and for the short rows of temporal attention
 flash_attn  the flash-attn package: NVIDIA GPU, float16 or bfloat16
 xformers    the xformers package: NVIDIA GPU
+triton      over frames our own kernel, see `fused_attention`: NVIDIA GPU, up to 64 frames; elsewhere as auto
+auto        over frames our kernel where it can be used; else math where rows are short (see `for_rows`), and sdpa
 """
 
 from __future__ import annotations
@@ -17,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.errors import UserError
+from ldm.modules.fused_attention import is_installed
 
-BACKENDS = ("sdpa", "math", "flash_attn", "xformers")
-MASKED_BACKENDS = ("sdpa", "math")  # those that can leave keys out
+BACKENDS = ("sdpa", "math", "flash_attn", "xformers", "triton", "auto")
+MASKED_BACKENDS = ("sdpa", "math", "triton", "auto")  # those that can leave keys out
 _MODULES = {"flash_attn": "flash_attn", "xformers": "xformers.ops"}
 _MOST_CUDA_ROWS = 65_535  # the fused CUDA kernels launch one block row per (batch, head)
 
@@ -30,26 +33,55 @@ def check_backend(name: str) -> None:
         raise UserError(f"attention_backend: expected one of {', '.join(BACKENDS)}, found '{name}'")
     if name in _MODULES:
         _import(name)
+    if name == "triton" and not is_installed():
+        raise UserError(
+            "attention_backend: 'triton' cannot be used, its package is not installed here; pip install triton on a "
+            "machine with an NVIDIA GPU, or use 'auto', which does without where it must"
+        )
+
+
+def for_rows(device: str, dtype: torch.dtype, num_queries: int, num_keys: int) -> str:
+    """What "auto" takes for rows of `num_keys` weights on a kind of device: "math" where they are short, else "sdpa".
+
+    On a CPU, measured forward and backward: in float32 the two are alike at 16 keys and fused attention wins beyond 32;
+    in bfloat16 it takes 2 to 12 times as long up to 77 keys, and is level at 256. Weights that are many go to sdpa,
+    which never holds them. On a GPU fused attention works on tiles of 64 and more, whatever the row's length.
+    """
+    if device == "cpu":
+        is_short = num_keys <= (32 if dtype in (torch.float32, torch.float64) else 128)
+        return "math" if is_short and num_queries * num_keys <= 2**18 else "sdpa"
+    return "math" if max(num_queries, num_keys) <= 16 else "sdpa"
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, backend: str = "sdpa", mask: Tensor | None = None) -> Tensor:
     """softmax(q k' / sqrt(d)) v: `b heads n d`, `b heads m d`, `b heads m d` -> `b heads n d`.
 
-    mask: bool `1 heads n m` or what broadcasts to it, True where a query sees a key; only "sdpa" and "math" take one.
+    mask: bool `1 heads n m` or what broadcasts to it, True where a query sees a key; only `MASKED_BACKENDS` take one.
 
     Raises `UserError` when the back end cannot run on these tensors.
     """
+    if backend in ("auto", "triton"):
+        backend = for_rows(q.device.type, q.dtype, q.shape[-2], k.shape[-2])
+    num_parts = num_launches(q.shape[0], q.shape[1]) if q.is_cuda else 1
+    return attend_in_parts(q, k, v, backend, mask, num_parts)
+
+
+def attend_in_parts(q: Tensor, k: Tensor, v: Tensor, backend: str, mask: Tensor | None, num_parts: int) -> Tensor:
+    """`attend`, so many parts of the batch one after the other."""
+    if num_parts == 1:
+        return _attend(q, k, v, backend, mask)
+    parts = zip(*(x.chunk(num_parts) for x in (q, k, v)), strict=True)
+    return torch.cat([_attend(*part, backend, mask) for part in parts])
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, backend: str, mask: Tensor | None) -> Tensor:
     if backend == "math":
         logits = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2))
         if mask is not None:
             logits = logits.masked_fill(~mask, -math.inf)
         return torch.matmul(logits.softmax(dim=-1, dtype=torch.float32).to(v.dtype), v)
     if backend == "sdpa":
-        num_parts = num_launches(q.shape[0], q.shape[1]) if q.is_cuda else 1
-        if num_parts == 1:
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        parts = zip(*(x.chunk(num_parts) for x in (q, k, v)), strict=True)
-        return torch.cat([F.scaled_dot_product_attention(*part, attn_mask=mask) for part in parts])
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     assert mask is None, f"the back end {backend} takes no mask"
     return _attend_on_gpu(q, k, v, backend)
 

@@ -16,8 +16,8 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000) -
     Timesteps may be fractional. An odd `dim` ends in a zero.
     """
     half = dim // 2
-    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32) / half)
-    angles = timesteps[:, None].float() * frequencies.to(timesteps.device)
+    halves = torch.arange(half, dtype=torch.float32, device=timesteps.device)  # from the CPU they would be waited for
+    angles = timesteps[:, None].float() * torch.exp(-math.log(max_period) * halves / half)
     return F.pad(torch.cat([angles.cos(), angles.sin()], dim=-1), (0, dim % 2))
 
 

@@ -20,8 +20,12 @@ from torch import Tensor, nn
 
 from ldm.errors import UserError
 from ldm.modules.attention_backends import attend
+from ldm.modules.fused_attention import check_fused, temporal_attention, why_not
 from ldm.modules.local_attention import attend_locally, check_window
 from ldm.modules.nn import zeroed
+from ldm.modules.projections import AttentionProjections
+
+MAX_PERIOD = 10000.0  # of the slowest rotation by position, in frames over 2 pi
 
 
 class TemporalConv(nn.Conv1d):
@@ -87,7 +91,7 @@ class PseudoConv3d(nn.Conv2d):
         return self.temporal(x, num_frames)
 
 
-def rotate_by_position(x: Tensor, max_period: float = 10000) -> Tensor:
+def rotate_by_position(x: Tensor, max_period: float = MAX_PERIOD) -> Tensor:
     """Rotate pairs of channels by angles that grow with the frame's number: `... t d` -> `... t d`, d even.
 
     The product of a rotated query and a rotated key depends on how many frames lie between them, not on where they are.
@@ -113,7 +117,7 @@ def see_changes_only(network: nn.Module, wanted: bool = True) -> None:
             owner.register_parameter("bias", None)
 
 
-class TemporalAttention(nn.Module):
+class TemporalAttention(AttentionProjections):
     """Self-attention of each pixel over the frames of its clip, zero at the start: `(b t) n c` -> the same.
 
     What it returns is to be added to its input. It never sees the text.
@@ -153,18 +157,30 @@ class TemporalAttention(nn.Module):
         self.to_out = zeroed(nn.Linear(dim, dim))
 
     def forward(self, x: Tensor, num_frames: int) -> Tensor:
-        num_tokens = x.shape[1]
-        x = self.norm(x)
+        q, k, v = self.project(self.norm(x))
+        is_local = self.window is not None and num_frames > self.window.num_frames // 2 + 1
+        attend_frames = self._attend_fused if self._is_fused(q, num_frames) else self._attend_rows
+        x = attend_frames(q, k, v, num_frames, is_local)
+        return self.to_out(x - v if self.changes_only else x)
+
+    def _is_fused(self, q: Tensor, num_frames: int) -> bool:
+        what = (q.device, q.dtype, num_frames, q.shape[-1] // self.num_heads)
+        if self.backend == "triton":
+            check_fused(*what)
+        return self.backend == "triton" or (self.backend == "auto" and q.is_cuda and why_not(*what) is None)
+
+    def _attend_fused(self, q: Tensor, k: Tensor, v: Tensor, num_frames: int, is_local: bool) -> Tensor:
+        window = (self.window.radius, self.window.sees_first) if is_local else (-1, False)
+        period = MAX_PERIOD if self.positions else 0.0
+        return temporal_attention(q, k, v, num_frames, self.num_heads, period, *window)
+
+    def _attend_rows(self, q: Tensor, k: Tensor, v: Tensor, num_frames: int, is_local: bool) -> Tensor:
+        """Every pixel's frames as a row of their own."""
+        num_tokens = q.shape[1]
         q, k, v = (
-            rearrange(project(x), "(b t) n (heads d) -> (b n) heads t d", t=num_frames, heads=self.num_heads)
-            for project in (self.to_q, self.to_k, self.to_v)
+            rearrange(x, "(b t) n (heads d) -> (b n) heads t d", t=num_frames, heads=self.num_heads) for x in (q, k, v)
         )
         if self.positions:
             q, k = rotate_by_position(q), rotate_by_position(k)
-        if self.window is None or num_frames <= self.window.num_frames // 2 + 1:  # all frames see each other
-            x = attend(q, k, v, self.backend)
-        else:
-            x = attend_locally(q, k, v, self.window, self.backend)
-        if self.changes_only:
-            x = x - v
-        return self.to_out(rearrange(x, "(b n) heads t d -> (b t) n (heads d)", n=num_tokens))
+        x = attend_locally(q, k, v, self.window, self.backend) if is_local else attend(q, k, v, self.backend)
+        return rearrange(x, "(b n) heads t d -> (b t) n (heads d)", n=num_tokens)
