@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import io
 import pkgutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 import ldm
 from ldm.config_compvis import translate_compvis
+from ldm.config_targets import check_target, is_trusted
+from ldm.config_text import check_references, check_yaml, checked_text
 from ldm.config_values import ConfigError, check_values, mapping_at
 
 SECTIONS = {
@@ -37,6 +40,7 @@ DEFAULT_TARGETS = {
     "lightning.callbacks.last_checkpoint": "ldm.callbacks.LastCheckpoint",
     "lightning.callbacks.progress": "ldm.callbacks.ProgressLines",
     "lightning.callbacks.memory": "ldm.callbacks.MemoryReport",
+    "lightning.callbacks.data_wait": "ldm.callbacks.DataWait",
     "lightning.callbacks.samples": "ldm.callbacks.VideoLogger",
     "lightning.callbacks.average": "ldm.callbacks.WeightAverage",
     "lightning.callbacks.learning_rates": "pytorch_lightning.callbacks.LearningRateMonitor",
@@ -54,16 +58,20 @@ def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> D
     """
     parts = [_read(Path(path)) for path in paths]
     for override in overrides:
-        key, separator, _ = override.partition("=")
+        key, separator, value = override.partition("=")
         if not separator or not key.strip() or key.startswith("-"):
             raise ConfigError(
                 f"the override {override!r} is not of the form key=value, for instance data.params.batch_size=2"
             )
+        _check_override(override, value)
     try:
         parts.append(OmegaConf.from_dotlist(list(overrides)))
         merged = OmegaConf.merge(*parts)
+        if not is_trusted():
+            check_references(OmegaConf.to_container(merged))
         OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
-    except (OmegaConfBaseException, yaml.YAMLError, TypeError) as error:  # TypeError: a list over a mapping
+    except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
+        # TypeError: a list over a mapping
         raise ConfigError(f"{_sources(paths, overrides)}: {error}") from error
     _check_keys(merged, SECTIONS[""], "")
     return translate_compvis(merged)
@@ -100,7 +108,7 @@ def check(config: DictConfig) -> None:
     lightning = tree.get("lightning") or {}
     mapping_at("lightning.callbacks", lightning.get("callbacks"))
     if trainer := mapping_at("lightning.trainer", lightning.get("trainer")):
-        accepted = set(_parameters(_import_target("pytorch_lightning.Trainer", ""))) - TRAINER_OWN
+        accepted = set(_parameters(_find_class("pytorch_lightning.Trainer", ""))) - TRAINER_OWN
         _check_keys(trainer, {*accepted, "gpus"}, "lightning.trainer")
     for path, node in _nodes(tree):
         _check_node(node, path, given=(), optional=SUPPLIED)
@@ -126,12 +134,19 @@ def _read(path: Path) -> DictConfig:
         beside = [str(folder / entry.name) for entry in folder.glob("*.yaml")] if folder.is_dir() else []
         raise ConfigError(f"{path}: no such config file; {nearest(str(path), beside)}")
     try:
-        config = OmegaConf.load(path)
-    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        config = OmegaConf.load(io.StringIO(checked_text(path)))
+    except (yaml.YAMLError, ValueError, OmegaConfBaseException) as error:
         raise ConfigError(f"{path}: not readable as YAML: {error}") from error
     if not isinstance(config, DictConfig):
         raise ConfigError(f"{path}: expected a mapping with the keys {', '.join(SECTIONS[''])} at the top")
     return config
+
+
+def _check_override(override: str, value: str) -> None:
+    try:
+        check_yaml(value)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"the override {override[:200]!r} is not readable as YAML: {error}") from error
 
 
 def _sources(paths: Sequence[str | Path], overrides: Sequence[str]) -> str:
@@ -209,6 +224,15 @@ def _parameters(target: type) -> dict[str, inspect.Parameter]:
 
 
 def _import_target(name: str, path: str) -> type:
+    """The class that a config names; `ConfigError` for one that it may not, whose module is not imported."""
+    if "." in name and name.partition(".")[0] != ldm.__name__:
+        check_target(name, f"{path}.target")
+    target = _find_class(name, path)
+    check_target(name, f"{path}.target")
+    return target
+
+
+def _find_class(name: str, path: str) -> type:
     module_name, _, attribute = name.rpartition(".")
     where = f"{path}.target"
     if not module_name:

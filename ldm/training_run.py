@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ldm.command_line import Parser
 from ldm.config import load_config, nearest, to_container
+from ldm.config_targets import FLAG, is_trusted
 from ldm.errors import UserError
 
 TRAINER_FLAGS = (
@@ -88,6 +89,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         "--scale_lr", nargs="?", const=True, default=False, type=_truth,
         help="learning rate = base rate x accumulated batches x devices x batch size",
     )  # fmt: skip
+    parser.add_argument(FLAG, action="store_true", help="build whatever class the config names")
     trainer = parser.add_argument_group("Lightning's trainer; these beat the config")
     trainer.add_argument("--gpus", default=argparse.SUPPRESS, help='"0,": card 0; "0,1": these; 2: any two; 0: none')
     for flag in TRAINER_FLAGS:
@@ -126,6 +128,10 @@ def find_run(options: argparse.Namespace) -> Run:
         raise UserError("expected --base CONFIG.yaml to start a run or -r RUN_FOLDER to go on with one, found neither")
     config = load_config(options.base, options.overrides)
     name = options.name or Path(options.base[0]).stem
+    if Path(label := f"{name}{options.postfix}").name != label:
+        raise UserError(
+            f"-n/--name and -f/--postfix: expected part of a folder's name, found {label!r}; folders go to -l/--logdir"
+        )
     folder = Path(options.logdir) / f"{now}_{name}{options.postfix}"
     return Run(folder, now, _with_flags(config, options.trainer))
 
@@ -160,6 +166,26 @@ def trainer_arguments(config: DictConfig) -> dict[str, Any]:
     elif arguments.get("accelerator") in ("gpu", "cuda"):
         _require_cards(f"accelerator {arguments['accelerator']}", 1)
     return {"accelerator": "auto", "devices": 1, **arguments}
+
+
+def check_places(folder: Path, logger: Any, callbacks: Sequence[Any]) -> None:
+    """Raise `UserError` where an untrusted config has a logger or a callback write outside the run folder."""
+    places = {"lightning.logger": getattr(logger, "log_dir", None)}
+    for callback in callbacks:
+        if (place := getattr(callback, "dirpath", None)) is not None:
+            name = type(callback).__name__
+            places[f"lightning: {name}.dirpath"] = place
+            places[f"lightning: {name}.filename"] = os.path.join(place, getattr(callback, "filename", None) or "")
+    inside = os.path.realpath(folder)
+    for where, place in places.items():
+        if place is None or is_trusted():
+            continue
+        found = os.path.realpath(place)
+        if os.path.commonpath([inside, found]) != inside:
+            raise UserError(
+                f"{where}: expected a place in the run folder {folder}, found {found}; leave it out, or give {FLAG} if "
+                "you know where this config comes from"
+            )
 
 
 def num_devices(arguments: dict[str, Any]) -> int:

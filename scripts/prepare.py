@@ -37,6 +37,7 @@ from ldm.atomic import replacing
 from ldm.checkpoint_names import FIRST_STAGE_PREFIX, TEXT_PREFIX
 from ldm.command_line import Parser
 from ldm.config import check, load_config
+from ldm.config_targets import FLAG, trusting
 from ldm.data.captions import find_captions
 from ldm.data.drawn_sources import draw_ahead, plan_world, read_looks, usable_cores
 from ldm.data.encoding import Encoders
@@ -58,6 +59,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("videos", nargs="*", metavar="VIDEO_OR_FOLDER", help="footage; key=value overrides the config")
     parser.add_argument("--out", required=True, type=Path, help="folder for the prepared clips")
     parser.add_argument("--config", required=True, help="the video config; its encoders are used")
+    parser.add_argument(FLAG, action="store_true", help="build whatever class the config names")
     parser.add_argument("--fps", type=float, help=f"frames a second (default: prepare.fps, else {DEFAULT_FPS:g})")
     parser.add_argument("--size", help=f"side, or HEIGHTxWIDTH, in pixels (default: prepare.size, else {DEFAULT_SIZE})")
     captions = parser.add_mutually_exclusive_group()
@@ -206,7 +208,12 @@ def write_preview(prepared: PreparedSet, encoders: Encoders) -> Path:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prepare footage; raises UserError when nothing was kept or something makes the whole run pointless."""
     given = parse_arguments(arguments)
-    console = Console()
+    with trusting(given.trust_config):
+        carry_out(given, Console())
+
+
+def carry_out(given: argparse.Namespace, console: Console) -> None:
+    """Prepare what a parsed command line names."""
     config = load_config([given.config], given.overrides)
     check(config)
     is_drawn = given.world is not None

@@ -20,6 +20,7 @@ import main as command
 from ldm import training_run
 from ldm.checkpoint import identity, load_unet, read_checkpoint
 from ldm.config import ConfigError, build, load_config, to_container
+from ldm.config_targets import trusting
 from ldm.data.shards import DatasetError
 from ldm.errors import UserError
 from ldm.training_run import find_run, parse_arguments
@@ -48,7 +49,8 @@ def toy(tmp_path, monkeypatch):
     }
     path = tmp_path / "toy.yaml"
     path.write_text(yaml.safe_dump(config))
-    return path
+    with trusting():
+        yield path
 
 
 def run(toy, *arguments):
@@ -149,7 +151,7 @@ def test_learning_rates_mean_what_they_say(toy, caplog):
 def start(*arguments, **options):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(
-        [sys.executable, "main.py", *map(str, arguments)], cwd=ROOT, text=True, env=environment,
+        [sys.executable, "main.py", "--trust-config", *map(str, arguments)], cwd=ROOT, text=True, env=environment,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options,
     )  # fmt: skip
 

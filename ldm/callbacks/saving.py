@@ -17,6 +17,7 @@ from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from ldm.atomic import replacing
+from ldm.checkpoint_files import check_header
 from ldm.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     @staticmethod
     def _load(path: str | Path) -> dict[str, Any]:
+        check_header(Path(path))
         # 8-bit optimiser states are a torchao class, known to torch.load only once torchao is imported.
         if importlib.util.find_spec("torchao") and any(
             name.startswith("torchao.") for name in torch.serialization.get_unsafe_globals_in_checkpoint(path)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import json
+import math
+import re
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,10 +15,20 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ldm.errors import UserError
+from ldm.json_text import check_depth, parse_json
 
 FLOAT16 = np.dtype("<f2")
 SCHEMA_VERSION = 1
+MAX_INFO_BYTES = 2**20  # of dataset.json
+MAX_SIDE, MAX_VALUES = 2**16, 2**28  # of an array in a shard: of one dimension, of all together
+MAX_CAPTIONS = 1000  # of a scene
 DATASET_FILE, INDEX_FILE, VIDEOS_FILE, EMPTY_FILE = "dataset.json", "index.jsonl", "videos.jsonl", "empty.npy"
+
+
+# A key becomes the name of a file in an archive, and a shard is a file in the folder: neither says where else to go.
+_KEY = re.compile(r"[A-Za-z0-9_-]{1,128}")
+_SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
+_CRCS = re.compile(r"(?:[0-9a-f]{8})+")
 
 
 class DatasetError(UserError):
@@ -49,15 +61,18 @@ class SceneEntry:
 
     @classmethod
     def from_line(cls, line: str | bytes) -> SceneEntry:
-        """Parse a line of the index; raises KeyError, TypeError or ValueError when it is none."""
-        return cls.from_values(json.loads(line))
+        """Parse a line of the index; raises TypeError or ValueError when it is none."""
+        return cls.from_values(parse_json(line))
 
     @classmethod
     def from_values(cls, values: dict[str, Any]) -> SceneEntry:
-        """From a parsed line."""
+        """From a parsed line, every value looked at; raises TypeError or ValueError."""
         entry = cls(**values)
-        entry.latents = Span(*entry.latents)
-        entry.contexts = [Span(*span) for span in entry.contexts]
+        entry.latents = _span(entry.latents)
+        entry.contexts = [_span(span) for span in entry.contexts]
+        for name, is_sound in _SOUND.items():
+            if not is_sound(entry):
+                raise ValueError(f"{name}: found {str(getattr(entry, name))[:80]!r}")
         return entry
 
     def to_line(self) -> str:
@@ -106,7 +121,7 @@ def read_info(root: Path) -> DatasetInfo:
     if not path.is_file():
         raise DatasetError(f"{root}: expected {DATASET_FILE} in it, found none; {advice}")
     try:
-        values = json.loads(path.read_bytes())
+        values = parse_json(_content(path, MAX_INFO_BYTES))
         version = values["schema_version"]
     except (ValueError, KeyError, TypeError) as error:
         raise DatasetError(f"{path}: expected JSON with a schema_version ({error}); {advice}") from error
@@ -121,7 +136,11 @@ def read_info(root: Path) -> DatasetInfo:
             f"{path}: these fields are missing or unknown: {', '.join(sorted(names ^ set(values)))}; prepare the "
             "footage again into a fresh folder"
         )
-    return DatasetInfo(**values)
+    info = DatasetInfo(**values)
+    for name, expected, is_sound in _demands(info):
+        if not is_sound:
+            raise DatasetError(f"{path}: {name}: expected {expected}, found {str(values[name])[:80]}; {advice}")
+    return info
 
 
 def read_index(root: Path, info: DatasetInfo) -> list[SceneEntry]:
@@ -147,7 +166,9 @@ def parse_index(lines: Iterable[bytes], path: Path) -> list[SceneEntry]:
     collecting = gc.isenabled()
     gc.disable()  # it would walk the growing list again and again: two thirds of the time
     try:
-        return [SceneEntry.from_values(values) for values in json.loads(b"[" + b",".join(lines) + b"]")]
+        values = parse_json(b"[" + b",".join(lines) + b"]", depth=None)
+        if len(values) == len(lines):
+            return [SceneEntry.from_values(value) for value in values]
     except (ValueError, TypeError):
         pass  # one by one, to say which
     finally:
@@ -160,3 +181,59 @@ def parse_index(lines: Iterable[bytes], path: Path) -> list[SceneEntry]:
         except (ValueError, TypeError) as error:
             raise DatasetError(f"{path}: line {number} is no scene ({error}); prepare into a fresh folder") from error
     return entries
+
+
+def _span(numbers: Any) -> Span:
+    if not isinstance(numbers, list) or len(numbers) != len(Span._fields):
+        raise ValueError(f"a span is offset, length and crc32, found {str(numbers)[:80]}")
+    if any(type(number) is not int or number < 0 for number in numbers):
+        raise ValueError(f"a span has whole numbers from 0, found {str(numbers)[:80]}")
+    return Span(*numbers)
+
+
+# Whether each value of a line can be meant; looked at for every scene, so that it has to be quick.
+_SOUND: dict[str, Callable[[SceneEntry], Any]] = {
+    "key": lambda its: type(its.key) is str and _KEY.fullmatch(its.key),
+    "shard": lambda its: type(its.shard) is str and _SHARD.fullmatch(its.shard),
+    "source": lambda its: type(its.source) is str,
+    "start": lambda its: type(its.start) is int and its.start >= 0,
+    "num_frames": lambda its: type(its.num_frames) is int and its.num_frames > 0,
+    "fps": lambda its: _is_positive(its.fps),
+    "captions": lambda its: type(its.captions) is list and set(map(type, its.captions)) == {str},
+    "contexts": lambda its: len(its.contexts) == len(its.captions) <= MAX_CAPTIONS,
+    "frames_crc32": lambda its: type(its.frames_crc32) is str and _CRCS.fullmatch(its.frames_crc32),
+    "notes": lambda its: type(its.notes) is dict and (not its.notes or check_depth(its.notes) is None),
+}
+
+
+def _demands(info: DatasetInfo) -> Iterator[tuple[str, str, bool]]:
+    """What the values of `dataset.json` must be: name, in words, whether it is so."""
+    for name in ("first_stage", "text_encoder"):
+        yield name, "a string", isinstance(getattr(info, name), str)
+    for name in ("scale_factor", "fps"):
+        yield name, "a number above 0", _is_positive(getattr(info, name))
+    for name, length in (("size", 2), ("moments_shape", 3), ("context_shape", 2)):
+        yield name, f"{length} whole numbers from 1 to {MAX_SIDE}", _is_shape(getattr(info, name), length)
+    yield "moments_shape", "an even number of channels", info.moments_shape[0] % 2 == 0
+    for name in ("num_tokens", "empty_context_crc32", "num_videos", "num_scenes", "num_frames", "index_crc32"):
+        value = getattr(info, name)
+        yield name, "a whole number from 0", type(value) is int and value >= 0
+
+
+def _is_shape(value: Any, length: int) -> bool:
+    if not isinstance(value, list) or len(value) != length:
+        return False
+    return all(type(side) is int and 0 < side <= MAX_SIDE for side in value) and math.prod(value) <= MAX_VALUES
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < float("inf")
+
+
+def _content(path: Path, most: int) -> bytes:
+    """The bytes of a small file; raises ValueError for a larger one."""
+    with path.open("rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"more than {most:,} bytes")
+    return content

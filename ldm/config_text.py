@@ -1,0 +1,149 @@
+"""YAML from strangers: whatever is in a file, reading it takes little memory and time and asks nothing of the machine.
+
+Looked at before anything is built of it: size, nesting, what aliases would grow to, and tags, which name Python's
+types. Of OmegaConf's interpolations only references to other values are taken; its resolvers read the environment.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+MAX_BYTES, MAX_NODES, MAX_DEPTH = 2**20, 10_000, 48
+MAX_NUMBER = 400  # characters of a number
+MAX_EXPANDED = 100_000  # characters and values that all references together stand for
+MAX_CHAIN = 16  # references to references
+
+_REFERENCE = re.compile(r"\$\{(\.*)([\w-]+(?:\.[\w-]+|\[[\w-]+\])*)\}")
+_NUMERIC = re.compile(r"[-+0-9a-fA-FoxX_.:]+")
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+Place = tuple[str, ...]
+
+
+def checked_text(path: Path) -> str:
+    """The text of a YAML file that `check_yaml` lets pass. Raises ValueError and yaml.YAMLError."""
+    with path.open("rb") as file:
+        content = file.read(MAX_BYTES + 1)
+    text = content[:MAX_BYTES].decode("utf-8-sig" if len(content) <= MAX_BYTES else "latin-1")
+    if len(content) > MAX_BYTES:
+        raise ValueError(f"more than {MAX_BYTES:,} bytes, no config is that long")
+    check_yaml(text)
+    return text
+
+
+def check_yaml(text: str) -> None:
+    """Raise ValueError or yaml.YAMLError for YAML that is deep, grows by its aliases, has tags, or is no YAML."""
+    counter = _Counter()
+    for event in yaml.parse(text, Loader=_Loader):
+        try:
+            counter.take(event)
+        except ValueError as error:
+            raise ValueError(f"line {event.start_mark.line + 1}: {error}") from None
+
+
+def check_references(tree: Mapping[str, Any]) -> None:
+    """Raise ValueError for an interpolation other than `${other.key}`, and for references that grow without end."""
+    _Expansion(tree).size(tree, (), 0)
+
+
+class _Counter:
+    """Counts the values in YAML, those behind an alias as often as they are named."""
+
+    def __init__(self) -> None:
+        self.anchored: dict[str, int | None] = {}  # what each stands for; None while it is open
+        self.open: list[tuple[str | None, int]] = [(None, 0)]  # anchor of each open node, values inside it so far
+
+    def take(self, event: yaml.Event) -> None:
+        """One event of the parser; raises ValueError."""
+        if getattr(event, "tag", None) is not None:
+            raise ValueError(f"the tag {event.tag[:80]!r}; only plain values are read")
+        if isinstance(event, yaml.CollectionStartEvent):
+            if len(self.open) > MAX_DEPTH:
+                raise ValueError(f"nested deeper than {MAX_DEPTH}")
+            if event.anchor is not None:
+                self.anchored[event.anchor] = None
+            self.open.append((event.anchor, 0))
+        elif isinstance(event, yaml.CollectionEndEvent):
+            self._add(*self.open.pop())
+        elif isinstance(event, yaml.AliasEvent):
+            nodes = self.anchored.get(event.anchor, 0)  # an unknown one is for the loader to name
+            if nodes is None:
+                raise ValueError(f"*{event.anchor[:80]} is inside itself")
+            self._add(None, nodes)
+        elif isinstance(event, yaml.ScalarEvent):
+            if event.implicit[0] and len(event.value) > MAX_NUMBER and _NUMERIC.fullmatch(event.value):
+                raise ValueError(f"a number of {len(event.value):,} digits")
+            self._add(event.anchor, 0)
+
+    def _add(self, anchor: str | None, nodes: int) -> None:
+        if anchor is not None:
+            self.anchored[anchor] = nodes + 1
+        outer, before = self.open[-1]
+        self.open[-1] = outer, before + nodes + 1
+        if before + nodes >= MAX_NODES:
+            raise ValueError(f"more than {MAX_NODES:,} values, those of aliases counted in full")
+
+
+class _Expansion:
+    """How much the references in a tree stand for."""
+
+    def __init__(self, tree: Mapping[str, Any]) -> None:
+        self.tree = tree
+        self.known: dict[Place, int] = {}
+
+    def size(self, value: Any, place: Place, chain: int) -> int:
+        """Of a value that stands at `place`, behind `chain` references."""
+        if isinstance(value, Mapping):
+            parts = [(str(key), part) for key, part in value.items()]
+        elif isinstance(value, list):
+            parts = [(str(index), part) for index, part in enumerate(value)]
+        else:
+            return self._text_size(value, place, chain) if isinstance(value, str) else 1
+        return self._bounded(1 + sum(self.size(part, (*place, key), chain) for key, part in parts), place)
+
+    def _text_size(self, text: str, place: Place, chain: int) -> int:
+        if "${" not in text:
+            return len(text)
+        where = ".".join(place)
+        if "${" in _REFERENCE.sub("", text):
+            raise ValueError(
+                f"{where}: {text[:80]!r} asks for more than another value, which files of strangers may not; write "
+                "${other.key} or the value itself, or give --trust-config if you know where the config comes from"
+            )
+        if chain >= MAX_CHAIN:
+            raise ValueError(f"{where}: more than {MAX_CHAIN} references from one to the next")
+        targets = [self._target(dots, path, place) for dots, path in _REFERENCE.findall(text)]
+        return self._bounded(len(text) + sum(self._target_size(target, chain) for target in targets), place)
+
+    def _target_size(self, target: Place, chain: int) -> int:
+        if target not in self.known:
+            self.known[target] = self.size(_at(self.tree, target), target, chain + 1)
+        return self.known[target]
+
+    @staticmethod
+    def _target(dots: str, path: str, place: Place) -> Place:
+        words = tuple(re.findall(r"[\w-]+", path))
+        return (*place[: max(0, len(place) - len(dots))], *words) if dots else words
+
+    @staticmethod
+    def _bounded(size: int, place: Place) -> int:
+        if size > MAX_EXPANDED:
+            raise ValueError(f"{'.'.join(place) or 'the config'}: references that grow to more than {MAX_EXPANDED:,}")
+        return size
+
+
+def _at(tree: Any, place: Sequence[str]) -> Any:
+    """The value at a place; None where there is none, which is for OmegaConf to name."""
+    for key in place:
+        if isinstance(tree, Mapping):
+            tree = tree.get(key, tree.get(int(key)) if key.isdecimal() and len(key) < MAX_CHAIN else None)
+        elif isinstance(tree, list) and key.isdecimal() and len(key) < MAX_CHAIN and int(key) < len(tree):
+            tree = tree[int(key)]
+        else:
+            return None
+    return tree
