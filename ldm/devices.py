@@ -1,4 +1,4 @@
-"""Which device the networks of a command run on, and in which precision."""
+"""Which device the networks of a command run on, in which precision, and how its libraries are set."""
 
 from __future__ import annotations
 
@@ -29,3 +29,20 @@ def choose_precision(given: str | None, device: torch.device) -> str:
     if given is not None:
         return given
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "full"
+
+
+def set_up_card(exact: bool, repeatable: bool) -> None:
+    """Choose what torch leaves open on NVIDIA cards, for the whole process; elsewhere it changes nothing.
+
+    exact: products and convolutions of float32 numbers are computed in float32. If not, in TF32, whose factors have 10
+        bits of fraction instead of 23, at several times the speed. Who asks for full precision gets it; where bfloat16
+        or float16 is asked for, what is left in float32 takes TF32.
+    repeatable: cuDNN takes algorithms that give the same bits again. If not, it tries several for each size it meets
+        and keeps the fastest: training has few sizes.
+    """
+    if not torch.cuda.is_available():
+        return
+    torch.set_float32_matmul_precision("highest" if exact else "high")
+    torch.backends.cudnn.allow_tf32 = not exact
+    torch.backends.cudnn.deterministic = repeatable
+    torch.backends.cudnn.benchmark = not repeatable

@@ -43,7 +43,10 @@ from ldm.models.diffusion.known import KnownLatents, check_known_level, check_ta
 from ldm.models.diffusion.noise import NoiseFamily
 from ldm.models.diffusion.sampling import build_scheduler, check_eta, check_size, decode_chunks, set_steps
 from ldm.models.diffusion.stages import Plan
+from ldm.modules.compiling import compile_by_shape
+from ldm.modules.cuda_graphs import check_has_graphs, play_back
 from ldm.modules.posterior import posterior_mean
+from ldm.modules.projections import join_projections
 from ldm.prompts import read_schedule
 from ldm.video import from_uint8, to_uint8
 
@@ -65,6 +68,8 @@ class ClipGenerator:
     config: a whole config for a checkpoint without one; None: the checkpoint's own, else Stable Diffusion v1's.
     device, precision: where the networks run, and what the UNet runs in ("full", "bf16", "fp16"); the text encoder and
         the image autoencoder always run in float32.
+    compiled, played_back: whether the UNet goes through torch.compile, and whether its kernels are recorded and played
+        back (on an NVIDIA GPU); see `compiling` and `cuda_graphs`.
 
     The networks are loaded when first needed, so that `check` can refuse settings before anything slow happens. Noise
     schedule, target and noise family are those the checkpoint was trained with. `defaults` are the settings of
@@ -77,9 +82,14 @@ class ClipGenerator:
         config: Mapping[str, Any] | None = None,
         device: torch.device | str = "cpu",
         precision: str = "full",
+        compiled: bool = False,
+        played_back: bool = False,
     ) -> None:
         self.checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else read_checkpoint(checkpoint)
         self.config, self.device, self.dtype = config, torch.device(device), PRECISIONS[precision]
+        self.compiled, self.played_back = compiled, played_back
+        if played_back:
+            check_has_graphs(self.device)
         whole = config or self.checkpoint.config or {}
         self._params = mapping_at("model.params", mapping_at("model", whole.get("model")).get("params"))
         unet = unet_node(self.checkpoint, config)
@@ -259,7 +269,14 @@ class ClipGenerator:
         if self._unet is None:
             gc.collect()  # the text encoder may just have gone
             unet = load_unet(self.checkpoint, self.config).requires_grad_(False).eval()
-            self._unet = unet.to(device=self.device, dtype=self.dtype)
+            unet = unet.to(device=self.device, dtype=self.dtype)
+            if self.device.type == "cuda":  # on a CPU it is no faster
+                join_projections(unet)
+            if self.compiled:
+                compile_by_shape(unet)
+            if self.played_back:
+                play_back(unet)
+            self._unet = unet
         return self._unet
 
     @property

@@ -2,8 +2,8 @@
 
 A record is a plain dict: `clip` (the settings), `given` (path and sha256 of each file of given frames), `seed`, `batch`
 (all seeds made at once, and which of them this is), `checkpoint` (path, sha256), `temporal` (those of temporal layers
-put into it, or None), `config` (where the checkpoint has none), `precision`, `decode_chunk`, `machine`, `versions`,
-`command`. It holds no time of day, so that the same clip made again is the same file.
+put into it, or None), `config` (where the checkpoint has none), `precision`, `compiled`, `decode_chunk`, `machine`,
+`versions`, `command`. It holds no time of day, so that the same clip made again is the same file.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from ldm.clip_settings import PRECISIONS, ClipSettings, GivenFiles
 from ldm.config_values import ConfigError, check_values, mapping_at
 from ldm.data.preparation import hash_file
 from ldm.errors import UserError
+from ldm.json_text import parse_json
 from ldm.video import contact_sheet, read_metadata, write_gif, write_mp4
 
 SHEET_WIDTH = 4096  # pixels; longer clips take several rows
@@ -41,7 +42,7 @@ PARTS = {
     "": {
         "clip": Mapping, "given": Mapping, "seed": int, "batch": Mapping, "checkpoint": Mapping,
         "temporal": Mapping | None,
-        "config": Mapping | None, "precision": str, "decode_chunk": int, "machine": Mapping,
+        "config": Mapping | None, "precision": str, "compiled": bool, "decode_chunk": int, "machine": Mapping,
         "versions": Mapping[str, str], "command": str,
     },
     "clip": get_type_hints(ClipSettings),
@@ -51,7 +52,7 @@ PARTS = {
 }  # fmt: skip
 # Words that records of earlier versions lack, and what was meant by that.
 SINCE = {
-    "": {"given": {}, "temporal": None},
+    "": {"given": {}, "temporal": None, "compiled": False},
     "clip": {"window": None, "overlap": 0, "known_noise": 0, "interpolate": 1},
 }
 
@@ -98,8 +99,8 @@ def read_record(path: Path) -> dict[str, Any]:
         if not path.is_file():
             raise UserError(f"{path}: there is no such file")
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
+            record = parse_json(path.read_bytes())
+        except ValueError as error:
             raise UserError(f"{path}: expected the JSON of a clip, found something else ({error})") from error
     else:
         record = read_metadata(path)

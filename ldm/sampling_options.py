@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ldm.clip_settings import PRECISIONS
 from ldm.command_line import Parser
+from ldm.config_targets import FLAG
 from ldm.errors import UserError
 from ldm.models.diffusion.sampling import SAMPLERS
 
@@ -117,10 +118,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     files.add_argument("--temporal", type=Path, metavar="FILE", help="temporal layers alone, to be put into --base")
     files.add_argument("--config", type=Path, metavar="YAML", help="for checkpoints that have no config inside")
+    files.add_argument(FLAG, action="store_true", help="build whatever class that config names")
     files.add_argument("--outdir", type=Path, default=Path("outputs/txt2vid-samples"), help="default: %(default)s")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     machine.add_argument("--precision", choices=PRECISIONS, help="default: bf16 on CUDA cards that have it, else full")
+    machine.add_argument("--compile", action="store_true", help="torch.compile: minutes at first, then faster steps")
+    machine.add_argument("--cuda-graphs", action="store_true", help="on a GPU: record the network once, play it back")
     machine.add_argument(
         "--decode-chunk", type=int, metavar="N", help=f"frames decoded at a time (default: {DECODE_CHUNK})"
     )
@@ -158,6 +162,7 @@ def refuse_beside_replay(options: argparse.Namespace) -> None:
     clip_options = {action.dest for action in clip_parser()._actions}
     given = sorted(clip_options & set(vars(options)))
     given += [name for name in ("config", "precision", "decode_chunk") if getattr(options, name) is not None]
+    given += ["compile"] if options.compile else []
     if given:
         raise UserError(
             f"--replay: takes every setting of the clip from {options.replay}, so --{given[0].replace('_', '-')} "

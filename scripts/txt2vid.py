@@ -26,7 +26,8 @@ from ldm.checkpoint_config import confined
 from ldm.checkpoint_temporal import Merged, load_with_temporal
 from ldm.clip_requests import ClipRequest, notes, read_request, repeat_request
 from ldm.config import check, load_config, to_container
-from ldm.devices import choose_device, choose_precision
+from ldm.config_targets import trusting
+from ldm.devices import choose_device, choose_precision, set_up_card
 from ldm.errors import UserError, run_command
 from ldm.generation import ClipGenerator
 from ldm.provenance import (
@@ -142,6 +143,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(words)
     if options.decode_chunk is not None and options.decode_chunk < 1:
         raise UserError(f"--decode-chunk: expected at least 1 frame, found {options.decode_chunk}")
+    with trusting(options.trust_config):
+        carry_out(options, words)
+
+
+def carry_out(options: argparse.Namespace, words: Sequence[str]) -> None:
+    """Make the clips of a parsed command line, whose words go into their records."""
     console = Console(highlight=False, soft_wrap=True)
     record = None
     if options.replay:
@@ -154,8 +161,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if record and record["config"] is not None:
         config = confined(record["config"], str(options.replay))
     precision = choose_precision(options.precision, device)
+    set_up_card(exact=precision == "full", repeatable=True)
     merged = Merged(read_checkpoint(path), None) if temporal is None else load_with_temporal(path, temporal)
-    generator = ClipGenerator(merged.checkpoint, config, device, precision)
+    generator = ClipGenerator(merged.checkpoint, config, device, precision, options.compile, options.cuda_graphs)
     with console.status("reading what is given"):
         jobs = [replayed_job(record, generator)] if record else plan(options, generator)
     open_folder(options.outdir)
@@ -169,6 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         **files,
         "config": config,
         "precision": precision,
+        "compiled": options.compile,
         "decode_chunk": options.decode_chunk or DECODE_CHUNK,
         "command": shlex.join(["python", "scripts/txt2vid.py", *words]),
     }
@@ -233,7 +242,7 @@ def read_config(path: Path | None) -> dict[str, Any] | None:
 def adopt(options: argparse.Namespace, record: dict[str, Any]) -> argparse.Namespace:
     """The options of a replay: those of the record, but for what may be given beside it."""
     refuse_beside_replay(options)
-    adopted = {"precision": record["precision"], "decode_chunk": record["decode_chunk"]}
+    adopted = {name: record[name] for name in ("precision", "decode_chunk")} | {"compile": record["compiled"]}
     if record["temporal"] is None:
         adopted["ckpt"] = options.ckpt or Path(record["checkpoint"]["path"])
     else:

@@ -121,11 +121,25 @@ class ProgressLines(pl.Callback):
 
 
 class ProgressBar(RichProgressBar):
-    """Lightning's bar without the number of the last epoch, which steps limit, and the logger's version."""
+    """Lightning's bar without the number of the last epoch, which steps limit, and the logger's version.
+
+    Losses are read from the card at most every `seconds_between_readings`, since reading waits for it; in between the
+    last ones are shown.
+    """
+
+    seconds_between_readings = 2.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._metrics: dict[str, Any] = {}
+        self._read_at = float("-inf")
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        metrics = super().get_metrics(trainer, pl_module)
-        return {"step": str(trainer.global_step), **{name: metrics[name] for name in metrics if name != "v_num"}}
+        if time.monotonic() - self._read_at >= self.seconds_between_readings:
+            metrics = super().get_metrics(trainer, pl_module)
+            self._metrics = {name: metrics[name] for name in metrics if name != "v_num"}
+            self._read_at = time.monotonic()
+        return {"step": str(trainer.global_step), **self._metrics}
 
     def _get_train_description(self, current_epoch: int) -> str:
         return f"Epoch {current_epoch}"

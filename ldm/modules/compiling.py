@@ -11,6 +11,7 @@ import functools
 from typing import Any
 
 import torch
+import torch._inductor.exc
 from torch import Tensor, nn
 
 from ldm.errors import UserError
@@ -34,7 +35,7 @@ class CompiledByShape:
         self.shapes.add((tuple(x.shape), x.dtype, torch.is_grad_enabled(), *map(_shape, (*inputs, *named.values()))))
         if len(self.shapes) > MOST_GRAPHS:
             raise UserError(
-                f"compile: {_frames(x)} would be graph {MOST_GRAPHS + 1} of this network; make clips of fewer sizes, or "
+                f"compile: {_frames(x)} would be graph {MOST_GRAPHS + 1} of the network; make clips of fewer sizes or "
                 "leave compile out"
             )
         # Graphs belong to the code of the class, so all its networks in a process count.
@@ -42,7 +43,7 @@ class CompiledByShape:
         try:
             with torch._dynamo.config.patch(limits):
                 return self.compiled(x, *inputs, **named)
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(
                 f"compile: the network cannot be compiled for {_frames(x)} ({reason}); leave compile out"
@@ -57,7 +58,8 @@ def compile_by_shape(network: nn.Module, backend: str = "inductor") -> CompiledB
 
 def undo_compile(network: nn.Module) -> None:
     """Call the plain network again."""
-    network.__dict__.pop("forward", None)
+    if isinstance(network.__dict__.get("forward"), CompiledByShape):
+        del network.forward
 
 
 def _frames(x: Tensor) -> str:

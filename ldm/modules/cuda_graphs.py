@@ -48,10 +48,14 @@ class PlayedBack:
         return play().clone()  # the next playback writes over it
 
 
-def play_back(network: nn.Module, device: torch.device) -> PlayedBack:
-    """Have all calls of a frozen `network` be played back; raises `UserError` where there are no CUDA graphs."""
+def check_has_graphs(device: torch.device) -> None:
+    """Raise `UserError` for a device that cannot record."""
     if device.type != "cuda":
         raise UserError(f"--cuda-graphs: expected an NVIDIA GPU, found '{device.type}'; leave it out")
+
+
+def play_back(network: nn.Module) -> PlayedBack:
+    """Have all calls of a frozen `network`, which is on a card, be played back."""
     if any(weight.requires_grad for weight in network.parameters()):
         raise ValueError("a recording has no gradients; freeze the network first")
     network.forward = PlayedBack(network, record_on_card)
