@@ -55,13 +55,13 @@ def _message(error: Exception) -> str | None:
         return FULL_DISK.format(f" while writing {error.filename}" if error.filename else "")
     if isinstance(error, OSError) and error.errno in REMEDIES and error.filename is not None:
         return f"{error.filename2 or error.filename}: {REMEDIES[error.errno]}"
-    if _is_lack_of_memory(error):
+    if is_lack_of_memory(error):
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         return f"out of memory: {LOWER} ({reason})"
     return None
 
 
-def _is_lack_of_memory(error: Exception) -> bool:
+def is_lack_of_memory(error: Exception) -> bool:
     """Whether it is Python's, NumPy's or PyTorch's error for that; PyTorch's own allocator has no class for it."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True

@@ -1,0 +1,347 @@
+"""The count of a training step: against what real steps take, what it names, what it proposes, what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ldm.callbacks.plan import PlanReport, advice
+from ldm.config import build, load_config, to_container
+from ldm.errors import UserError
+from ldm.models.diffusion.known_mixture import Known
+from ldm.planning import training_step
+from ldm.planning.card_autocast import autocast_as_on_a_card
+from ldm.planning.cards import CARDS, floor_seconds
+from ldm.planning.ladder import LADDER, check_switches, needed, propose, with_rungs
+from ldm.planning.live_tensors import LiveTensors, Peak
+from ldm.planning.optimizer_bytes import measure_optimizer
+from ldm.planning.report import table
+from ldm.planning.training_step import CARD, GIB, PROCESSOR, Count, Shape, count_step, shape_of
+from scripts import plan
+
+ROOT = Path(__file__).parents[1]
+UNET = {
+    "in_channels": 9, "out_channels": 4, "model_channels": 64, "num_res_blocks": 1, "attention_resolutions": [1, 2],
+    "channel_mult": [1, 2], "num_heads": 4, "context_dim": 32, "fps_embedding": True, "known_level_embedding": True,
+}  # fmt: skip
+SHAPE = Shape(2, 4, 16, 16)
+
+
+def config(precision: str = "32-true", memory: dict | None = None, average: bool = False, **unet: object) -> dict:
+    params = {
+        "unet_config": {"target": "ldm.modules.unet.UNetModel", "params": UNET | unet},
+        "first_stage_config": {"target": "ldm.modules.encoders.KLFirstStage"},
+        "cond_stage_config": {"target": "ldm.modules.encoders.CLIPTextEmbedder"},
+        "trainable": {"temporal": True, "convolutions": True, "time_embed": True},
+        "known_frames": {"mixture": {"nothing": 1, "first": 1}},
+        "optimizer": {"name": "adamw"},
+        "memory": memory,
+    }
+    callbacks = {"average": {"params": {"decay": 0.99}}} if average else {}
+    return {
+        "model": {"base_learning_rate": 1e-4, "target": training_step.MODEL, "params": params},
+        "data": {
+            "target": "ldm.data.clips.ClipDataModule",
+            "params": {"root": "nowhere", "frames": 4, "batch_size": 2},
+        },
+        "lightning": {"trainer": {"precision": precision}, "callbacks": callbacks},
+    }
+
+
+def real_model(settings: dict) -> nn.Module:
+    torch.manual_seed(0)
+    params = settings["model"]["params"] | {"scale_factor": 1.0}
+    return build({"target": training_step.MODEL, "params": params}, "model", learning_rate=1e-4)
+
+
+def real_loss(model: nn.Module, shape: Shape = SHAPE) -> torch.Tensor:
+    sizes = (shape.clips, shape.frames, 4, shape.height, shape.width)
+    steps = torch.zeros(shape.clips, dtype=torch.long)
+    known = Known(torch.ones(*sizes[:2], 1, *sizes[3:]), torch.randn(sizes), steps)
+    return model.error(torch.randn(sizes), torch.randn(sizes), steps, torch.randn(shape.clips, 77, 32),
+                       torch.ones(shape.clips), known).sum()  # fmt: skip
+
+
+def profiled_peak(model: nn.Module, half: bool) -> int:
+    """Most bytes in use over forward and backward pass by the allocator's own account, weights included."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            loss = real_loss(model)
+        loss.backward()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        most = max(most, live)
+    return most + sum(weight.nbytes for weight in model.parameters())
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("unet", [{}, {"use_checkpoint": True, "feed_forward_frames": 2}], ids=["plain", "switches"])
+def test_counted_bytes_are_those_of_a_real_step(half, unet):
+    settings = config("bf16-mixed" if half else "32-true", **unet)
+    count = count_step(settings, SHAPE, PROCESSOR)
+    counted = max(
+        count.peaks[phase].total - count.peaks[phase].kinds["optimiser states"] for phase in ("forward", "backward")
+    )
+    assert counted == pytest.approx(profiled_peak(real_model(settings), half), rel=0.05)
+
+
+def test_the_same_tracker_finds_the_same_on_tensors_with_values():
+    settings = config(use_checkpoint=True)
+    model = real_model(settings)
+    live = LiveTensors(model, torch.device("cpu"))
+    live.label("weights", [*model.parameters(), *model.buffers()])
+    with live.during("forward"):
+        loss = real_loss(model)
+    with live.during("backward"):
+        loss.backward()
+    count = count_step(settings, SHAPE, PROCESSOR)
+    real, fake = live.peak, count.peaks[live.peak.phase]
+    assert fake.total - fake.kinds["optimiser states"] == pytest.approx(real.total, rel=0.01)
+    assert fake.module == real.module
+    assert live.flop == count.flop and live.flop_again == count.again > 0
+
+
+def test_work_is_what_the_flop_counter_counts():
+    settings = config(attention_backend="math")
+    model = real_model(settings)
+    with FlopCounterMode(display=False) as counter:
+        real_loss(model).backward()
+    count = count_step(settings, SHAPE, PROCESSOR)
+    assert count.flop == counter.get_total_flops() and count.again == 0
+
+
+def test_storages_count_until_the_last_reference_is_gone():
+    live = LiveTensors(nn.Linear(2, 2), torch.device("cpu"))
+    with live.during("here"):
+        x = torch.empty(1000)
+        view = x[:10]
+        assert live.live == 4000
+        del x
+        assert live.live == 4000
+        del view
+        assert live.live == 0
+        torch.empty(500, dtype=torch.float64)
+    assert live.peaks["here"].total == 4000 and live.live == 0
+
+
+def test_the_peak_is_named_by_module_also_in_the_backward_pass():
+    class Wide(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.repeat(1, 50).exp().sum(1, keepdim=True)
+
+    network = nn.Sequential(nn.Linear(8, 8), Wide(), nn.Linear(1, 1))
+    live = LiveTensors(network, torch.device("cpu"))
+    with live.during("forward"):
+        loss = network(torch.ones(64, 8, requires_grad=True)).sum()
+    with live.during("backward"):
+        loss.backward()
+    assert live.peaks["forward"].module == live.peaks["backward"].module == "1"
+
+
+def test_autocast_acts_on_stand_ins_as_on_a_card():
+    with autocast_as_on_a_card(), torch.device("meta"):
+        linear, norm = nn.Linear(8, 8), nn.LayerNorm(8)
+        x = torch.empty(2, 8)
+        assert linear(x).dtype == torch.float32
+        with torch.autocast("meta", torch.bfloat16):
+            y = linear(x)
+            assert y.dtype == torch.bfloat16 and torch.is_autocast_enabled("meta")
+            assert norm(y).dtype == torch.float32  # a processor would stay in half precision
+            q = torch.empty(1, 2, 300, 8, dtype=torch.bfloat16)
+            attended = nn.functional.scaled_dot_product_attention(q, q, q)
+        assert attended.shape == q.shape and attended.dtype == torch.bfloat16
+    with pytest.raises(RuntimeError, match="meta"):
+        torch.autocast("meta", torch.bfloat16)
+
+
+def test_a_card_keeps_casts_of_trained_weights_until_autocast_ends():
+    plain, cast = (count_step(config(precision), SHAPE) for precision in ("32-true", "bf16-mixed"))
+    assert cast.held < 0.7 * plain.held
+    assert cast.sizes == plain.sizes and cast.flop == plain.flop
+
+
+def test_each_switch_takes_off_what_it_says():
+    base = count_step(config("bf16-mixed", use_checkpoint=True), SHAPE)
+    trained = base.num_trained
+
+    def with_memory(**words: object) -> Count:
+        return count_step(config("bf16-mixed", words, use_checkpoint=True), SHAPE)
+
+    assert base.sizes["gradients"] == 4 * trained and base.sizes["optimiser states"] == pytest.approx(8 * trained)
+    assert base.sizes["average"] == 0
+    halved, split = with_memory(weights="bfloat16"), with_memory(weights="split")
+    assert halved.sizes["trained weights"] == pytest.approx(2 * trained, rel=0.02)
+    assert split.sizes["trained weights"] == pytest.approx(4 * trained, rel=0.02)
+    assert split.sizes["gradients"] == halved.sizes["gradients"] == pytest.approx(2 * trained, rel=0.02)
+    assert with_memory(frozen="bfloat16").sizes["frozen weights"] == pytest.approx(
+        base.sizes["frozen weights"] / 2, rel=0.02
+    )
+    stepped = with_memory(step_in_backward=True)
+    assert stepped.sizes["gradients"] < base.sizes["gradients"] / 5
+    assert "optimiser step" not in stepped.peaks
+    unchecked = count_step(config("bf16-mixed"), SHAPE)
+    assert unchecked.held > 2 * base.held and unchecked.again == 0 < base.again
+    on_host = count_step(config("bf16-mixed", use_checkpoint=True, inputs_on_host=True), SHAPE)
+    assert on_host.held < base.held and on_host.on_host > 0 == base.on_host
+
+
+def test_averages_and_states_may_lie_on_the_host():
+    settings = config("bf16-mixed", average=True)
+    here = count_step(settings, SHAPE)
+    settings["model"]["params"]["optimizer"] = {"name": "adamw", "states_on": "host"}
+    settings["lightning"]["callbacks"]["average"]["params"] |= {"device": "cpu", "dtype": "bfloat16"}
+    there = count_step(settings, SHAPE)
+    assert here.sizes["average"] == 4 * here.num_trained and here.on_host == 0
+    assert there.sizes["average"] == pytest.approx(2 * here.num_trained, rel=0.02)
+    assert there.on_host == there.sizes["average"] + there.sizes["optimiser states"]
+    assert there.peak.total < here.peak.total - here.sizes["average"]
+
+
+@pytest.mark.parametrize(("name", "most"), [("adamw8bit", 2.1), ("adamw4bit", 1.15), ("adamw", 8.0)])
+def test_bytes_of_states_are_those_of_a_real_step(name, most):
+    pytest.importorskip("torchao")
+    found = measure_optimizer({"name": name}, "float32", False)
+    assert most - 0.1 < found.states_each <= most and found.states_small == 8
+    assert found.states(10**6) == pytest.approx(10**6 * found.states_each, rel=1e-3)
+    assert found.states(100) == 800
+    assert (found.scratch([10**6, 10**6]) == 0) == (name == "adamw")
+
+
+def test_shape_follows_the_config_and_the_prepared_clips(original):
+    settings = config()
+    assert shape_of(settings) == Shape(2, 4, 64, 64)
+    assert shape_of(settings | {"prepare": {"size": "256x384"}}) == Shape(2, 4, 32, 48)
+    assert shape_of(settings, (128, 128)) == Shape(2, 4, 16, 16)
+    settings["data"]["params"]["root"] = str(original)
+    assert (shape_of(settings).height, shape_of(settings).width) == (2, 2)
+    settings["data"]["params"]["frames"] = 0
+    with pytest.raises(UserError, match=r"data\.params\.frames: expected a whole number of at least 1, found 0"):
+        shape_of(settings)
+
+
+def test_the_table_says_all(monkeypatch):
+    count = count_step(config("bf16-mixed", use_checkpoint=True, average=True), SHAPE)
+    text = "\n".join(table(count, CARD))
+    for words in ("trained weights", "frozen weights", "gradients", "optimiser states", "average", "activations held",
+                  "peak of live tensors", "the card needs", "computed again", "RTX 3090", "H200"):  # fmt: skip
+        assert words in text
+    assert count.peak.module in text and "RTX" not in "\n".join(table(count, PROCESSOR))
+
+
+def test_floors_are_those_of_the_nominal_peaks():
+    seconds = {card.name: floor_seconds(card, int(27.2e12)) for card in CARDS}
+    assert seconds["RTX 3090"] == pytest.approx(0.383, abs=0.001)
+    assert seconds["RTX 4090"] == pytest.approx(0.165, abs=0.001)
+
+
+def counted(config: dict) -> Count:
+    """10 GiB less what each switch is made to take off."""
+    params = config["model"]["params"]
+    unet, memory = params["unet_config"]["params"], params.get("memory") or {}
+    saved = {
+        0.5: memory.get("frozen") == "bfloat16", 2.0: unet.get("use_checkpoint"), 1.0: unet.get("feed_forward_frames"),
+        0.25: unet.get("inputs_on_host"), 1.5: memory.get("weights") in ("split", "bfloat16"),
+        0.75: memory.get("step_in_backward"), 1.25: params["optimizer"]["name"] != "adamw",
+        0.1: params["optimizer"].get("states_on") == "host",
+    }  # fmt: skip
+    peak = Peak(int((10 - sum(gib for gib, is_on in saved.items() if is_on)) * GIB), {}, "backward", "")
+    return Count(SHAPE, {}, 0, {"backward": peak}, 0, 1, 0, 1, 1)
+
+
+def keys(rungs: list) -> set[str]:
+    return {key.rpartition(".")[2] for rung in rungs for key, _ in rung.overrides}
+
+
+def test_the_gentlest_switches_are_proposed():
+    settings = config("bf16-mixed")
+    free = {"name", "frozen"}
+    assert keys(propose(settings, 9.5, counted).rungs) == free
+    assert keys(propose(settings, 7.5, counted).rungs) == free | {"use_checkpoint"}
+    found = propose(settings, 6.3, counted)
+    assert keys(found.rungs) == free | {"use_checkpoint", "feed_forward_frames"}
+    assert needed(found.count) <= 6.3 < needed(counted(with_rungs(settings, found.rungs[:-1])))
+    # Less work where that is enough: the feed-forward in parts turns out not to be needed beside split weights.
+    assert keys(propose(settings, 5.8, counted).rungs) == free | {"use_checkpoint", "weights"}
+
+
+def test_what_a_config_has_or_excludes_is_not_proposed():
+    settings = config("32-true")
+    assert not {"frozen", "weights"} & keys(propose(settings, 6.3, counted).rungs)
+    settings = config("bf16-mixed", {"weights": "bfloat16"}, use_checkpoint=True)
+    settings["model"]["params"]["optimizer"]["name"] = "adamw4bit"
+    assert not {"weights", "use_checkpoint", "name"} & keys(propose(settings, 5.3, counted).rungs)
+    settings = config("bf16-mixed")
+    settings["lightning"]["trainer"]["accumulate_grad_batches"] = 2
+    with pytest.raises(UserError, match=r"--vram 4: nothing fits: with every switch a step of 2 x 4 frames"):
+        propose(settings, 4, counted)
+
+
+def test_every_rung_is_a_config_that_stands():
+    settings = to_container(load_config([ROOT / "configs/video-sd.yaml"]))
+    check_switches(with_rungs(settings, LADDER))
+
+
+def test_two_gigabytes_are_too_few():
+    with pytest.raises(
+        UserError, match=r"--vram 2: nothing fits.* still needs 4\.\d GiB, .* the least card .* has 5 GB"
+    ):
+        propose(config("bf16-mixed"), 2, counted)
+
+
+def test_where_memory_runs_out_the_plan_is_told(monkeypatch):
+    monkeypatch.setattr("ldm.callbacks.plan.count_step", lambda changed, shape: counted(changed))
+    text = "\n".join(advice(config("bf16-mixed"), SHAPE, 7.5))
+    assert "model.params.unet_config.params.use_checkpoint=true" in text
+    assert "nothing fits" in advice(config("bf16-mixed"), SHAPE, 2)[0]
+
+
+def test_the_callback_passes_over_other_models_and_survives_a_count_that_fails(caplog):
+    trainer = type("Trainer", (), {"is_global_zero": True, "global_step": 0})()
+    module = type("Module", (), {"device": torch.device("cpu")})()
+    other = PlanReport({"model": {"target": "ldm.models.autoencoder.ImageAutoencoder"}})
+    other.on_fit_start(trainer, module)
+    assert other.count is None and not caplog.records
+    broken = PlanReport(config(channel_mult=[1, 2, 3.5]))
+    broken.on_fit_start(trainer, module)
+    assert broken.count is None and "could not be counted" in caplog.text
+
+
+def test_the_script(tmp_path, capsys):
+    path = tmp_path / "small.yaml"
+    settings = config("bf16-mixed")
+    settings["data"]["params"]["root"] = str(tmp_path)
+    path.write_text(yaml.safe_dump(settings))
+    plan.main(["--base", str(path), "--size", "64", "--vram", "8"])
+    text = capsys.readouterr().out
+    assert "2 x 4 frames of 8x8 latents" in text and "fits into 8 GB as it is" in text
+    plan.main(["--base", str(path), "--size", "64", "--vram", "1.1", "data.params.frames=24"])
+    text = capsys.readouterr().out
+    assert "does not fit into 1.1 GB" in text and "python main.py --base" in text and "or as a file to merge" in text
+    pasted = text.partition("or as a file to merge over the config:\n\n")[2].partition("\nthen (")[0]
+    merged = tmp_path / "fit.yaml"
+    merged.write_text(pasted)
+    plan.main(["--base", str(path), str(merged), "--size", "64", "--vram", "1.1", "data.params.frames=24"])
+    assert "fits into 1.1 GB as it is" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--vram", "0"], "--vram: expected the memory of a card in GB, found 0"),
+        (["--vram", "8", "--on", "processor"], "exclude each other"),
+        (["--size", "big"], "--size: expected a number of pixels"),
+        (["model.target=ldm.models.autoencoder.ImageAutoencoder"], "needs|expected|nothing reads"),
+        (["model.params.memory.step_in_backward=true"], "gradient_clip_val"),
+        (["lightning.trainer.accumulate_grad_batches=4", "model.params.memory.step_in_backward=true"], "accumulate"),
+    ],
+)
+def test_mistakes_are_named(words, message):
+    with pytest.raises(UserError, match=message):
+        plan.main(["--base", str(ROOT / "configs/video-sd.yaml"), *words])
