@@ -30,6 +30,7 @@ DEFAULT_CALLBACKS = {
     "last_checkpoint": {},
     "memory": {},
     "learning_rates": {"params": {"logging_interval": "step"}},
+    "data_wait": {},
     "progress": {},
 }
 

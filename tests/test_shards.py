@@ -59,8 +59,8 @@ def test_frames_outside_a_scene_are_refused(original, window):
 def test_only_the_wanted_bytes_are_read(original, monkeypatch):
     prepared = PreparedSet(original)
     lengths = []
-    pread = os.pread
-    monkeypatch.setattr(os, "pread", lambda file, length, offset: lengths.append(length) or pread(file, length, offset))
+    read = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda file, to, offset: lengths.append(len(to[0])) or read(file, to, offset))
     prepared.read_moments(prepared.scenes[1], 1, 3)
     prepared.read_moments(prepared.scenes[1], 0, 2, 3)
     frame = 8 * 4 * 6 * 2

@@ -1,15 +1,19 @@
-"""What happens beside the training steps: averaged weights, sample videos, how they move, compute, saving, reports."""
+"""What happens beside the training steps: averages, sample videos, how they move, compute, saving, waiting, reports."""
 
 from ldm.callbacks.average import WeightAverage
+from ldm.callbacks.compiling import CompileNetwork
 from ldm.callbacks.compute import ComputeCount
 from ldm.callbacks.motion import MotionLogger
 from ldm.callbacks.reports import MemoryReport, ProgressBar, ProgressLines
 from ldm.callbacks.saving import AtomicCheckpointIO, LastCheckpoint, StopRequested
 from ldm.callbacks.videos import VideoLogger
+from ldm.callbacks.waiting import DataWait
 
 __all__ = [
     "AtomicCheckpointIO",
+    "CompileNetwork",
     "ComputeCount",
+    "DataWait",
     "LastCheckpoint",
     "MemoryReport",
     "MotionLogger",

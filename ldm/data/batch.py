@@ -123,7 +123,7 @@ def read_clip(
     """A `Batch` of one clip: `frames` frames from frame `start` of the scene, every `stride`-th."""
     moments = prepared.read_moments(part.scene, start, frames, stride)
     return Batch(
-        moments=torch.from_numpy(np.array(moments))[None],
+        moments=torch.from_numpy(moments)[None],
         context=torch.from_numpy(np.array(context))[None],
         fps=torch.tensor([part.scene.fps / stride], dtype=torch.float32),
         positions=[position],
@@ -135,6 +135,5 @@ def draw_caption(
     prepared: PreparedSet, part: SceneRange, caption_dropout: float, random: np.random.Generator
 ) -> np.ndarray:
     """The embedding `n d` of one of the scene's captions, or with this probability that of the empty prompt."""
-    captions = prepared.read_context(part.scene)
-    context = captions[random.integers(len(captions))]
-    return prepared.empty_context if random.random() < caption_dropout else context
+    number = int(random.integers(len(part.scene.contexts)))
+    return prepared.empty_context if random.random() < caption_dropout else prepared.read_caption(part.scene, number)

@@ -73,11 +73,14 @@ class ShardReader:
         """`length` bytes from `offset` of the scene's shard. Raises DatasetError when they are not there."""
         content = os.pread(self._descriptor(entry), length, offset)
         if len(content) != length:
-            raise DatasetError(
-                f"{self.root / entry.shard}: cut short: scene {entry.key} needs {length} bytes at {offset}, "
-                f"found {len(content)}; copy the shard again or prepare into a fresh folder"
-            )
+            raise self._cut_short(entry, offset, length, len(content))
         return content
+
+    def read_into(self, entry: SceneEntry, offset: int, place: np.ndarray) -> None:
+        """Fill an array of bytes from `offset` of the scene's shard. Raises DatasetError when they are not there."""
+        found = os.preadv(self._descriptor(entry), [place], offset)
+        if found != len(place):
+            raise self._cut_short(entry, offset, len(place), found)
 
     def read_span(self, entry: SceneEntry, span: Span) -> bytes:
         """A whole `.npy` file, checked against its crc32."""
@@ -91,6 +94,12 @@ class ShardReader:
         return DatasetError(
             f"{self.root / entry.shard}: scene {entry.key} ({entry.source}) is damaged: {where} do not match the crc32 "
             "in the index; copy the shard again or prepare into a fresh folder"
+        )
+
+    def _cut_short(self, entry: SceneEntry, offset: int, length: int, found: int) -> DatasetError:
+        return DatasetError(
+            f"{self.root / entry.shard}: cut short: scene {entry.key} needs {length} bytes at {offset}, found {found}; "
+            "copy the shard again or prepare into a fresh folder"
         )
 
     def _descriptor(self, entry: SceneEntry) -> int:
@@ -138,20 +147,25 @@ class PreparedSet:
         shape = self.info.moments_shape
         size = int(np.prod(shape)) * FLOAT16.itemsize
         first = scene.latents.offset + scene.latents.length - scene.num_frames * size
+        content = np.empty([len(wanted), size], np.uint8)
         if stride == 1:
-            content = self._reader.read(scene, first + start * size, len(wanted) * size)
+            self._reader.read_into(scene, first + start * size, content.reshape(-1))
         else:
-            content = b"".join(self._reader.read(scene, first + frame * size, size) for frame in wanted)
-        for position, frame in enumerate(wanted):
-            found = zlib.crc32(memoryview(content)[position * size : (position + 1) * size])
-            if f"{found:08x}" != scene.frames_crc32[8 * frame : 8 * frame + 8]:
+            for place, frame in zip(content, wanted, strict=True):
+                self._reader.read_into(scene, first + frame * size, place)
+        for place, frame in zip(content, wanted, strict=True):
+            if f"{zlib.crc32(place):08x}" != scene.frames_crc32[8 * frame : 8 * frame + 8]:
                 raise self._reader.damaged(scene, f"the bytes of frame {frame}")
-        return _float16(content, [len(wanted), *shape])
+        return content.view(FLOAT16).reshape(len(wanted), *shape)
 
     def read_context(self, scene: SceneEntry) -> np.ndarray:
         """The embeddings of all captions of a scene, in their order: float16 `captions n d`."""
         shape = self.info.context_shape
         return np.stack([_float16(self._reader.read_span(scene, span), shape) for span in scene.contexts])
+
+    def read_caption(self, scene: SceneEntry, number: int) -> np.ndarray:
+        """The embedding of one caption of a scene: float16 `n d`."""
+        return _float16(self._reader.read_span(scene, scene.contexts[number]), self.info.context_shape)
 
     def verify(self, scene: SceneEntry) -> None:
         """Read everything a scene has and compare it with its crc32. Raises DatasetError."""

@@ -6,6 +6,7 @@ this module counts the positions whose gradients have reached the weights and sa
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sized
 from typing import Any
 
@@ -13,6 +14,10 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from ldm.data.shared_ring import Placed, PlacingCollate, SharedRing, num_bytes
+
+ROOM = 4  # places for batches so many times as large as the first: they may be of different kinds
 
 
 class StreamOrder:
@@ -58,6 +63,32 @@ class StreamSampler(DistributedSampler):
         return self.num_batches * self.batch_size
 
 
+class StreamLoader(DataLoader):
+    """torch's loader, whose reading processes hand over batches in a `SharedRing`.
+
+    waited: seconds that whoever iterates has waited for batches so far, since the loader was made.
+    """
+
+    waited = 0.0
+    _ring: SharedRing | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.num_workers and self._ring is None and len(self):
+            # One place for each batch that a process may have ready, and one for that which is being taken out.
+            first = self.batch_size * num_bytes(self.collate_fn([self.dataset[0]]))
+            self._ring = SharedRing(self.num_workers, self.prefetch_factor + 1, ROOM * first)
+            self.collate_fn = PlacingCollate(self.collate_fn, self._ring)
+        return self._timed(super().__iter__())
+
+    def _timed(self, batches: Iterator[Any]) -> Iterator[Any]:
+        begin = time.perf_counter()
+        for batch in batches:
+            taken = batch.take() if isinstance(batch, Placed) else batch
+            self.waited += time.perf_counter() - begin
+            yield taken
+            begin = time.perf_counter()
+
+
 class StreamDataModule(pl.LightningDataModule):
     """A data module whose training samples are taken by position, and whose state is the position to go on from.
 
@@ -94,7 +125,7 @@ class StreamDataModule(pl.LightningDataModule):
         self._consumed = self._fetched = state_dict["consumed"]
         self._step_seen = None
 
-    def stream_loader(self, samples: Dataset) -> DataLoader:
+    def stream_loader(self, samples: Dataset) -> StreamLoader:
         """Batches of one epoch of the stream: whole optimiser steps only, what is left over opens the next epoch."""
         accumulate, world, rank = 1, 1, 0
         if self.trainer is not None:
@@ -106,9 +137,9 @@ class StreamDataModule(pl.LightningDataModule):
         )
         return self.loader(samples, sampler)
 
-    def loader(self, samples: Dataset, sampler: StreamSampler | None = None) -> DataLoader:
+    def loader(self, samples: Dataset, sampler: StreamSampler | None = None) -> StreamLoader:
         """Batches in the sampler's order; None: in their own."""
-        return DataLoader(
+        return StreamLoader(
             samples,
             batch_size=self.batch_size,
             sampler=sampler,
