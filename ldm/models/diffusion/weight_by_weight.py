@@ -166,4 +166,5 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes that an optimiser's states take, counters left out; quantised tensors as they are stored."""
     states = optimizer.states() if isinstance(optimizer, WeightByWeight) else optimizer.state
     values = chain.from_iterable(state.values() for state in states.values())
-    return sum(part.nbytes for value in values if isinstance(value, Tensor) for part in plain_parts(value))
+    stored = [value for value in values if isinstance(value, Tensor) and value.ndim]
+    return sum(part.nbytes for value in stored for part in plain_parts(value))
