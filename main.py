@@ -21,11 +21,14 @@ from rich.logging import RichHandler
 
 from ldm.callbacks import AtomicCheckpointIO, ProgressBar, StopRequested
 from ldm.config import ConfigError, accepted_names, build, check, to_container
+from ldm.config_targets import trusting
+from ldm.devices import set_up_card
 from ldm.errors import UserError, run_command
-from ldm.training_run import Run, find_run, num_devices, parse_arguments, trainer_arguments
+from ldm.training_run import Run, check_places, find_run, num_devices, parse_arguments, trainer_arguments
 
 log = logging.getLogger("ldm.main")
 
+FULL_PRECISION = ("32", "32-true", "64", "64-true")  # of Lightning's words
 DEFAULT_CALLBACKS = {
     "last_checkpoint": {},
     "memory": {},
@@ -39,6 +42,12 @@ def main(arguments: list[str] | None = None) -> None:
     """Parse the command line (None: the process's own), check everything, then train."""
     options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     set_up_logging()
+    with trusting(options.trust_config):
+        carry_out(options)
+
+
+def carry_out(options: Namespace) -> None:
+    """What a parsed command line asks for."""
     run = find_run(options)
     check(run.config)
     for section in ("model", "data"):
@@ -71,6 +80,7 @@ def train(
     options: Namespace,
 ) -> None:
     """Fit, and test if the model has a test; a stop that was asked for is a normal end."""
+    set_up_card(exact=str(flags.get("precision", "32-true")) in FULL_PRECISION, repeatable=False)
     trainer = build_trainer(run, config, flags)
     if trainer.is_global_zero:
         run.save_config()
@@ -103,6 +113,7 @@ def build_trainer(run: Run, config: dict[str, Any], flags: dict[str, Any]) -> pl
     logger = build_with(node, "lightning.logger", config=config, save_dir=str(run.folder))
     has_bar = flags.get("enable_progress_bar", True) and sys.stdout.isatty()
     callbacks = build_callbacks(run, config, has_bar)
+    check_places(run.folder, logger, callbacks)
     try:
         return pl.Trainer(
             **{"enable_model_summary": False, **flags, "enable_progress_bar": has_bar},
