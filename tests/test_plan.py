@@ -26,7 +26,7 @@ from scripts import plan
 
 ROOT = Path(__file__).parents[1]
 UNET = {
-    "in_channels": 9, "out_channels": 4, "model_channels": 64, "num_res_blocks": 1, "attention_resolutions": [1, 2],
+    "in_channels": 9, "out_channels": 4, "model_channels": 64, "num_res_blocks": 1, "attention_resolutions": [2],
     "channel_mult": [1, 2], "num_heads": 4, "context_dim": 32, "fps_embedding": True, "known_level_embedding": True,
 }  # fmt: skip
 SHAPE = Shape(2, 4, 16, 16)
@@ -81,10 +81,13 @@ def profiled_peak(model: nn.Module, half: bool) -> int:
     return most + sum(weight.nbytes for weight in model.parameters())
 
 
-@pytest.mark.parametrize("half", [False, True])
-@pytest.mark.parametrize("unet", [{}, {"use_checkpoint": True, "feed_forward_frames": 2}], ids=["plain", "switches"])
+@pytest.mark.parametrize(
+    ("half", "unet"),
+    [(True, {}), (False, {"use_checkpoint": True, "feed_forward_frames": 2})],
+    ids=["half", "switches"],
+)
 def test_counted_bytes_are_those_of_a_real_step(half, unet):
-    settings = config("bf16-mixed" if half else "32-true", **unet)
+    settings = config("bf16-mixed" if half else "32-true", **unet, model_channels=128, attention_resolutions=[1, 2])
     count = count_step(settings, SHAPE, PROCESSOR)
     counted = max(
         count.peaks[phase].total - count.peaks[phase].kinds["optimiser states"] for phase in ("forward", "backward")
@@ -163,7 +166,7 @@ def test_autocast_acts_on_stand_ins_as_on_a_card():
 
 def test_a_card_keeps_casts_of_trained_weights_until_autocast_ends():
     plain, cast = (count_step(config(precision), SHAPE) for precision in ("32-true", "bf16-mixed"))
-    assert cast.held < 0.7 * plain.held
+    assert cast.held < 0.8 * plain.held
     assert cast.sizes == plain.sizes and cast.flop == plain.flop
 
 
@@ -211,7 +214,9 @@ def test_bytes_of_states_are_those_of_a_real_step(name, most):
     assert most - 0.1 < found.states_each <= most and found.states_small == 8
     assert found.states(10**6) == pytest.approx(10**6 * found.states_each, rel=1e-3)
     assert found.states(100) == 800
-    assert (found.scratch([10**6, 10**6]) == 0) == (name == "adamw")
+    assert found.scratch([10**6, 10**6]) == 0  # one kernel on a card
+    rounded = measure_optimizer({"name": name}, "bfloat16", True)
+    assert rounded.one_by_one and 10 * 10**6 < rounded.scratch([10**6, 10]) < 24 * 10**6
 
 
 def test_shape_follows_the_config_and_the_prepared_clips(original):

@@ -1,15 +1,16 @@
 """What an optimiser keeps and what its step takes for a moment, in bytes a weight, by a step of it on small weights.
 
 The optimiser that a config names is built as for training and takes two steps on a matrix and a vector with values, on
-the processor, followed byte by byte. On a card libraries compile their step, so that what it takes for a moment is less
-there than what is found here.
+the processor, followed byte by byte. On a card libraries update weights by one compiled kernel that writes into what is
+there, so that only what our own code makes for a moment counts: float32 copies of weights that are stored otherwise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from ldm.models.diffusion.weight_by_weight import WeightByWeight, state_bytes
 from ldm.planning.live_tensors import LiveTensors
 
 LEAST_QUANTISED = 4096  # smaller weights keep their states in float32, in torchao and in bitsandbytes
-SIDE = 512
+SHAPES = ((512, 512), (512,))
 
 
 @dataclass(frozen=True)
@@ -46,32 +47,44 @@ class OptimizerBytes:
         return round(self.scratch_each * (max(sizes) if self.one_by_one else sum(sizes)))
 
 
-def measure_optimizer(options: Mapping[str, Any], weights: str, in_backward: bool) -> OptimizerBytes:
+def measure_optimizer(
+    options: Mapping[str, Any], weights: str, in_backward: bool, is_on_card: bool = True
+) -> OptimizerBytes:
     """Measure the optimiser of these options, over weights stored as `model.params.memory.weights` has it."""
-    options = {name: tuple(v) if isinstance(v, list) else v for name, v in options.items() if name != "states_on"}
-    return _measure(tuple(sorted(options.items())), weights, in_backward)
+    options = {name: tuple(v) if isinstance(v, list) else v for name, v in options.items()}
+    return _measure(tuple(sorted(options.items())), weights, in_backward, is_on_card)
 
 
 @lru_cache
-def _measure(options: tuple[tuple[str, Any], ...], weights: str, in_backward: bool) -> OptimizerBytes:
-    states = []
-    for shape in ((SIDE, SIDE), (SIDE,)):
-        network = nn.ParameterList([nn.Parameter(torch.ones(shape))])
-        stored = StoredWeights(network, weights)
-        words = dict(options) | {"weights": None if weights == "float32" else stored, "in_backward": False}
-        optimizer = build_optimizer([{"params": list(network), "lr": 1e-3}], **words)
-        live = LiveTensors(network, torch.device("cpu"))
-        weight = network[0]
-        for phase in ("first step", "second step"):
-            weight.grad = torch.zeros_like(weight)
-            live.label("known", [weight, weight.grad, *stored.buffers()])
-            with live.during(phase):
-                before = live.live
-                optimizer.step()
-        states.append(state_bytes(optimizer) / weight.numel())
-        if weight.ndim > 1:
-            scratch = (live.peaks["second step"].total - before) / weight.numel()
-    one_by_one = isinstance(optimizer, WeightByWeight) or in_backward or dict(options).get("name") != "adamw"
-    if dict(options).get("name", "adamw") == "adamw" and not isinstance(optimizer, WeightByWeight):
-        scratch = 0.0  # one kernel on a card, which writes into what is there
-    return OptimizerBytes(*states, scratch, one_by_one)
+def _measure(
+    options: tuple[tuple[str, Any], ...], weights: str, in_backward: bool, is_on_card: bool
+) -> OptimizerBytes:
+    own = dict(options)
+    found = [_step(lambda groups, **words: build_optimizer(groups, **own, **words), s, weights) for s in SHAPES]
+    states = (state_bytes(optimizer) / prod(shape) for (optimizer, _), shape in zip(found, SHAPES, strict=True))
+    optimizer, scratch = found[0]
+    is_ours = isinstance(optimizer, WeightByWeight) or in_backward
+    if is_on_card:
+        scratch = _step(_in_one_kernel, SHAPES[0], weights)[1] if is_ours else 0
+    return OptimizerBytes(*states, scratch / prod(SHAPES[0]), is_ours or not isinstance(optimizer, torch.optim.AdamW))
+
+
+def _step(
+    make: Callable[..., torch.optim.Optimizer], shape: tuple[int, ...], weights: str
+) -> tuple[torch.optim.Optimizer, int]:
+    """An optimiser after two steps of one weight, and the bytes that the second one took for a moment."""
+    network = nn.ParameterList([nn.Parameter(torch.ones(shape))])
+    stored = StoredWeights(network, weights)
+    optimizer = make([{"params": list(network), "lr": 1e-3}], weights=None if weights == "float32" else stored)
+    live = LiveTensors(network, torch.device("cpu"))
+    for phase in ("first step", "second step"):
+        network[0].grad = torch.zeros_like(network[0])
+        live.label("known", [network[0], network[0].grad, *stored.buffers()])
+        before = live.live
+        with live.during(phase):
+            optimizer.step()
+    return optimizer, live.peaks["second step"].total - before
+
+
+def _in_one_kernel(groups: list[dict[str, Any]], weights: StoredWeights | None) -> WeightByWeight:
+    return WeightByWeight(groups, lambda groups: torch.optim.AdamW(groups, fused=True), weights)

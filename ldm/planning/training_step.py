@@ -115,7 +115,7 @@ def count_step(config: Mapping[str, Any], shape: Shape, machine: str = CARD) -> 
     device = torch.device("meta" if machine == CARD else "cpu")
     is_in_half = settings.precision != "32-true"
     dtype = torch.float16 if settings.precision == "16-mixed" else torch.bfloat16
-    optimizer = measure_optimizer(settings.optimizer, settings.weights, settings.in_backward)
+    optimizer = measure_optimizer(settings.optimizer, settings.weights, settings.in_backward, machine == CARD)
     with ExitStack() as stack:
         if machine == CARD:
             stack.enter_context(autocast_as_on_a_card())
