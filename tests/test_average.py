@@ -131,3 +131,72 @@ def test_averages_are_never_lost_in_silence(root, tmp_path):
     with pytest.raises(UserError, match="the checkpoints of Plain hold no averages; take the callback out"):
         fit(root, tmp_path, [WeightAverage()], model=Plain(learning_rate=0.1), steps=1)
     assert not AutoencoderKL.keeps_averages
+
+
+def averaged(steps: int, **options) -> tuple[WeightAverage, torch.nn.Module]:
+    """The average over a slow drift: each step is a tenth of the last place of a bfloat16 near one."""
+    module, average = torch.nn.Linear(40, 50), WeightAverage(decay=0.999, **options)
+    module.weight.data = torch.linspace(1, 1.9, 2000).view(50, 40)
+    average.update(module)
+    average.num_updates = 10**6
+    for _ in range(steps):
+        module.weight.data += 8e-4
+        average.update(module)
+    return average, module
+
+
+def test_an_average_in_bfloat16_moves_as_it_should():
+    exact, module = averaged(400)
+    half, _ = averaged(400, dtype="bfloat16")
+    assert half.averages["weight"].dtype == torch.bfloat16 and half.averages["bias"].dtype == torch.float32
+    assert half.num_bytes == 2 * 2000 + 4 * 50
+    error = half.averages["weight"].double() - exact.averages["weight"].double()
+    assert error.mean().abs() < 3 * error.std() / 2000**0.5
+    assert error.std() < 2**-7, "of the size of the last place"
+    moved = exact.averages["weight"] - torch.linspace(1, 1.9, 2000).view(50, 40)
+    assert moved.mean() > 0.04 and (error.mean() / moved.mean()).abs() < 0.02
+    nearest = torch.linspace(1, 1.9, 2000).view(50, 40).bfloat16()
+    assert torch.equal(nearest.float().lerp(module.weight, 1e-3).bfloat16(), nearest), "nearest rounding stands still"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_average_in_host_memory_is_the_same(dtype):
+    beside, away = (averaged(5, dtype=dtype, device=device)[0].averages for device in (None, "cpu"))
+    assert all(torch.equal(beside[name], away[name]) for name in beside)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_an_average_in_host_memory_is_the_same_on_a_card():
+    module, averages = torch.nn.Linear(64, 64).cuda(), {}
+    for device in (None, "cpu"):
+        average = averages[device] = WeightAverage(decay=0.9, device=device)
+        for step in range(4):
+            module.weight.data.fill_(step)
+            average.update(module)
+            average.on_before_backward(None, module, None)
+    torch.cuda.synchronize()
+    assert averages["cpu"].averages["weight"].device.type == "cpu"
+    assert torch.equal(averages[None].averages["weight"].cpu(), averages["cpu"].averages["weight"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_average_elsewhere_is_resumed_bit_by_bit(root, tmp_path, dtype):
+    words = {"decay": 0.9, "device": "cpu", "dtype": dtype}
+    straight, again = WeightAverage(**words), WeightAverage(**words)
+    fit(root, tmp_path / "straight", [straight], steps=6)
+    fit(root, tmp_path / "run", [WeightAverage(**words)], steps=3)
+    fit(root, tmp_path / "run", [again], steps=6, resume=last(tmp_path / "run"))
+    for name, value in straight.averages.items():
+        assert value.dtype == again.averages[name].dtype and torch.equal(value, again.averages[name])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "disk"}, "expected the device cpu, or null for that of the weights, found 'disk'"),
+        ({"dtype": "float16"}, "expected the dtype float32 or bfloat16, found 'float16'"),
+    ],
+)
+def test_an_average_that_cannot_be(options, message):
+    with pytest.raises(UserError, match=message):
+        WeightAverage(**options)

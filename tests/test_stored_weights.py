@@ -195,6 +195,9 @@ def test_impossible_switches(words, message):
         MemorySwitches.of_config(words)
 
 
-def test_several_devices_sum_up_gradients_first():
+def test_gradients_that_are_not_yet_what_they_should_be():
+    in_backward = MemorySwitches(step_in_backward=True)
     with pytest.raises(UserError, match="step_in_backward: expected one device, found 2"):
-        MemorySwitches(step_in_backward=True).check_run("bf16-mixed", 1, None, 2)
+        in_backward.check_run("bf16-mixed", 1, None, 2)
+    with pytest.raises(UserError, match=r"step_in_backward: expected .* bf16-mixed or 32-true, found 16-mixed, whose"):
+        in_backward.check_run("16-mixed", 1, None, 1)
