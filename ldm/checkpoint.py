@@ -135,8 +135,10 @@ def load_unet(path: str | Path | Checkpoint, config: Config | None = None, use_a
     """
     checkpoint = opened(path)
     refuse_linear_projections(unet_tensors(checkpoint, use_average), checkpoint.path)
-    unet = build(unet_node(checkpoint, config), UNET_PATH)
-    fill_unet(unet, checkpoint, use_average, is_its_own=config is None and checkpoint.own_config is not None)
+    node, is_its_own = unet_node(checkpoint, config), config is None and checkpoint.own_config is not None
+    _account_unet(outline_unet(node), checkpoint, use_average, is_its_own)  # before memory is taken for it
+    unet = build(node, UNET_PATH)
+    fill_unet(unet, checkpoint, use_average, is_its_own)
     return unet
 
 
@@ -146,6 +148,11 @@ def fill_unet(unet: UNetModel, checkpoint: Checkpoint, use_average: bool = True,
     is_its_own: the network was built from the config in the checkpoint, which then holds all of its layers over time
         and conditions or none.
     """
+    unet.load_state_dict(_account_unet(unet, checkpoint, use_average, is_its_own), strict=False)  # accounted for
+
+
+def _account_unet(unet: UNetModel, checkpoint: Checkpoint, use_average: bool, is_its_own: bool) -> dict[str, Tensor]:
+    """The tensors of a checkpoint for this network, which it may be an outline of; raises `CheckpointError`."""
     where = f"UNet from {checkpoint.path}"
     if checkpoint.kind == "author" and not _is_as_released(unet):
         raise CheckpointError(
@@ -153,7 +160,8 @@ def fill_unet(unet: UNetModel, checkpoint: Checkpoint, use_average: bool = True,
             "the author's release has it, found a config of another. Set both in unet_config.params."
         )
     tensors = unet_tensors(checkpoint, use_average)
-    load_weights(unet, tensors, where=where, may_miss=_may_miss(tensors, is_its_own), spelled=checkpoint.spelled)
+    _account(unet.state_dict(), tensors, where, _may_miss(tensors, is_its_own), checkpoint.spelled)
+    return tensors
 
 
 def check_unet(checkpoint: Checkpoint) -> None:

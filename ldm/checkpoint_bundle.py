@@ -21,6 +21,7 @@ import yaml
 from torch import Tensor
 
 from ldm.checkpoint_files import CheckpointError, few, read_file
+from ldm.config_text import checked_text
 
 CONFIG = "config.yaml"
 WEIGHTS = "weights"  # the section of the config that lists the files
@@ -70,8 +71,8 @@ def sha256_of(path: Path) -> str:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        config = yaml.safe_load(checked_text(path))
+    except (yaml.YAMLError, ValueError) as error:
         raise CheckpointError(f"{path}: expected YAML, found something else ({error}). {AGAIN}") from None
     missing = [word for word in ("model", WEIGHTS) if not isinstance(config, Mapping) or word not in config]
     if missing:

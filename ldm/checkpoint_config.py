@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ldm.config_values import ConfigError, mapping_at
+from ldm.config_text import check_plain
+from ldm.config_values import ConfigError, check_sizes, mapping_at
 
 UNET = "ldm.modules.unet.UNetModel"
 FIRST_STAGE = "ldm.modules.encoders.KLFirstStage"
@@ -22,6 +23,10 @@ PATHS = ("ckpt_path", "tokenizer")
 
 def confined(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The config found in the file `where`, without paths; `ConfigError` where a network is of a class not ours."""
+    try:
+        check_plain(config)
+    except ValueError as error:
+        raise ConfigError(f"{where}: expected the config of a network, found what is none: {error}") from None
     model = mapping_at(f"{where}, model", config.get("model"))
     params = _without_paths(mapping_at(f"{where}, model.params", model.get("params")))
     for place, targets in CLASSES.items():
@@ -33,6 +38,7 @@ def confined(config: Mapping[str, Any], where: str) -> dict[str, Any]:
                     f"{path}.target: expected {' or '.join(targets)}, all that the config inside such a file may name "
                     f"here, found {node.get('target')!r}; nothing was built. Give your own config with --config"
                 )
+            check_sizes(node.get("params"), f"{path}.params", is_network=True)
             params[place] = {"target": node["target"], "params": _without_paths(mapping_at(path, node.get("params")))}
     return {**config, "model": {**model, "params": params}}
 

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from ldm.checkpoint_config import FIRST_STAGE, TEXT
-from ldm.checkpoint_names import FIRST_STAGE_PREFIX, POSITION_IDS, TEXT_PREFIX
+from ldm.checkpoint_names import FIRST_STAGE_PREFIX, POSITION_IDS, TEXT_PREFIX, text_name
 from ldm.checkpoint_reading import (
     Checkpoint,
     CheckpointError,
@@ -57,6 +57,8 @@ def load_first_stage(source: Checkpoint | str | Path, config_node: Mapping[str, 
     """
     checkpoint = opened(source)
     node = plain(config_node) or own_node(checkpoint, "first_stage_config") or copy.deepcopy(SD_V1_FIRST_STAGE)
+    expected = outline_first_stage(node).compvis_state_dict()  # before memory is taken for it
+    account(expected, first_stage_tensors(checkpoint), where=f"first stage from {checkpoint.path}")
     first_stage = build(_without_weights(node), FIRST_STAGE_PATH)
     first_stage.load_compvis_state_dict(first_stage_tensors(checkpoint), where=f"first stage from {checkpoint.path}")
     return first_stage.requires_grad_(False).eval()
@@ -88,6 +90,11 @@ def build_text_encoder(checkpoint: Checkpoint, config_node: Mapping[str, Any] | 
     node = _without_weights(node)
     if checkpoint.kind in ("diffusers", "author") and (checkpoint.path / "tokenizer").is_dir():
         node["params"].setdefault("tokenizer", str(checkpoint.path))
+    with torch.device("meta"):  # before memory is taken for it
+        expected = build(node, TEXT_PATH).compvis_state_dict()
+    expected.pop(POSITION_IDS, None)
+    found = {text_name(name): tensor for name, tensor in text_tensors(checkpoint).items()}
+    account(expected, found, where=f"text encoder from {checkpoint.path}")
     encoder = build(node, TEXT_PATH)
     encoder.load_compvis_state_dict(text_tensors(checkpoint), where=f"text encoder from {checkpoint.path}")
     return encoder

@@ -24,6 +24,7 @@ from ldm.checkpoint_names import (
     text_name,
     unet_from_diffusers,
 )
+from ldm.json_text import parse_json
 
 WEIGHT_FILES = (
     "diffusion_pytorch_model.safetensors",
@@ -33,6 +34,7 @@ WEIGHT_FILES = (
     "diffusion_pytorch_model.bin",
     "pytorch_model.bin",
 )
+MAX_HEADS = 256
 # Folder of each part, and what its config may call it.
 PARTS = {
     "unet": ("UNet2DConditionModel", CLASS_NAME),
@@ -72,7 +74,7 @@ def read_folder(folder: Path) -> FolderContents:
             contents.kind = "author"
         if part == "unet":
             contents.num_heads = _num_heads(config, part_folder / "config.json")
-        elif part == "vae" and isinstance(scale := config.get("scaling_factor"), int | float):
+        elif part == "vae" and type(scale := config.get("scaling_factor")) in (int, float):
             contents.scale_factor = float(scale)
     return contents
 
@@ -105,7 +107,10 @@ def _read_weights(part: str, folder: Path) -> dict[str, Tensor]:
             "Download the folder again."
         )
     contents = read_file(weights)
-    return {name: value for name, value in contents.get("state_dict", contents).items() if isinstance(value, Tensor)}
+    state = contents.get("state_dict", contents)
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"{weights}: expected 'state_dict' to be a dict of tensors, found {type(state).__name__}")
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
 def _read_part_config(part: str, folder: Path) -> dict[str, Any]:
@@ -124,7 +129,7 @@ def _read_part_config(part: str, folder: Path) -> dict[str, Any]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        contents = json.loads(path.read_text(encoding="utf-8"))
+        contents = parse_json(path.read_bytes())
     except ValueError as error:
         raise CheckpointError(f"{path}: expected JSON, found something else ({error}). Download it again.") from None
     if not isinstance(contents, dict):
@@ -148,6 +153,6 @@ def _num_heads(config: Mapping[str, Any], path: Path) -> int:
                 f"{json.dumps(config[word])}. Other families, such as SD 2 and SDXL, are not read."
             )
     heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
-    if not isinstance(heads, int):
+    if type(heads) is not int or not 0 < heads <= MAX_HEADS:
         raise CheckpointError(f"{path}: expected one number of attention heads for all levels, found {heads}.")
     return heads

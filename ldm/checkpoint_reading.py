@@ -6,7 +6,6 @@ Whole models, single parts and bare state dicts, in CompVis's or diffusers' nami
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +29,7 @@ from ldm.checkpoint_names import (
     text_name,
     unet_to_diffusers,
 )
+from ldm.json_text import parse_json
 
 TEMPORAL_KIND = "temporal"  # what the metadata of a file of temporal layers alone says at `kind`
 
@@ -108,7 +108,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         tensors,
         own_config=config if kind == "ours" else None,
         kind=kind,
-        scale_factor=float(scale) if isinstance(scale, int | float | Tensor) else None,
+        scale_factor=_scale(scale, path),
         metadata=metadata,
     )
 
@@ -171,10 +171,20 @@ def account(
         )
 
 
+def _scale(found: Any, path: Path) -> float | None:
+    """A scale factor as a number; None where there is none."""
+    if not isinstance(found, int | float | Tensor):
+        return None
+    number = float(found) if not isinstance(found, Tensor) or found.numel() == 1 else 0.0
+    if not 0 < number < float("inf"):
+        raise CheckpointError(f"{path}: expected one scale_factor above 0, found {str(found)[:80]}. Take another file.")
+    return number
+
+
 def _config_in(metadata: Mapping[str, str]) -> Any:
     """The config that a safetensors file of ours holds as JSON; None for files of others, who may say anything."""
     try:
-        return json.loads(metadata.get("config", "null"))
+        return parse_json(metadata.get("config", "null"))
     except ValueError:
         return None
 

@@ -23,6 +23,7 @@ from ldm.checkpoint_names import AVERAGE_PREFIX, UNET_PREFIX
 from ldm.checkpoint_reading import TEMPORAL_KIND, Checkpoint, CheckpointError, account, part_tensors
 from ldm.checkpoint_shapes import unet_words
 from ldm.config_values import mapping_at
+from ldm.json_text import parse_json
 from ldm.models.diffusion.parameter_groups import ParameterGroups
 
 MODEL = "ldm.models.diffusion.ddpm.LatentVideoDiffusion"
@@ -208,6 +209,6 @@ def _at(config: Mapping[str, Any], path: tuple[str, ...]) -> Any:
 def _parsed(text: str) -> Any:
     """What a word of the metadata stands for: JSON, or a string as it is."""
     try:
-        return json.loads(text)
+        return parse_json(text)
     except ValueError:
         return text

@@ -12,6 +12,7 @@ A plan is a YAML file:
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from tensorboard.backend.event_processing.event_accumulator import SCALARS, Even
 from yaml import YAMLError
 
 from ldm.config import nearest
+from ldm.config_text import checked_text
 from ldm.config_values import check_values
 from ldm.errors import UserError
 
@@ -34,6 +36,7 @@ KINDS = {
     "columns": Mapping[str, str],
     "runs": Mapping[str, Sequence[str]],
 }
+OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+|\[\d+\])*=")
 LAST_SHARE = 0.2  # of what a run logged of its training loss, which is noisy, to average
 
 
@@ -56,6 +59,13 @@ class Plan:
         if missing := [word for word in KINDS if not words.get(word) and word != "overrides"]:
             raise UserError(f"{where}: expected {missing[0]}, found none of it")
         check_values(words, KINDS, where)
+        for name, overrides in {"overrides": words["overrides"], **words["runs"]}.items():
+            for word in overrides:  # they become words of a command line, where flags would be taken for the user's
+                if not OVERRIDE.match(word):
+                    raise UserError(f"{where}: {name}: expected overrides such as data.params.frames=8, found {word!r}")
+        for word in words["base"]:
+            if word.startswith("-"):
+                raise UserError(f"{where}: base: expected names of configs, found {word!r}")
         return cls(**words)
 
     def command(self, name: str, folder: Path, more: Sequence[str]) -> list[str]:
@@ -93,10 +103,10 @@ def table(columns: Mapping[str, str], results: Mapping[str, Mapping[str, float]]
 def read_words(path: Path) -> dict[str, Any]:
     """The words of a plan in a YAML file; raises UserError."""
     try:
-        words = OmegaConf.to_container(OmegaConf.load(path))
+        words = OmegaConf.to_container(OmegaConf.load(io.StringIO(checked_text(path))))
     except FileNotFoundError as error:
         raise UserError(f"{path}: expected a plan of runs, found no such file") from error
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, IsADirectoryError) as error:
+    except (YAMLError, OmegaConfBaseException, ValueError, IsADirectoryError) as error:
         raise UserError(f"{path}: expected YAML, found something else ({str(error).splitlines()[0]})") from error
     if not isinstance(words, dict):
         raise UserError(f"{path}: expected base, columns and runs, found {type(words).__name__}")

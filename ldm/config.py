@@ -24,7 +24,7 @@ import ldm
 from ldm.config_compvis import translate_compvis
 from ldm.config_targets import check_target, is_trusted
 from ldm.config_text import check_references, check_yaml, checked_text
-from ldm.config_values import ConfigError, check_values, mapping_at
+from ldm.config_values import ConfigError, check_sizes, check_values, mapping_at
 
 SECTIONS = {
     "": ("model", "data", "lightning", "prepare", "sampling"),
@@ -194,6 +194,7 @@ def _check_node(
     if not isinstance(params, dict):
         raise ConfigError(f"{path}.params: expected a mapping of arguments of {name}, found {params!r}")
     target = _import_target(name, path)
+    check_sizes(params, f"{path}.params")
     parameters = _parameters(target)
     supplied = (*given, *(name for name in optional if name in parameters))
     for key in params:

@@ -46,6 +46,32 @@ def check_yaml(text: str) -> None:
             raise ValueError(f"line {event.start_mark.line + 1}: {error}") from None
 
 
+def check_plain(tree: Any) -> None:
+    """Raise ValueError unless a tree that no text was read of, such as a pickle's, is as small and plain as one.
+
+    What is in it twice counts twice, as it will when it is written or merged.
+    """
+    waiting, count = [(tree, 0)], 0
+    while waiting:
+        value, depth = waiting.pop()
+        count += 1
+        inside: list[Any] = []
+        if isinstance(value, Mapping):
+            inside = [*value.values()]
+            if not all(isinstance(key, str | int | float) for key in value):
+                raise ValueError("keys that are no words")
+        elif isinstance(value, list | tuple):
+            inside = list(value)
+        elif not isinstance(value, str | int | float | None):
+            raise ValueError(f"a {type(value).__name__}")
+        elif isinstance(value, str):
+            value.encode()  # halves of characters cannot be written again
+        count += len(inside)
+        if depth > MAX_DEPTH or count > 2 * MAX_NODES:
+            raise ValueError(f"nested deeper than {MAX_DEPTH} or more than {MAX_NODES:,} values, all told")
+        waiting += [(part, depth + 1) for part in inside]
+
+
 def check_references(tree: Mapping[str, Any]) -> None:
     """Raise ValueError for an interpolation other than `${other.key}`, and for references that grow without end."""
     _Expansion(tree).size(tree, (), 0)

@@ -17,6 +17,13 @@ _KINDS = {int: int, float: int | float, bool: bool, str: str | os.PathLike, None
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", NoneType: "null"}
 
 
+# Words that say how often something is built, one after the other: a network of a million layers never ends.
+COUNTS = frozenset(
+    "num_res_blocks transformer_depth num_hidden_layers layers_per_block num_heads num_attention_heads".split()
+)
+MAX_COUNT, MAX_WIDTH, MAX_LENGTH = 256, 2**20, 64
+
+
 class ConfigError(UserError):
     """A config that cannot mean what its writer wanted."""
 
@@ -26,6 +33,23 @@ def mapping_at(path: str, value: Any) -> Mapping[str, Any]:
     if value is not None and not isinstance(value, Mapping):
         raise ConfigError(f"{path}: expected a mapping, found {value!r}")
     return value or {}
+
+
+def check_sizes(params: Any, path: str, is_network: bool = False) -> None:
+    """Raise `ConfigError` for words, at any depth, that ask for more layers than anybody has.
+
+    is_network: nothing else is in `params`, so that no number and no list may be out of the way.
+    """
+    for key, value in params.items() if isinstance(params, Mapping) else ():
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        most = MAX_COUNT if key in COUNTS else MAX_WIDTH
+        if whole and abs(value) > most and (key in COUNTS or is_network):
+            raise ConfigError(f"{path}.{key}: expected at most {most:,}, found {str(value)[:40]}")
+        if is_network and isinstance(value, list | tuple | Mapping) and len(value) > MAX_LENGTH:
+            raise ConfigError(f"{path}.{key}: expected at most {MAX_LENGTH} values, found {len(value):,}")
+        if is_network and isinstance(value, list | tuple):
+            check_sizes(dict(enumerate(value)), f"{path}.{key}", is_network)
+        check_sizes(value, f"{path}.{key}", is_network)
 
 
 def check_values(values: Mapping[str, Any], annotations: Mapping[str, Any], path: str) -> None:

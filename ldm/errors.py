@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import sys
 from collections.abc import Callable
 
@@ -21,6 +22,10 @@ LOWER = (
     "model.params.unet_config.params.use_checkpoint=true when training; when sampling, lower --frames, --H, --W, "
     "--n_samples or --decode-chunk"
 )
+
+
+# Letters that steer a terminal or turn the line around, and halves of letters, which nothing can write.
+_STEERING = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class UserError(ValueError):
@@ -42,9 +47,14 @@ def run_command(command: Callable[[], None]) -> int:
         message = _message(error)
         if message is None:
             raise
-        sys.stderr.write(f"error: {message}\n")
+        sys.stderr.write(f"error: {printable(message)}\n")
         return 1
     return 0
+
+
+def printable(message: str) -> str:
+    """Text with names of a stranger's choice as it can be printed: what would steer a terminal is spelt out."""
+    return _STEERING.sub(lambda found: found[0] if found[0] in "\n\t" else repr(found[0])[1:-1], message)
 
 
 def _message(error: Exception) -> str | None:

@@ -6,23 +6,28 @@ A document has places for tables, each with the file it comes from, relative to 
     ... whatever stood here is replaced ...
     <!-- end of table -->
 
+A record of scripts/benchmark.py has several: FILE.json#train, #goals, #run.
+
 Nothing is computed here: every number is one that a script has written. The config of a bundle has a table as well.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
 from ldm.ablations import CLIPS, LOGGED, MINUTES, OF_TRUE
+from ldm.benchmarking.rows import goal_rows, is_record, rows_of, table_rows
 from ldm.errors import UserError
 from ldm.evaluation.report import number
+from ldm.json_text import parse_json
 from ldm.model_card import bundle_table, is_training, training_table
 
 NOTHING = "-"
+TERA = 1e12
 PLACES, PLACES_OF_SHARES = 4, 2  # of what a run logged, of parts of the true clips'
 PLACE = re.compile(r"(<!-- table: *(\S+) *-->\n).*?(<!-- end of table -->)", flags=re.DOTALL)
 BEGINS = "<!-- table:"
@@ -36,26 +41,56 @@ def fill_document(document: Path) -> str:
             f"{document}: expected places for tables, '<!-- table: FILE.json -->' and below '<!-- end of table -->', "
             f"found {len(PLACE.findall(text))} whole ones of {text.count(BEGINS)}"
         )
-    return PLACE.sub(lambda place: f"{place[1]}{table_of(document.parent / place[2])}{place[3]}", text)
+    return PLACE.sub(lambda place: f"{place[1]}{_table_at(document, place[2])}{place[3]}", text)
 
 
-def table_of(path: Path) -> str:
-    """The table of a file of results, or of the config of a bundle; raises UserError."""
+def _table_at(document: Path, place: str) -> str:
+    file, _, part = place.partition("#")
+    return table_of(document.parent / file, part)
+
+
+def table_of(path: Path, part: str = "") -> str:
+    """The table of a file of results, or of the config of a bundle; raises UserError.
+
+    part: of a benchmark's record: a section, `goals` or `run`.
+    """
     if path.suffix == ".yaml":
         return bundle_table(path.parent)
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))
+        results = parse_json(path.read_bytes())
     except FileNotFoundError as error:
         raise UserError(f"{path}: expected results of evaluate.py or ablate.py, found no such file") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except ValueError as error:
         raise UserError(f"{path}: expected JSON, found something else ({error})") from error
     if isinstance(results, dict) and {"columns", "runs", "references", "rows"} <= results.keys():
         return ablation_table(results)
     if isinstance(results, dict) and {"measures", "rows"} <= results.keys():
         return evaluation_table(results)
+    if is_record(results):
+        return benchmark_table(results, part, path)
     if is_training(results):
         return training_table(results)
     raise UserError(f"{path}: expected results of evaluate.py or ablate.py, found other JSON")
+
+
+def benchmark_table(results: Mapping[str, Any], part: str, path: Path) -> str:
+    """A section of a benchmark's record, its goals, or when and where it was run."""
+    rows = rows_of(results)
+    if part == "run":
+        if results["date"] is None:
+            return markdown(["run", "where"], [["none yet", ""]])
+        peaks = ", ".join(f"{peak / TERA:.3g} TFLOP/s in {name}" for name, peak in results["peaks"].items())
+        lines = [[results["date"], results["machine"], f"{results['threads']}", peaks]]
+        return markdown(["run", "where", "threads", "fastest matrix product"], lines)
+    if part == "goals":
+        headings, *lines = goal_rows(rows, results["device"])
+        return markdown(headings, lines)
+    found = [row for row in rows if row.section == part]
+    if not found:
+        known = ", ".join(dict.fromkeys(row.section for row in rows))
+        raise UserError(f"{path}#{part}: expected run, goals or a section that was run ({known}), found {part!r}")
+    headings, *lines = table_rows(found)
+    return markdown(headings, lines)
 
 
 def evaluation_table(report: Mapping[str, Any]) -> str:
@@ -67,7 +102,7 @@ def evaluation_table(report: Mapping[str, Any]) -> str:
         for row in report["rows"]
     ]
     titles = [its["title"] if kind == "estimates" else f"Frechet distance of {its['title']}" for kind, _, its in kinds]
-    return _markdown(["", "clips", *titles], lines)
+    return markdown(["", "clips", *titles], lines)
 
 
 def ablation_table(results: Mapping[str, Any]) -> str:
@@ -80,7 +115,7 @@ def ablation_table(results: Mapping[str, Any]) -> str:
     lines = [[name, *_cells(results, found, None)] for name, found in references.items() if name not in rows]
     for name, row in rows.items():
         lines.append([name, *_cells(results, row["evaluations"], results["runs"].get(row["run"]))])
-    return _markdown(["", *columns], lines)
+    return markdown(["", *columns], lines)
 
 
 def _cells(
@@ -115,6 +150,12 @@ def _cell(found: Mapping[str, Any] | None, places: int) -> str:
     return f"{mean} ({interval})" if interval else mean
 
 
-def _markdown(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def markdown(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Headings and lines of cells as a table."""
     cells = [headings, ["---"] * len(headings), *lines]
-    return "".join(f"| {' | '.join(line)} |\n" for line in cells)
+    return "".join(f"| {' | '.join(map(in_cell, line))} |\n" for line in cells)
+
+
+def in_cell(text: str) -> str:
+    """Text as part of a Markdown table: on one line, neither HTML nor another cell."""
+    return " ".join(escape(text, quote=False).replace("|", "\\|").split())

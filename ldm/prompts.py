@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ldm.errors import UserError
 
-_PART = re.compile(r"\s*([0-9]{1,18})\s*:\s*(.*?)\s*", re.DOTALL)
+_NUMBER = re.compile("[0-9]{1,18}")
 EXAMPLE = "'0: dawn road | 40: night road'"
 
 
@@ -52,10 +52,10 @@ def read_schedule(prompt: str, num_frames: int) -> PromptSchedule | None:
     Raises UserError for a schedule that does not begin at frame 0, does not rise, or goes past the end. One part alone
     is a schedule only if it begins at 0, so that "2001: a space odyssey" stays a prompt.
     """
-    parts = [_PART.fullmatch(part) for part in prompt.split("|")]
-    if not all(parts) or (len(parts) == 1 and int(parts[0][1]) != 0):
+    parts = [_part(part) for part in prompt.split("|")]
+    if not all(parts) or (len(parts) == 1 and parts[0][0] != 0):
         return None
-    starts = tuple(int(part[1]) for part in parts)
+    starts = tuple(start for start, _ in parts)
     if starts[0] != 0:
         raise UserError(
             f"prompt schedule: expected the first prompt at frame 0, as in {EXAMPLE}, found frame {starts[0]}"
@@ -70,7 +70,7 @@ def read_schedule(prompt: str, num_frames: int) -> PromptSchedule | None:
             f"prompt schedule: expected frames from 0 to {num_frames - 1}, as the clip has {num_frames}, found "
             f"{starts[-1]}; ask for more --frames or an earlier frame"
         )
-    return PromptSchedule(starts, tuple(part[2] for part in parts))
+    return PromptSchedule(starts, tuple(text for _, text in parts))
 
 
 def prompts_in(prompt: str, num_frames: int) -> tuple[str, ...]:
@@ -82,6 +82,12 @@ def prompts_in(prompt: str, num_frames: int) -> tuple[str, ...]:
 def odd_part(prompt: str) -> str | None:
     """The first part that keeps a prompt which begins like a schedule from being one; None for any other prompt."""
     parts = prompt.split("|")
-    if len(parts) == 1 or not _PART.fullmatch(parts[0]):
+    if len(parts) == 1 or not _part(parts[0]):
         return None
-    return next((part.strip() for part in parts if not _PART.fullmatch(part)), None)
+    return next((part.strip() for part in parts if not _part(part)), None)
+
+
+def _part(part: str) -> tuple[int, str] | None:
+    """Frame and prompt; None for what does not begin with a frame and a colon."""
+    number, colon, text = part.partition(":")
+    return (int(number), text.strip()) if colon and _NUMBER.fullmatch(number.strip()) else None

@@ -21,7 +21,16 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ldm.atomic import replacing
 from ldm.errors import UserError
+from ldm.json_text import parse_json
 
+# What may be read as a video: films in one file. Playlists and scripts, which open other files and addresses, may not.
+FORMATS = (
+    "mov,matroska,webm,avi,flv,gif,mpegts,mpeg,mjpeg,ogg,asf,yuv4mpegpipe,mpegvideo,h264,hevc,m4v,3gp,wtv,"
+    "png_pipe,jpeg_pipe,webp_pipe,bmp_pipe,tiff_pipe"  # one picture, of which that can be said
+)
+OPEN_OPTIONS = {"protocol_whitelist": "file", "format_whitelist": FORMATS}
+MAX_HELD = 2**33  # bytes of the frames of a film that is read as a whole
+MAX_PIXELS = 2**26  # of a picture or a frame; 8192x8192
 CRF = "10"  # of libx264: not to be told from the original by eye
 BT709 = 1  # the number of this colour matrix, transfer and primaries in a video's header
 
@@ -89,8 +98,24 @@ def read_video(path: Path | str) -> tuple[np.ndarray, float]:
         if not container.streams.video:
             raise UserError(f"{path}: expected a video, found no video stream in it")
         stream = container.streams.video[0]
-        frames = [_rgb(frame) for frame in container.decode(stream)]
+        check_pixels(stream.codec_context.width, stream.codec_context.height, path)
+        frames, room = [], MAX_HELD
+        for frame in container.decode(stream):
+            room -= 3 * frame.width * frame.height
+            if room < 0:
+                raise UserError(f"{path}: expected a short film, found more than {MAX_HELD:,} bytes of frames; cut it")
+            frames.append(_rgb(frame))
+        if not frames:
+            raise UserError(f"{path}: expected a video, found no frame in it")
         return np.stack(frames), float(stream.average_rate or stream.guessed_rate)
+
+
+def check_pixels(width: int, height: int, path: Path | str) -> None:
+    """Raise UserError for a picture, or frames, of more than `MAX_PIXELS`."""
+    if width * height > MAX_PIXELS:
+        raise UserError(
+            f"{path}: expected at most {MAX_PIXELS:,} pixels in a picture, found {width}x{height}; make it smaller"
+        )
 
 
 def _rgb(frame: av.VideoFrame) -> np.ndarray:
@@ -104,8 +129,8 @@ def read_metadata(path: Path | str) -> dict[str, Any]:
     with _open(path) as container:
         comment = container.metadata.get("comment", "")
     try:
-        metadata = json.loads(comment)
-    except json.JSONDecodeError:
+        metadata = parse_json(comment)
+    except ValueError:
         metadata = None
     if not isinstance(metadata, dict):
         raise UserError(f"{path}: expected the settings it was made with in its `comment` tag, found {comment[:60]!r}")
@@ -114,7 +139,7 @@ def read_metadata(path: Path | str) -> dict[str, Any]:
 
 def _open(path: Path | str) -> av.container.InputContainer:
     try:
-        return av.open(str(path))
+        return av.open(f"file:{path}", options=OPEN_OPTIONS)  # a name is no address, whatever it looks like
     except av.error.FileNotFoundError as error:
         raise UserError(f"{path}: there is no such file") from error
     except av.error.FFmpegError as error:
@@ -167,7 +192,7 @@ def contact_sheet(rows: Sequence[np.ndarray], labels: Sequence[str] | None = Non
 
 
 def _shorten(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    text = " ".join(text.split())
+    text = " ".join(text[: 8 * width].split())  # more letters never fit
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "...") > width:

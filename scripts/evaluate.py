@@ -86,6 +86,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--i3d", type=Path, metavar="FILE", help="FVD as well, by I3D from a local TorchScript file; 16 frames a clip"
     )
+    parser.add_argument("--trust-i3d", action="store_true", help="run that file, which is a program")
     parser.add_argument(
         "--frames", type=int, metavar="N",
         help="of a clip: videos are cut into such (default: whole), checkpoints make such (default: as in training)",
@@ -94,7 +95,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--out", type=Path, default=Path("outputs/evaluation"), help="folder for the report (default: %(default)s)"
     )
     add_making_options(parser)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.i3d is not None and not options.trust_i3d:
+        raise UserError(
+            f"--i3d: {options.i3d} is TorchScript, a program that runs as soon as it is read; give --trust-i3d beside "
+            "it if you know where it comes from"
+        )
+    return options
 
 
 def judge_row(planned: PlannedRow, form: ClipFormat, instruments: Instruments, advance: Callable[[], object]) -> Row:
@@ -237,13 +244,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report, besides = evaluate(options, console, shlex.join(["python", "scripts/evaluate.py", *words]))
     with console.status("means, distances and their intervals"):
         summary = {**report.summary(), **besides}
-    console.print(table(summary))
+    console.print(table(summary), markup=False)
     distances = distance_table(summary)
     if distances is not None:
-        console.print(distances)
+        console.print(distances, markup=False)
     tables = [show(summary[name]) for name, show in BESIDES.items() if name in summary]
     for its in tables:
-        console.print(its)
+        console.print(its, markup=False)
     for line in summary["told"]:
         console.print(line, markup=False, soft_wrap=True)
     for note in notes(summary):

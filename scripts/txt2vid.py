@@ -28,7 +28,7 @@ from ldm.clip_requests import ClipRequest, notes, read_request, repeat_request
 from ldm.config import check, load_config, to_container
 from ldm.config_targets import trusting
 from ldm.devices import choose_device, choose_precision, set_up_card
-from ldm.errors import UserError, run_command
+from ldm.errors import UserError, printable, run_command
 from ldm.generation import ClipGenerator
 from ldm.provenance import (
     check_same_weights,
@@ -190,7 +190,7 @@ def carry_out(options: argparse.Namespace, words: Sequence[str]) -> None:
         for prompt, cut in cuts.items()
     ]
     for note in dict.fromkeys([*about, *(replay_notes(record, now) if record else ())]):
-        console.print(f"note: {note}", markup=False)
+        console.print(f"note: {printable(note)}", markup=False)
     make_clips(jobs, generator, {**base, **now}, options.outdir, console)
 
 
@@ -225,7 +225,7 @@ def make_clips(
             stem = outdir / f"{number + done:05}"
             write_clip(stem, clips[index], record)
             done += 1
-            console.print(f"{stem}.mp4, .gif, .png, .json: '{settings.prompt}'", markup=False)
+            console.print(f"{stem}.mp4, .gif, .png, .json: '{printable(settings.prompt)}'", markup=False)
 
 
 def read_config(path: Path | None) -> dict[str, Any] | None:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from ldm.checkpoint import latent_scale, load_first_stage
 from ldm.config import build, check, load_config, to_container
+from ldm.config_targets import trusting
 from ldm.data.frames import FrameBatch, FrameDataModule
 from ldm.errors import UserError
 from ldm.models.autoencoder import AutoencoderKL, ReconstructionLogger, psnr
@@ -148,7 +149,11 @@ class SquaredDistance(torch.nn.Module):
 def test_a_scripted_file_serves_as_perceptual_term(tmp_path):
     path = tmp_path / "distance.pt"
     torch.jit.script(SquaredDistance()).save(str(path))
-    loss = AutoencoderLoss({"l1": 0.0, "kl_weight": 0.0, "perceptual": {"path": str(path), "weight": 3.0}})
+    words = {"l1": 0.0, "kl_weight": 0.0, "perceptual": {"path": str(path), "weight": 3.0}}
+    with pytest.raises(UserError, match=r"distance.pt: a TorchScript file .* is a program, .* give --trust-config"):
+        AutoencoderLoss(words)
+    with trusting():
+        loss = AutoencoderLoss(words)
     output = torch.full((2, 3, 8, 8), 0.5, requires_grad=True)
     terms = loss.reconstruction(output, torch.zeros(2, 3, 8, 8), torch.zeros(2, 8, 4, 4))
     assert terms["loss"].item() == pytest.approx(3.0 * 0.25)
@@ -358,7 +363,7 @@ def test_the_tiny_config_builds_and_every_key_is_read():
     ],
 )  # fmt: skip
 def test_bad_losses_are_refused(lossconfig, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message), trusting():
         make_model(lossconfig=lossconfig)
 
 

@@ -202,8 +202,8 @@ def test_what_is_no_picture_gets_one_message(tmp_path, name, message):
 
 def test_a_picture_too_large_to_be_true_is_refused(tmp_path, monkeypatch):
     Image.new("L", (64, 64)).save(tmp_path / "a.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(UserError, match=r"a.png: expected a picture of at most 200 pixels"):
+    monkeypatch.setattr("ldm.video.MAX_PIXELS", 200)
+    with pytest.raises(UserError, match=r"a.png: expected at most 200 pixels in a picture, found 64x64; make"):
         read_picture(tmp_path / "a.png")
 
 

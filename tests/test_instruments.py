@@ -251,7 +251,7 @@ def test_everything_together(clips, files, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("ldm.evaluation.instruments.load_judge", lambda path: MadeJudge())
     monkeypatch.setattr(evaluate, "REFERENCES", {"reversed": reversed_clip})
     monkeypatch.setattr(evaluate, "NUM_SHOWN", 1)
-    named = ["--judge", str(files / "judge.safetensors"), "--i3d", str(files / "switched.pt")]
+    named = ["--judge", str(files / "judge.safetensors"), "--i3d", str(files / "switched.pt"), "--trust-i3d"]
     evaluate.main(["made", "--reference", "true", *named, "--out", str(tmp_path)])
     printed = capsys.readouterr().out
     summary = json.loads((tmp_path / "report.json").read_text())

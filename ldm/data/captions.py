@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ldm.errors import UserError
 
+_STEERING = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+MAX_BYTES = 2**26  # of a table
 THREE_WAYS = (
     "give one to all videos (--prompt TEXT), put a text file of the same name beside the video (drive.mp4, drive.txt; "
     "one caption a line), or give a table (--captions FILE.csv with the columns file,caption)"
@@ -55,6 +58,13 @@ def read_table(path: Path | str) -> dict[str, list[str]]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: there is no such table of captions; expected a CSV with the columns file,caption")
+    try:
+        return _rows(path)
+    except csv.Error as error:
+        raise UserError(f"{path}: expected a CSV with the columns file,caption, found another ({error})") from error
+
+
+def _rows(path: Path) -> dict[str, list[str]]:
     reader = csv.DictReader(_read_text(path).splitlines(keepends=True), skipinitialspace=True)
     if not {"file", "caption"} <= set(reader.fieldnames or []):
         found = ", ".join(reader.fieldnames or []) or "nothing"
@@ -67,10 +77,14 @@ def read_table(path: Path | str) -> dict[str, list[str]]:
 
 
 def _distinct(captions: Sequence[str]) -> list[str]:
-    return list(dict.fromkeys(text for caption in captions if (text := " ".join(caption.split()))))
+    """Without blanks at the ends, letters that steer a terminal, and what is there twice."""
+    texts = (_STEERING.sub(" ", caption).split() for caption in captions)
+    return list(dict.fromkeys(" ".join(words) for words in texts if words))
 
 
 def _read_text(path: Path) -> str:
+    if path.stat().st_size > MAX_BYTES:
+        raise UserError(f"{path}: expected a text of captions, at most {MAX_BYTES:,} bytes, found a longer file")
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

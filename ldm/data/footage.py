@@ -26,12 +26,17 @@ import numpy as np
 from scenedetect import FrameTimecode
 from scenedetect.detectors import AdaptiveDetector, ThresholdDetector
 
-from ldm.errors import UserError
+from ldm.errors import UserError, printable
+from ldm.video import MAX_PIXELS, OPEN_OPTIONS, check_pixels
 
 VIDEO_SUFFIXES = frozenset(
     ".3gp .avi .flv .gif .m2ts .m4v .mjpeg .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .webm .wmv .y4m".split()
 )
 MAX_ENLARGEMENT = 2  # a crop is refused when it would have to grow by more than this
+MAX_RATE = 1000  # frames a second
+MAX_ASPECT = 32
+# No codec needs fewer bytes for a frame that shows nothing new; a film of more frames is made of gaps.
+BYTES_PER_FRAME, FEWEST_LIMIT = 16, 10_000
 CUT_WIDTH = 256  # width in pixels at which cuts are looked for
 
 
@@ -92,9 +97,14 @@ def name_videos(given: Iterable[Path | str]) -> dict[Path, str]:
     names: dict[Path, str] = {}
     for place in map(Path, given):
         for path in list_videos([place]):
-            name = path.relative_to(place).as_posix() if place.is_dir() else path.name
-            names.setdefault(path, name if name not in names.values() else path.as_posix())
+            name = _writable(path.relative_to(place).as_posix() if place.is_dir() else path.name)
+            names.setdefault(path, name if name not in names.values() else _writable(path.as_posix()))
     return names
+
+
+def _writable(name: str) -> str:
+    """A name that can be written as UTF-8 and shown: control characters and stray bytes are spelt out."""
+    return printable(name).replace("\n", "\\n").replace("\t", "\\t")
 
 
 def probe(path: Path | str) -> VideoInfo:
@@ -108,13 +118,16 @@ def probe(path: Path | str) -> VideoInfo:
     if path.stat().st_size == 0:
         raise FootageError(f"{path}: the file is empty (0 bytes); copy or download it again")
     try:
-        with av.open(str(path)) as container:
+        with av.open(f"file:{path}", options=OPEN_OPTIONS) as container:
             streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
             if not streams:
                 kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
                 raise FootageError(f"{path}: expected a video stream, found only {kinds}")
-            return _describe(path, container, streams[0])
-    except (av.error.FFmpegError, StopIteration) as error:
+            stream = streams[0]
+            check_pixels(stream.codec_context.width, stream.codec_context.height, path)
+            stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # the stream may say otherwise than the file
+            return _describe(path, container, stream)
+    except (av.error.FFmpegError, StopIteration, OverflowError, ZeroDivisionError) as error:
         raise FootageError(
             f"{path}: expected a video, found {path.stat().st_size} bytes that ffmpeg cannot read "
             f"({_reason(error)}); is the file cut short or something else under a video's name?"
@@ -133,6 +146,15 @@ def _describe(path: Path, container: av.container.InputContainer, stream: av.Vid
         raise FootageError(f"{path}: expected a video, found a single frame")
     aspect = stream.sample_aspect_ratio or Fraction(1)
     width, height = round(frame.width * aspect), frame.height
+    check_pixels(width, height, path)
+    if not 1 <= max(width, height) <= MAX_ASPECT * min(width, height):
+        raise FootageError(
+            f"{path}: expected a picture at most {MAX_ASPECT} times as wide as high, found {width}x{height}"
+        )
+    if not 0 < rate <= MAX_RATE:
+        raise FootageError(
+            f"{path}: expected at most {MAX_RATE} frames a second, found {float(rate):.4g}; encode it again"
+        )
     if frame.rotation % 180:
         width, height = height, width
     return VideoInfo(path, width, height, Fraction(rate), num_frames, duration, aspect == 1)
@@ -172,7 +194,8 @@ def read_frames(path: Path | str, fps: float, size: int | tuple[int, int]) -> It
 
 def _native_grid(info: VideoInfo) -> ffmpeg.nodes.FilterableStream:
     """The video with its first frame at time 0 and every frame moved to the nearest point of a regular grid."""
-    video = ffmpeg.input(f"file:{info.path}")["V:0"]  # V, unlike v, leaves out attached pictures
+    opened = ffmpeg.input(f"file:{info.path}", max_pixels=MAX_PIXELS, **OPEN_OPTIONS)
+    video = opened["V:0"]  # V, unlike v, leaves out attached pictures
     return video.filter("setpts", "PTS-STARTPTS").filter("fps", fps=_exact(info.rate))
 
 
@@ -188,12 +211,17 @@ def _decode(
     output = ffmpeg.output(video, "pipe:", format="rawvideo", pix_fmt=pixels)
     command = output.global_args("-nostdin", "-hide_banner", "-loglevel", "error", "-xerror").compile(ffmpeg_binary())
     num_bytes = size[0] * size[1] * 3
-    count = 0
+    count, most = 0, FEWEST_LIMIT + info.path.stat().st_size // BYTES_PER_FRAME
     with tempfile.TemporaryFile() as complaints:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=complaints)
         try:
             while len(frame := process.stdout.read(num_bytes)) == num_bytes:
                 count += 1
+                if count > most:
+                    raise FootageError(
+                        f"{info.path}: expected at most {most:,} frames in a file of its size, found more: its time "
+                        "stamps leave gaps that are filled with the same frame; encode it again"
+                    )
                 yield np.frombuffer(frame, np.uint8).reshape(*size, 3)
             status = process.wait()
         finally:

@@ -22,7 +22,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ldm.data.footage import MAX_ENLARGEMENT, FootageError, VideoInfo, probe, read_frames
 from ldm.errors import UserError
+from ldm.video import MAX_PIXELS, check_pixels
 
+FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM")  # others start programs (EPS) or are no pictures
 MAX_FRAMES = 10_000  # of a clip
 FACTORS = range(2, 65)  # by which the frames of a video can be multiplied
 MADE = 128  # grey levels from here on are to be made, so that a mask survives JPEG and H.264
@@ -41,10 +43,13 @@ def read_picture(path: Path | str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as opened:
+            with Image.open(path, formats=FORMATS) as opened:
+                check_pixels(*opened.size, path)
                 upright = ImageOps.exif_transpose(opened)
     except FileNotFoundError as error:
         raise UserError(f"{path}: expected a picture, found no such file") from error
+    except UserError:
+        raise
     except UnidentifiedImageError as error:
         raise UserError(
             f"{path}: expected a picture (PNG, JPEG, WebP, TIFF, ...), found something else; videos go to --init-video "
@@ -52,7 +57,7 @@ def read_picture(path: Path | str) -> Image.Image:
         ) from error
     except Image.DecompressionBombError as error:
         raise UserError(
-            f"{path}: expected a picture of at most {2 * Image.MAX_IMAGE_PIXELS} pixels ({error})"
+            f"{path}: expected a picture of at most {MAX_PIXELS:,} pixels ({error})"
         ) from error
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as error:
         if getattr(error, "errno", None) is not None:
@@ -188,8 +193,11 @@ def read_mask(path: Path | str, num_frames: int, size: Size, source: Size | None
 def _grey_frames(path: Path, num_frames: int) -> Iterator[Image.Image]:
     """The picture in a file or the frames of a video, as they are, one more than `num_frames` at most."""
     try:
-        with Image.open(path) as opened:
-            is_picture = getattr(opened, "n_frames", 1) == 1
+        with Image.open(path, formats=FORMATS) as opened:
+            check_pixels(*opened.size, path)
+            is_picture = _is_single(opened)
+    except UserError:
+        raise
     except UnidentifiedImageError:
         is_picture = False
     except (OSError, SyntaxError, Image.DecompressionBombError):
@@ -200,6 +208,15 @@ def _grey_frames(path: Path, num_frames: int) -> Iterator[Image.Image]:
     info = probe(path)
     for frame in islice(read_frames(path, info.rate, (info.height, info.width)), num_frames + 1):
         yield Image.fromarray(frame).convert("L")
+
+
+def _is_single(picture: Image.Image) -> bool:
+    """Whether there is no second picture in it; those of an endless GIF are not counted."""
+    try:
+        picture.seek(1)
+    except EOFError:
+        return True
+    return False
 
 
 def _fit_mask(grey: Image.Image, size: Size) -> np.ndarray:

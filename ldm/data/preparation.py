@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import re
 import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -36,7 +37,10 @@ from ldm.data.shards import (
     parse_index,
     read_info,
 )
+from ldm.json_text import parse_json
 
+_SHA256 = re.compile("[0-9A-Za-z_-]{1,128}")
+_NUMBERED = re.compile(r"shard-([0-9]{1,12})\.tar")
 SHARD_BYTES = 256 * 2**20
 WORK_FOLDER = ".unfinished"
 FINISH_OR_FRESH = "choose a fresh --out (what is there stays as it is)"
@@ -76,8 +80,16 @@ class VideoReport:
 
     @classmethod
     def from_values(cls, values: dict[str, Any]) -> VideoReport:
-        """From parsed JSON."""
-        return cls(**{**values, "dropped": [Dropped(**dropped) for dropped in values["dropped"]]})
+        """From parsed JSON; raises KeyError, TypeError or ValueError."""
+        report = cls(**{**values, "dropped": [Dropped(**dropped) for dropped in values["dropped"]]})
+        counts = (report.num_scenes, report.num_frames)
+        if not isinstance(report.sha256, str) or not _SHA256.fullmatch(report.sha256):  # it names a file
+            raise ValueError(f"sha256: found {str(report.sha256)[:80]!r}")
+        if not all(isinstance(text, str) for text in (report.source, *report.captions)):
+            raise ValueError("source and captions: expected strings")
+        if any(type(count) is not int or count < 0 for count in counts):
+            raise ValueError(f"num_scenes, num_frames: found {counts}")
+        return report
 
     def to_line(self) -> str:
         """One line of JSON, with its newline."""
@@ -156,7 +168,7 @@ class Preparation:
             raise DatasetError(f"{self.out}: another scripts/prepare.py is writing here; wait until it ends") from error
         write_atomically(self.work / "settings.json", json.dumps(asdict(settings)))
         with _reading(self.out / VIDEOS_FILE, FINISH_OR_FRESH) as lines:
-            self._committed_videos = [VideoReport.from_values(json.loads(line)) for line in lines.splitlines()]
+            self._committed_videos = [VideoReport.from_values(parse_json(line)) for line in lines.splitlines()]
         self.reports = {report.sha256: report for report in self._committed_videos}
         self.reports.update((note["video"].sha256, note["video"]) for note in self._notes())
 
@@ -210,7 +222,7 @@ class Preparation:
             found = {name: info[name] for name in asdict(self.settings)}
         elif begun.is_file():
             with _reading(begun, self._begin_again) as content:
-                found = asdict(Settings(**json.loads(content)))
+                found = asdict(Settings(**parse_json(content)))
         else:
             return
         differences = [
@@ -233,7 +245,7 @@ class Preparation:
             if path.name == "settings.json":
                 continue
             with _reading(path, self._begin_again) as content:
-                note = json.loads(content)
+                note = parse_json(content)
                 scenes = [SceneEntry.from_line(line) for line in note["scenes"]]
                 notes.append({"video": VideoReport.from_values(note["video"]), "scenes": scenes})
         return sorted(notes, key=lambda note: (note["video"].source, note["video"].sha256))
@@ -246,7 +258,8 @@ class Preparation:
             index += [entry for entry in _read_lines(journal) if entry.key not in keys]
         keys.update(entry.key for entry in index)
         parts = ShardReader(self.work)
-        number = max((int(entry.shard[6:12]) for entry in index), default=-1) + 1
+        numbers = (_NUMBERED.fullmatch(entry.shard) for entry in index)
+        number = max((int(found[1]) for found in numbers if found), default=-1) + 1
         pending = [entry for note in notes for entry in note["scenes"] if entry.key not in keys]
         for group in _shard_loads(pending, self._shard_bytes):
             name = f"shard-{number:06d}.tar"

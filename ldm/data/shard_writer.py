@@ -14,8 +14,7 @@ import numpy as np
 from webdataset.writer import TarWriter
 
 from ldm.data.shard_index import FLOAT16, SceneEntry, Span
-
-TAR_BLOCK = 512
+from ldm.data.shard_members import TAR_BLOCK, member_names
 
 
 class ShardWriter:
@@ -63,7 +62,7 @@ class ShardWriter:
         return self._write(entry.key, about, entry.frames_crc32, [latents, *contexts])
 
     def _write(self, key: str, about: dict[str, Any], crcs: str, arrays: Sequence[np.ndarray | bytes]) -> SceneEntry:
-        names = ["latents.npy", "context.npy", *(f"context.{n}.npy" for n in range(1, len(arrays) - 1))]
+        names = member_names(len(arrays) - 1)
         members = {
             name: array if isinstance(array, bytes) else npy_bytes(array)
             for name, array in zip(names, arrays, strict=True)

@@ -29,6 +29,7 @@ from ldm.data.shard_index import (
     read_index,
     read_info,
 )
+from ldm.data.shard_members import TAR_BLOCK, check_array, check_member, member_names
 
 __all__ = [
     "DATASET_FILE",
@@ -47,6 +48,7 @@ __all__ = [
 ]
 
 MAX_OPEN_SHARDS = 64
+MAX_ARRAY_HEADER = 4096
 
 
 def _float16(content: bytes, shape: Sequence[int]) -> np.ndarray:
@@ -71,7 +73,9 @@ class ShardReader:
 
     def read(self, entry: SceneEntry, offset: int, length: int) -> bytes:
         """`length` bytes from `offset` of the scene's shard. Raises DatasetError when they are not there."""
-        content = os.pread(self._descriptor(entry), length, offset)
+        descriptor = self._descriptor(entry)
+        length_here = max(0, os.fstat(descriptor).st_size - offset)  # before memory is taken for it
+        content = os.pread(descriptor, min(length, length_here), offset)
         if len(content) != length:
             raise self._cut_short(entry, offset, length, len(content))
         return content
@@ -107,7 +111,7 @@ class ShardReader:
             if len(self._files) >= MAX_OPEN_SHARDS:
                 os.close(self._files.pop(next(iter(self._files))))
             try:
-                self._files[entry.shard] = os.open(self.root / entry.shard, os.O_RDONLY)
+                self._files[entry.shard] = os.open(self.root / entry.shard, os.O_RDONLY | os.O_NONBLOCK)  # of a pipe
             except FileNotFoundError as error:
                 raise DatasetError(
                     f"{self.root / entry.shard}: the shard is missing, scene {entry.key} is in it; copy it again"
@@ -168,9 +172,20 @@ class PreparedSet:
         return _float16(self._reader.read_span(scene, scene.contexts[number]), self.info.context_shape)
 
     def verify(self, scene: SceneEntry) -> None:
-        """Read everything a scene has and compare it with its crc32. Raises DatasetError."""
-        for span in [scene.latents, *scene.contexts]:
-            self._reader.read_span(scene, span)
+        """Read everything a scene has; compare it with its crc32 and with its own headers. Raises DatasetError."""
+        shapes = [[scene.num_frames, *self.info.moments_shape], *[self.info.context_shape] * len(scene.contexts)]
+        names = member_names(len(scene.contexts))
+        for span, name, shape in zip([scene.latents, *scene.contexts], names, shapes, strict=True):
+            content = self._reader.read_span(scene, span)
+            try:
+                header = self._reader.read(scene, max(0, span.offset - TAR_BLOCK), TAR_BLOCK)
+                check_member(header, f"{scene.key}.{name}", span)
+                check_array(content, name, shape)
+            except ValueError as error:
+                raise DatasetError(
+                    f"{self.root / scene.shard}: scene {scene.key}: found {error}; the shard is not the one that "
+                    f"{INDEX_FILE} was written for, copy it again or prepare into a fresh folder"
+                ) from None
 
     def check_encoders(self, first_stage: str, text_encoder: str, scale_factor: float) -> None:
         """Raise DatasetError unless the set was made by these encoders (their identities) for this scale factor."""
@@ -213,10 +228,16 @@ class PreparedSet:
 
 def _read_empty_context(root: Path, info: DatasetInfo) -> np.ndarray:
     path = root / EMPTY_FILE
-    content = path.read_bytes() if path.is_file() else b""
+    size = path.stat().st_size if path.is_file() else 0
+    least = int(np.prod(info.context_shape)) * FLOAT16.itemsize
+    content = path.read_bytes() if least <= size <= least + MAX_ARRAY_HEADER else b""
     if zlib.crc32(content) != info.empty_context_crc32:
         raise DatasetError(
             f"{path}: the embedding of the empty prompt is missing or damaged; copy the folder again or prepare into a "
             "fresh one"
         )
+    try:
+        check_array(content, EMPTY_FILE, info.context_shape)
+    except ValueError as error:
+        raise DatasetError(f"{path}: found {error}; copy the folder again or prepare into a fresh one") from None
     return _float16(content, info.context_shape)

@@ -5,7 +5,6 @@ The weights are a local folder in the form of the transformers library; nothing 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ from transformers import CLIPModel, CLIPTokenizer
 from ldm.errors import UserError
 from ldm.evaluation.agreement import NO_PROMPT, Agreement
 from ldm.evaluation.motion import Measure, Reading
+from ldm.json_text import parse_json
 
 FILES = ("config.json", "vocab.json", "merges.txt")
 # What the published models were trained with; a folder's preprocessor_config.json goes before it.
@@ -60,7 +60,9 @@ def load_clip(folder: Path | str) -> Agreement:
 
 def _load(folder: Path) -> tuple[CLIPModel, CLIPTokenizer]:
     try:
-        model, loaded = CLIPModel.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+        model, loaded = CLIPModel.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the library raises whatever it comes upon first
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -82,7 +84,7 @@ def _scaling(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     if not path.is_file():
         return np.float32(MEAN), np.float32(SPREAD)
     try:
-        given = json.loads(path.read_text(encoding="utf-8"))
+        given = parse_json(path.read_bytes())
         mean, spread = (np.array(given[key], np.float32).reshape(3) for key in ("image_mean", "image_std"))
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ldm.atomic import write_atomically
 from ldm.errors import UserError
+from ldm.json_text import parse_json
 from ldm.modules.frame_tower import FrameClassifier
 from ldm.video import from_uint8
 
@@ -105,4 +106,8 @@ def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
             f"{path}: expected a judge of looks, found a .safetensors file of something else; the project's own is "
             "models/drive/judge.safetensors"
         )
-    return json.loads(metadata[WORDS]), tensors
+    try:
+        words = parse_json(metadata[WORDS])
+    except ValueError as error:
+        raise UserError(f"{path}: expected a judge of looks, found one whose words are no JSON ({error})") from None
+    return words, tensors

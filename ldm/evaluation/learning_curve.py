@@ -5,7 +5,6 @@ A record is what `ldm.callbacks.MotionLogger` writes into a run folder.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ from typing import Any
 from ldm.errors import UserError
 from ldm.evaluation.outlook import Point, look_ahead
 from ldm.evaluation.statistics import estimate, warnings
+from ldm.json_text import parse_json
 
 TIME = re.compile(r"^\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d_")  # that the name of a run folder begins with
 PARTS = ("settings", "measures", "data", "occasions")
@@ -56,8 +56,8 @@ def find_records(places: Sequence[Path]) -> list[Record]:
 def _read(path: Path) -> Record | None:
     """None for JSON of something else."""
     try:
-        words = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
+        words = parse_json(path.read_bytes())
+    except ValueError as error:
         raise UserError(f"{path}: expected JSON, found something else ({error})") from None
     if not isinstance(words, dict) or not all(part in words for part in PARTS):
         return None

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.config import nearest
+from ldm.config_targets import FLAG, is_trusted
 from ldm.errors import UserError
 from ldm.modules.posterior import kl
 
@@ -108,6 +109,11 @@ def _load_scripted(path: str | None) -> nn.Module:
         raise UserError(
             f"model.params.lossconfig.perceptual.path: expected a TorchScript file that compares two batches of "
             f"images, found {path!r}; no weights are downloaded, leave `perceptual` out to train without"
+        )
+    if not is_trusted():
+        raise UserError(
+            f"{path}: a TorchScript file for the perceptual term is a program, which runs as soon as it is read; give "
+            f"{FLAG} if you know where it comes from"
         )
     try:
         module = torch.jit.load(path, map_location="cpu")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import zlib
 from importlib import metadata
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from ldm.errors import UserError
 
 VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
 FILES = ("vocab.json", "merges.txt")
+FILES_READ = (*FILES, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+MAX_BYTES = 2**24  # of one of its files; CLIP's are below 4 MB
 HUB_NAME = "openai/clip-vit-large-patch14"
 NUM_MERGES = 49152 - 256 - 2
 NUM_WORDS = 49408
@@ -25,7 +28,7 @@ def find_tokenizer(path: str | Path | None = None) -> CLIPTokenizer:
 
     path: a folder with `vocab.json` and `merges.txt` (or with such a folder `tokenizer/`), or the vocabulary file
         `bpe_simple_vocab_16e6.txt.gz`. None: the vocabulary inside an installed open_clip_torch, which is read without
-        being imported, else the hub, unless HF_HUB_OFFLINE forbids it.
+        being imported, else what the hub gave earlier. The hub itself is asked only where HF_HUB_OFFLINE=0 says so.
 
     Raises `UserError` where none is found.
     """
@@ -34,7 +37,7 @@ def find_tokenizer(path: str | Path | None = None) -> CLIPTokenizer:
     vocabulary = _open_clip_vocabulary()
     if vocabulary is not None:
         return _from_vocabulary(vocabulary)
-    offline = os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON")
+    offline = os.environ.get("HF_HUB_OFFLINE", "1").upper() not in ("0", "FALSE", "NO", "OFF")
     try:
         files = [hf_hub_download(HUB_NAME, name, local_files_only=offline) for name in FILES]
     except (OSError, ValueError, HfHubHTTPError) as error:
@@ -42,8 +45,8 @@ def find_tokenizer(path: str | Path | None = None) -> CLIPTokenizer:
         raise UserError(
             "CLIP's tokenizer was not found in any of three places: no folder was given (cond_stage_config.params."
             f"tokenizer), open_clip_torch is not installed, and the hub did not give {HUB_NAME} ({reason}). Install "
-            "the vocabulary with `pip install --no-deps open_clip_torch`, or set tokenizer to a folder with vocab.json "
-            "and merges.txt."
+            "the vocabulary with `pip install --no-deps open_clip_torch`, set tokenizer to a folder with vocab.json "
+            "and merges.txt, or set HF_HUB_OFFLINE=0 in the environment to have it fetched."
         ) from None
     return _from_folder(Path(files[0]).parent)
 
@@ -61,6 +64,9 @@ def _from_path(path: Path) -> CLIPTokenizer:
 
 
 def _from_folder(folder: Path) -> CLIPTokenizer:
+    for path in folder.glob("*.*"):
+        if path.name in FILES_READ and path.stat().st_size > MAX_BYTES:
+            raise UserError(f"tokenizer {path}: expected at most {MAX_BYTES:,} bytes, found {path.stat().st_size:,}")
     try:
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exception on a broken file
@@ -81,8 +87,12 @@ def _open_clip_vocabulary() -> Path | None:
 def _from_vocabulary(path: Path) -> CLIPTokenizer:
     """Build the tokenizer from OpenAI's list of merges, from which the words follow."""
     try:
-        lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+        with gzip.open(path) as file:
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise EOFError(f"it unpacks to more than {MAX_BYTES:,} bytes")
+        lines = content.decode("utf-8").split("\n")
+    except (zlib.error, OSError, EOFError, UnicodeDecodeError) as error:
         raise UserError(
             f"tokenizer {path}: expected the vocabulary {VOCABULARY}, found a file that cannot be read ({error})"
         ) from None

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from ldm.errors import UserError
 
 PARAMETERIZATIONS = ("eps", "x0", "v")
+MAX_TIMESTEPS = 100_000
 
 
 class NoiseSchedule(nn.Module):
     """Variance-preserving schedule with CompVis's "linear" betas, which are linear in sqrt(beta).
 
-    timesteps: number of diffusion steps, at least 1.
+    timesteps: number of diffusion steps, 1 to 100,000.
     linear_start, linear_end: first and last beta, 0 < start <= end < 1.
     parameterization: what the network predicts: "eps" the noise, "x0" the clean latents, "v" the velocity.
     zero_terminal_snr: shift the betas so that the last step is noise alone, as sampling begins (Lin et al. 2023,
@@ -40,8 +41,9 @@ class NoiseSchedule(nn.Module):
         zero_terminal_snr: bool = False,
     ) -> None:
         super().__init__()
-        if timesteps < 1:
-            raise UserError(f"timesteps: expected at least 1, found {timesteps}")
+        if not 1 <= timesteps <= MAX_TIMESTEPS:
+            expected = "at least 1" if timesteps < 1 else f"at most {MAX_TIMESTEPS:,}"
+            raise UserError(f"timesteps: expected {expected}, found {timesteps}")
         if not 0 < linear_start <= linear_end < 1:
             raise UserError(
                 f"linear_start, linear_end: expected 0 < start <= end < 1, found {linear_start} and {linear_end}"
