@@ -32,6 +32,7 @@ FULL_PRECISION = ("32", "32-true", "64", "64-true")  # of Lightning's words
 DEFAULT_CALLBACKS = {
     "last_checkpoint": {},
     "memory": {},
+    "plan": {"target": "ldm.callbacks.plan.PlanReport"},
     "learning_rates": {"params": {"logging_interval": "step"}},
     "data_wait": {},
     "progress": {},

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -307,13 +309,35 @@ def test_where_memory_runs_out_the_plan_is_told(monkeypatch):
     assert "nothing fits" in advice(config("bf16-mixed"), SHAPE, 2)[0]
 
 
-def test_the_callback_passes_over_other_models_and_survives_a_count_that_fails(caplog):
-    trainer = type("Trainer", (), {"is_global_zero": True, "global_step": 0})()
-    module = type("Module", (), {"device": torch.device("cpu")})()
-    other = PlanReport({"model": {"target": "ldm.models.autoencoder.ImageAutoencoder"}})
-    other.on_fit_start(trainer, module)
-    assert other.count is None and not caplog.records
-    broken = PlanReport(config(channel_mult=[1, 2, 3.5]))
+def run_of(model: nn.Module) -> tuple[SimpleNamespace, SimpleNamespace]:
+    """What a callback looks at of a trainer and of a module."""
+    module = SimpleNamespace(device=torch.device("cpu"), parameters=model.parameters)
+    return SimpleNamespace(is_global_zero=True, global_step=0), module
+
+
+def test_a_run_is_told_what_is_counted_and_what_was_measured(caplog):
+    caplog.set_level("INFO")
+    settings = config()
+    trainer, module = run_of(nn.Linear(2, 2))
+    report = PlanReport(settings, least_parameters=0)
+    report.on_fit_start(trainer, module)
+    report.on_train_start(trainer, module)
+    report.on_train_batch_end(trainer, module, None, None, 0)
+    assert "peak of live tensors" in caplog.text and "measured" not in caplog.text.rpartition("peak of live")[2]
+    trainer.global_step = 1
+    report.on_train_batch_end(trainer, module, None, None, 0)
+    trainer.global_step = 2
+    report.on_train_batch_end(trainer, module, None, None, 1)
+    assert len(re.findall(r"peak: counted [\d.]+ GiB, measured [\d.]+ GiB of the whole process", caplog.text)) == 1
+
+
+def test_small_networks_and_other_models_are_passed_over_and_a_count_that_fails_stops_nothing(caplog):
+    trainer, module = run_of(nn.Linear(2, 2))
+    other = {"model": {"target": "ldm.models.autoencoder.ImageAutoencoder"}}
+    for report in (PlanReport(other, least_parameters=0), PlanReport(config())):
+        report.on_fit_start(trainer, module)
+        assert report.count is None and not caplog.records
+    broken = PlanReport(config(channel_mult=[1, 2, 3.5]), least_parameters=0)
     broken.on_fit_start(trainer, module)
     assert broken.count is None and "could not be counted" in caplog.text
 
