@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -27,11 +28,7 @@ class _InChunks(torch.autograd.Function):
         ctx: Any, function: Callable[[Tensor], Tensor], num_rows: int, x: Tensor, *weights: Tensor
     ) -> Tensor:
         ctx.function, ctx.num_rows = function, num_rows
-        ctx.autocast = {
-            "device_type": x.device.type,
-            "dtype": torch.get_autocast_dtype(x.device.type),
-            "enabled": torch.is_autocast_enabled(x.device.type),
-        }
+        ctx.autocast = _autocast_of(x.device.type)
         ctx.save_for_backward(x, *weights)
         parts = x.split(num_rows)
         first = function(parts[0])
@@ -50,7 +47,9 @@ class _InChunks(torch.autograd.Function):
         sums: list[Tensor] = []
         for start in range(0, len(x), ctx.num_rows):
             rows = slice(start, start + ctx.num_rows)
-            with torch.enable_grad(), torch.autocast(**ctx.autocast, cache_enabled=False):
+            with torch.enable_grad(), ExitStack() as stack:
+                for words in ctx.autocast:
+                    stack.enter_context(torch.autocast(**words, cache_enabled=False))
                 part = x[rows].detach().requires_grad_(of_x)
                 out = ctx.function(part)
             found = torch.autograd.grad(out, [part, *trained] if of_x else trained, gradient[rows])
@@ -61,3 +60,12 @@ class _InChunks(torch.autograd.Function):
                 total.add_(one)
         totals = (total.to(weight.dtype) for total, weight in zip(sums, trained, strict=True))
         return None, None, gradient_of_x, *(next(totals) if is_needed else None for is_needed in of_weights)
+
+
+def _autocast_of(device: str) -> list[dict[str, Any]]:
+    """What `torch.autocast` is to be told so that it is again as it is now, for a device and for the processor."""
+    kinds = [kind for kind in dict.fromkeys((device, "cpu")) if torch.amp.is_autocast_available(kind)]
+    return [
+        {"device_type": kind, "dtype": torch.get_autocast_dtype(kind), "enabled": torch.is_autocast_enabled(kind)}
+        for kind in kinds
+    ]
