@@ -3,8 +3,8 @@
     python scripts/report.py docs/report.md [--check]
 
 The document says where: <!-- table: FILE.json -->, and below <!-- end of table -->; what stands between is replaced.
-FILE is a results.json of scripts/ablate.py or a report.json of scripts/evaluate.py. --check changes nothing and fails
-if a table is not what its file says.
+FILE is a results.json of scripts/ablate.py, a report.json of scripts/evaluate.py or, as FILE.json#SECTION, a record of
+scripts/benchmark.py. --check changes nothing and fails if a table is not what its file says.
 """
 
 from __future__ import annotations

@@ -49,6 +49,7 @@ MAY_USE_LIGHTNING = (
     "ldm/models/text_image.py",
     "ldm/data/stream.py",
     "ldm/callbacks/",
+    "ldm/benchmarking/config_steps.py",
 )
 MAY_USE_MODELS = (
     "ldm/modules/encoders.py",

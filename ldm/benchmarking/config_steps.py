@@ -1,0 +1,95 @@
+"""Training steps of a whole config, by Lightning, with all that the config asks for, on clips of random numbers."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from ldm.benchmarking.timing import wait_for
+from ldm.callbacks import ComputeCount
+from ldm.config import build, load_config, to_container
+from ldm.data.batch import Batch
+from ldm.devices import set_up_card
+from ldm.models.diffusion.ddpm import LatentVideoDiffusion
+
+TRAINER_WORDS = ("precision", "gradient_clip_val", "accumulate_grad_batches")
+
+
+class UnpreparedDiffusion(LatentVideoDiffusion):
+    """The model of a config for clips that no encoder has made."""
+
+    def setup(self, stage: str) -> None:
+        trainer = self.trainer
+        self.memory.check_run(
+            trainer.precision, trainer.accumulate_grad_batches, trainer.gradient_clip_val, trainer.world_size
+        )
+
+
+class RandomClips(Dataset):
+    """`length` batches, all the same numbers at other positions of the stream."""
+
+    def __init__(self, num: int, frames: int, channels: int, side: int, width: int, length: int) -> None:
+        self.length = length
+        self.moments = torch.randn(num, frames, 2 * channels, side, side).half()
+        self.context = torch.randn(num, 77, width).half()
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, number: int) -> Batch:
+        if number >= self.length:
+            raise IndexError(number)
+        num = len(self.moments)
+        positions = list(range(number * num, (number + 1) * num))
+        return Batch(self.moments, self.context, torch.full((num,), 10.0), positions, ["random"] * num)
+
+
+class StepClock(pl.Callback):
+    """Seconds of each step, from the end of the one before; all work of the device is waited for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.seconds = device, []
+        self._begin = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        wait_for(self.device)
+        self._begin = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        wait_for(self.device)
+        now = time.perf_counter()
+        self.seconds.append(now - self._begin)
+        self._begin = now
+
+
+def take_steps(request: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Seconds of each of `steps` steps of the configs `base` with `overrides`, operations of one, and the last loss."""
+    set_up_card(exact=False, repeatable=False)
+    config = to_container(load_config(request["base"], [*request["overrides"], "model.params.ckpt_path=null"]))
+    model_node, data, lightning = config["model"], config["data"]["params"], config.get("lightning") or {}
+    torch.manual_seed(23)
+    model = UnpreparedDiffusion(**model_node["params"], learning_rate=model_node["base_learning_rate"], config=config)
+    clips = RandomClips(
+        data["batch_size"], data["frames"], model.unet.out_channels, request["side"], model.unet.context_dim,
+        request["steps"],
+    )  # fmt: skip
+    clock, compute = StepClock(device), ComputeCount()
+    average = (lightning.get("callbacks") or {}).get("average")
+    callbacks = [clock, compute] if request.get("counted", True) else [clock]
+    if average:
+        callbacks.append(build({"target": "ldm.callbacks.WeightAverage", **average}, "lightning.callbacks.average"))
+    words = {name: value for name, value in (lightning.get("trainer") or {}).items() if name in TRAINER_WORDS}
+    trainer = pl.Trainer(
+        **words, max_steps=request["steps"], accelerator="gpu" if device.type == "cuda" else "cpu", devices=1,
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        callbacks=callbacks,
+    )  # fmt: skip
+    trainer.fit(model, DataLoader(clips, batch_size=None))
+    loss = float(trainer.callback_metrics["train/loss"])
+    return {"seconds": clock.seconds, "flop": compute.tflop * 1e12 / len(clock.seconds), "loss": loss}
