@@ -136,7 +136,7 @@ def test_averages_are_never_lost_in_silence(root, tmp_path):
 def averaged(steps: int, **options) -> tuple[WeightAverage, torch.nn.Module]:
     """The average over a slow drift: each step is a tenth of the last place of a bfloat16 near one."""
     module, average = torch.nn.Linear(40, 50), WeightAverage(decay=0.999, **options)
-    module.weight.data = torch.linspace(1, 1.9, 2000).view(50, 40)
+    module.weight.data, module.bias.data = torch.linspace(1, 1.9, 2000).view(50, 40), torch.zeros(50)
     average.update(module)
     average.num_updates = 10**6
     for _ in range(steps):
@@ -152,7 +152,7 @@ def test_an_average_in_bfloat16_moves_as_it_should():
     assert half.num_bytes == 2 * 2000 + 4 * 50
     error = half.averages["weight"].double() - exact.averages["weight"].double()
     assert error.mean().abs() < 3 * error.std() / 2000**0.5
-    assert error.std() < 2**-7, "of the size of the last place"
+    assert error.std() < 4 * 2**-7, "a few of the last place"
     moved = exact.averages["weight"] - torch.linspace(1, 1.9, 2000).view(50, 40)
     assert moved.mean() > 0.04 and (error.mean() / moved.mean()).abs() < 0.02
     nearest = torch.linspace(1, 1.9, 2000).view(50, 40).bfloat16()
