@@ -33,7 +33,7 @@ EXTRAS_REQUIRE = {
     "vq": [],
     "wandb": ["wandb>=0.19"],
     "ray": ["ray>=2.40"],
-    "dev": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.15", "torchao>=0.18"],
+    "dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.15", "torchao>=0.18"],
 }
 
 setup(

@@ -134,8 +134,8 @@ def _read(path: Path) -> DictConfig:
         beside = [str(folder / entry.name) for entry in folder.glob("*.yaml")] if folder.is_dir() else []
         raise ConfigError(f"{path}: no such config file; {nearest(str(path), beside)}")
     try:
-        config = OmegaConf.load(io.StringIO(checked_text(path)))
-    except (yaml.YAMLError, ValueError, OmegaConfBaseException) as error:
+        config = OmegaConf.load(io.StringIO(checked_text(path, is_trusted())))
+    except (yaml.YAMLError, ValueError, OmegaConfBaseException, RecursionError) as error:
         raise ConfigError(f"{path}: not readable as YAML: {error}") from error
     if not isinstance(config, DictConfig):
         raise ConfigError(f"{path}: expected a mapping with the keys {', '.join(SECTIONS[''])} at the top")
@@ -144,7 +144,7 @@ def _read(path: Path) -> DictConfig:
 
 def _check_override(override: str, value: str) -> None:
     try:
-        check_yaml(value)
+        check_yaml(value, is_trusted())
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"the override {override[:200]!r} is not readable as YAML: {error}") from error
 

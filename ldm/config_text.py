@@ -25,23 +25,28 @@ _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 Place = tuple[str, ...]
 
 
-def checked_text(path: Path) -> str:
+def checked_text(path: Path, trusted: bool = False) -> str:
     """The text of a YAML file that `check_yaml` lets pass. Raises ValueError and yaml.YAMLError."""
     with path.open("rb") as file:
         content = file.read(MAX_BYTES + 1)
     text = content[:MAX_BYTES].decode("utf-8-sig" if len(content) <= MAX_BYTES else "latin-1")
     if len(content) > MAX_BYTES:
         raise ValueError(f"more than {MAX_BYTES:,} bytes, no config is that long")
-    check_yaml(text)
+    check_yaml(text, trusted)
     return text
 
 
-def check_yaml(text: str) -> None:
-    """Raise ValueError or yaml.YAMLError for YAML that is deep, grows by its aliases, has tags, or is no YAML."""
+def check_yaml(text: str, trusted: bool = False) -> None:
+    """Raise ValueError or yaml.YAMLError for YAML that is deep, grows by its aliases, has tags, or is no YAML.
+
+    trusted: interpolations may be other than `${other.key}`.
+    """
     counter = _Counter()
     for event in yaml.parse(text, Loader=_Loader):
         try:
             counter.take(event)
+            if not trusted and isinstance(event, yaml.ScalarEvent):
+                _check_interpolations(event.value)
         except ValueError as error:
             raise ValueError(f"line {event.start_mark.line + 1}: {error}") from None
 
@@ -73,8 +78,16 @@ def check_plain(tree: Any) -> None:
 
 
 def check_references(tree: Mapping[str, Any]) -> None:
-    """Raise ValueError for an interpolation other than `${other.key}`, and for references that grow without end."""
+    """Raise ValueError for references, `${other.key}`, that grow without end."""
     _Expansion(tree).size(tree, (), 0)
+
+
+def _check_interpolations(text: str) -> None:
+    if "${" in text and "${" in _REFERENCE.sub("", text):
+        raise ValueError(
+            f"{text[:80]!r} asks for more than another value, which files of strangers may not; write ${{other.key}} "
+            "or the value itself, or give --trust-config if you know where the config comes from"
+        )
 
 
 class _Counter:
@@ -136,11 +149,6 @@ class _Expansion:
         if "${" not in text:
             return len(text)
         where = ".".join(place)
-        if "${" in _REFERENCE.sub("", text):
-            raise ValueError(
-                f"{where}: {text[:80]!r} asks for more than another value, which files of strangers may not; write "
-                "${other.key} or the value itself, or give --trust-config if you know where the config comes from"
-            )
         if chain >= MAX_CHAIN:
             raise ValueError(f"{where}: more than {MAX_CHAIN} references from one to the next")
         targets = [self._target(dots, path, place) for dots, path in _REFERENCE.findall(text)]

@@ -42,7 +42,7 @@ def read_picture(path: Path | str) -> Image.Image:
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore")  # what is amiss is either an error or no matter
             with Image.open(path, formats=FORMATS) as opened:
                 check_pixels(*opened.size, path)
                 upright = ImageOps.exif_transpose(opened)

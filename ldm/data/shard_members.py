@@ -48,6 +48,7 @@ def check_array(content: bytes, name: str, shape: Sequence[int]) -> None:
     except (ValueError, TypeError, SyntaxError, KeyError, RecursionError, MemoryError, tokenize.TokenError) as error:
         raise ValueError(f"{name} without the header of an array ({str(error)[:80]})") from None
     if kind != FLOAT16 or is_fortran or list(found) != list(shape):
-        raise ValueError(f"{name} with {kind} of shape {list(found)[:8]}, not float16 of {list(shape)}")
+        order = ", by columns," if is_fortran and kind else ""
+        raise ValueError(f"{name} with {kind}{order} of shape {list(found)[:8]}, not float16 of {list(shape)}")
     if len(content) - file.tell() != FLOAT16.itemsize * int(np.prod(shape)):
         raise ValueError(f"{name} with {len(content) - file.tell():,} bytes of numbers for the shape {list(shape)}")
