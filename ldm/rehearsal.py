@@ -9,9 +9,10 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import shutil
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,12 @@ from torch import Tensor
 from ldm.checkpoint import full_state_dict, is_temporal, read_checkpoint
 from ldm.checkpoint_names import UNET_PREFIX, average_names
 from ldm.config import build, to_container
+from ldm.errors import UserError
 from ldm.models.diffusion.parameter_groups import ParameterGroups
 from ldm.models.diffusion.schedule import NoiseSchedule
 
-STATE_BYTES = {"adamw": 8, "adamw8bit": 2.04}  # of the optimiser, per trained parameter
+STATE_BYTES = {"adamw": 8, "adamw8bit": 2.04, "adamw4bit": 1.06}  # of the optimiser, per trained parameter
+SPARE_BYTES = 10**9  # footage, prepared clips, logs, samples
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,50 @@ class Comparison:
     num_moved: int
     still: list[str]
     idle: list[str]
+
+
+@dataclass
+class Place:
+    """The files of a rehearsal in its folder."""
+
+    folder: Path
+    footage: Path = field(init=False)
+    image_file: Path = field(init=False)
+    prepared: Path = field(init=False)
+    samples: Path = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.footage, self.image_file = self.folder / "footage", self.folder / "model.ckpt"
+        self.prepared, self.samples = self.folder / "prepared", self.folder / "samples"
+
+    @property
+    def video_file(self) -> Path:
+        return self.only("logs/*/checkpoints/last.ckpt")
+
+    def only(self, pattern: str) -> Path:
+        """The one file of that name; a stage that ended well has written it."""
+        found = sorted(self.folder.glob(pattern))
+        if len(found) != 1:
+            raise UserError(f"{self.folder}: expected one file {pattern}, found {len(found)}; look at the output above")
+        return found[0]
+
+
+def check_disk(folder: Path, sizes: Sizes) -> None:
+    """Raise UserError unless the files will fit."""
+    needed = sizes.image_file + sizes.video_file + SPARE_BYTES
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"{folder}: expected {needed / 1e9:.1f} GB of free disk ({sizes.image_file / 1e9:.1f} for the image "
+            f"checkpoint, {sizes.video_file / 1e9:.1f} for the training checkpoint, {SPARE_BYTES / 1e9:.0f} to spare), "
+            f"found {free / 1e9:.1f} GB; free some, or give a --workdir on another disk"
+        )
+
+
+def num_bytes_in(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder."""
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return sum(file.stat().st_size for file in files)
 
 
 def image_tensors(config: DictConfig | Mapping[str, Any]) -> dict[str, Tensor]:
@@ -178,9 +225,10 @@ def _schedule(params: Mapping[str, Any]) -> NoiseSchedule:
 
 
 def _same(first: Tensor, second: Tensor | None) -> bool:
-    """The same bits, so that not even zero and minus zero are alike."""
-    if second is None or first.shape != second.shape or first.dtype != second.dtype:
+    """The same bits, so that not even zero and minus zero are alike; what is stored in bfloat16 is compared so."""
+    if second is None or first.shape != second.shape or second.dtype not in (first.dtype, torch.bfloat16):
         return False
+    first = first.to(second.dtype)
     return torch.equal(*(tensor.contiguous().flatten().view(torch.uint8) for tensor in (first, second)))
 
 

@@ -1,11 +1,13 @@
 """Rehearse the reference run at full size, without its weights: one file to another, one training step, one clip.
 
     python scripts/rehearse.py [--video PATH] [--workdir DIR] [--report docs/rehearsal.md] [key=value ...]
+    python scripts/rehearse.py --step-only --base configs/video-sd.yaml configs/fit-8gb.yaml --most 9
 
 Writes a file of the exact form and size of the public Stable Diffusion v1 checkpoint with random weights in it,
 prepares two short clips, takes one step of training on the processor, samples a clip, and compares the weights before
 and after. Each stage is a process of its own, whose time and memory go into the report. The files (about 15 GB for
-`configs/video-sd.yaml`) are deleted at the end, however it ends, unless `--keep` is given.
+`configs/video-sd.yaml`) are deleted at the end, however it ends, unless `--keep` is given. With --step-only clips are
+made up, nothing is sampled, and the report gets a row with the memory that the step took beside what is counted for it.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import date
 from itertools import islice
 from math import ceil, isfinite
@@ -39,14 +41,24 @@ from ldm.data.example_drive import write_example
 from ldm.data.footage import FootageError, probe, read_frames
 from ldm.errors import UserError, run_command
 from ldm.measuring import Measured, describe_machine, run_measured
-from ldm.rehearsal import Comparison, Sizes, compare, count_sizes, image_tensors, write_public_checkpoint
+from ldm.rehearsal import (
+    Comparison,
+    Place,
+    Sizes,
+    check_disk,
+    compare,
+    count_sizes,
+    image_tensors,
+    num_bytes_in,
+    write_public_checkpoint,
+)
+from ldm.rehearsed_step import mistakes, name_of, split_off, step_taken, with_row, write_made_up_clips
 from ldm.video import read_video, write_mp4
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT = "summer dawn scenic byway road drive"
 NUM_CLIPS, SAMPLED_FRAMES, SAMPLED_STEPS = 2, 6, 2
 TRAINING = 2  # its place among the stages
-SPARE_BYTES = 10**9  # footage, prepared clips, logs, samples
 # Where the rehearsal departs from its config, beside paths and length, and why. The user's own overrides win.
 DEPARTURES = {
     "model.params.warmup_steps=0": "the first step of a warm-up is smaller than the gap between float32 numbers near 1",
@@ -54,6 +66,7 @@ DEPARTURES = {
     "data.params.num_workers=0": "reading processes share the weights' memory and keep the old values when they change",
     "lightning.callbacks.samples.params.at_start=false": "two sample videos would take most of an hour on a processor",
 }
+NO_PLAN = "lightning.callbacks.plan=null"  # of a lone step: what counts would be measured with what is counted
 WORDS_OF_THE_PUBLIC_FILE = {
     "epoch": 12,
     "global_step": 470000,
@@ -71,32 +84,6 @@ WORDS_OF_THE_PUBLIC_FILE = {
 }
 
 
-@dataclass
-class Place:
-    """The files of a rehearsal in its folder."""
-
-    folder: Path
-    footage: Path = field(init=False)
-    image_file: Path = field(init=False)
-    prepared: Path = field(init=False)
-    samples: Path = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.footage, self.image_file = self.folder / "footage", self.folder / "model.ckpt"
-        self.prepared, self.samples = self.folder / "prepared", self.folder / "samples"
-
-    @property
-    def video_file(self) -> Path:
-        return self.only("logs/*/checkpoints/last.ckpt")
-
-    def only(self, pattern: str) -> Path:
-        """The one file of that name; a stage that ended well has written it."""
-        found = sorted(self.folder.glob(pattern))
-        if len(found) != 1:
-            raise UserError(f"{self.folder}: expected one file {pattern}, found {len(found)}; look at the output above")
-        return found[0]
-
-
 @dataclass(frozen=True)
 class Stage:
     """A step of the road, the command line that takes it and a function that finds the file or folder it leaves."""
@@ -111,31 +98,30 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--workdir", type=Path, default=Path("outputs/rehearsal"), help="default: %(default)s")
     parser.add_argument("--video", type=Path, help="footage to take two clips from (default: a drawn drive)")
-    parser.add_argument("--config", default="configs/video-sd.yaml", help="default: %(default)s")
+    parser.add_argument(
+        "-b", "--base", nargs="+", metavar="YAML", default=["configs/video-sd.yaml"], help="configs, merged in turn"
+    )
     parser.add_argument("--report", type=Path, default=Path("docs/rehearsal.md"), help="default: %(default)s")
     parser.add_argument("--keep", action="store_true", help="do not delete the files at the end")
     parser.add_argument("--write", type=Path, metavar="FILE", help="only write the image checkpoint, there")
+    parser.add_argument("--step-only", action="store_true", help="only the training step, on made-up clips")
+    parser.add_argument("--ckpt", type=Path, metavar="FILE", help="with --step-only: an image checkpoint that is there")
+    parser.add_argument("--most", type=float, metavar="GB", help="with --step-only: it is an error if more is resident")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the config")
-    return parser.parse_intermixed_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
+    options.overrides += [word for word in options.base if "=" in word]
+    options.base = [word for word in options.base if "=" not in word]
+    for flag, given in (("--ckpt", options.ckpt), ("--most", options.most)):
+        if given is not None and not options.step_only:
+            raise UserError(f"{flag}: expected --step-only with it; give that too, or leave {flag} out")
+    return options
 
 
-def read_config(path: str, overrides: Sequence[str]) -> DictConfig:
+def read_config(bases: Sequence[str], overrides: Sequence[str]) -> DictConfig:
     """The checked config."""
-    config = load_config([path], overrides)
+    config = load_config(bases, overrides)
     check(config)
     return config
-
-
-def check_disk(folder: Path, sizes: Sizes) -> None:
-    """Raise UserError unless the files will fit."""
-    needed = sizes.image_file + sizes.video_file + SPARE_BYTES
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise UserError(
-            f"{folder}: expected {needed / 1e9:.1f} GB of free disk ({sizes.image_file / 1e9:.1f} for the image "
-            f"checkpoint, {sizes.video_file / 1e9:.1f} for the training checkpoint, {SPARE_BYTES / 1e9:.0f} to spare), "
-            f"found {free / 1e9:.1f} GB; free some, or give a --workdir on another disk"
-        )
 
 
 @contextmanager
@@ -186,17 +172,26 @@ def cut_footage(video: Path | None, folder: Path, config: DictConfig) -> list[Pa
 
 def road(place: Place, options: argparse.Namespace, overrides: list[str]) -> Iterator[Stage]:
     """The stages, each to be run before the next is asked for."""
-    python = sys.executable
-    write = [python, ROOT / "scripts/rehearse.py", "--config", options.config, "--write", place.image_file]
-    yield Stage("write the image checkpoint", [*write, *options.overrides], lambda: place.image_file)
-    prepare = [python, ROOT / "scripts/prepare.py", place.footage, "--out", place.prepared, "--config", options.config]
-    yield Stage("prepare two clips", [*prepare, "--prompt", PROMPT, *overrides], lambda: place.prepared)
-    train = [python, ROOT / "main.py", "--base", options.config, "-t", "--accelerator", "cpu", "--max_steps", "1"]
-    train += ["--logdir", place.folder / "logs", "--name", "rehearsal"]
-    yield Stage("train one step", [*train, *overrides], lambda: place.video_file)
-    sample = [python, ROOT / "scripts/txt2vid.py", "--prompt", PROMPT, "--frames", str(SAMPLED_FRAMES), "--steps"]
-    sample += [str(SAMPLED_STEPS), "--ckpt", place.video_file, "--outdir", place.samples, "--device", "cpu"]
+    yield writing(place, options)
+    prepare = [sys.executable, ROOT / "scripts/prepare.py", place.footage, "--out", place.prepared, "--prompt", PROMPT]
+    yield Stage("prepare two clips", [*prepare, "--config", options.base[0], *overrides], lambda: place.prepared)
+    yield training(place, options, overrides)
+    sample = [sys.executable, ROOT / "scripts/txt2vid.py", "--prompt", PROMPT, "--frames", str(SAMPLED_FRAMES)]
+    sample += ["--steps", str(SAMPLED_STEPS), "--ckpt", place.video_file, "--outdir", place.samples, "--device", "cpu"]
     yield Stage("sample a clip", sample, lambda: place.samples)
+
+
+def writing(place: Place, options: argparse.Namespace) -> Stage:
+    """The stage that makes a stand-in for the public image checkpoint."""
+    command = [sys.executable, ROOT / "scripts/rehearse.py", "--base", *options.base, "--write", place.image_file]
+    return Stage("write the image checkpoint", [*command, *options.overrides], lambda: place.image_file)
+
+
+def training(place: Place, options: argparse.Namespace, overrides: list[str]) -> Stage:
+    """The stage that takes the step."""
+    command = [sys.executable, ROOT / "main.py", "--base", *options.base, "-t", "--accelerator", "cpu"]
+    command += ["--max_steps", "1", "--logdir", place.folder / "logs", "--name", "rehearsal"]
+    return Stage("train one step", [*command, *overrides], lambda: place.video_file)
 
 
 def run_stage(stage: Stage, console: Console) -> Measured:
@@ -283,17 +278,11 @@ def shown(stage: Stage, place: Place) -> str:
     return shlex.join(["python", *words[1:]])
 
 
-def num_bytes_in(path: Path) -> int:
-    """Bytes of a file, or of all files in a folder."""
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-    return sum(file.stat().st_size for file in files)
-
-
 def rehearse(options: argparse.Namespace) -> None:
     """All stages, the checks and the report; raises UserError when something is not as it should be."""
     console = Console(highlight=False, soft_wrap=True)
     overrides = [*DEPARTURES, *options.overrides]
-    config = read_config(options.config, overrides)
+    config = read_config(options.base, overrides)
     sizes = count_sizes(config)
     if options.video is not None:
         probe(options.video)
@@ -310,6 +299,8 @@ def rehearse(options: argparse.Namespace) -> None:
             weights = compare(place.image_file, place.video_file, config)
         found = checks(place, rows[TRAINING][1], weights)
         text = report(rows, found, sizes, place)
+    if options.report.is_file():
+        text += f"\n{split_off(options.report.read_text(encoding='utf-8'))[1]}".rstrip("\n") + "\n"
     options.report.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(options.report, text)
     console.print(f"\n{text}\nreport: {options.report}", markup=False)
@@ -318,13 +309,39 @@ def rehearse(options: argparse.Namespace) -> None:
         raise UserError(f"expected all to be well, found: {'; '.join(failed)}. See {options.report}")
 
 
+def rehearse_step(options: argparse.Namespace) -> None:
+    """The training step alone, and its row of the report; raises UserError when it took too much, or went wrong."""
+    console = Console(highlight=False, soft_wrap=True)
+    overrides = [*DEPARTURES, NO_PLAN, *options.overrides]
+    config = read_config(options.base, overrides)
+    with work_folder(options.workdir, options.keep) as folder:
+        check_disk(folder, count_sizes(config))
+        place = Place(folder)
+        if options.ckpt is not None:
+            place.image_file = options.ckpt.resolve()
+        else:
+            run_stage(writing(place, options), console)
+        write_made_up_clips(place.prepared, config, place.image_file)
+        paths = [f"model.params.ckpt_path={place.image_file}", f"data.params.root={place.prepared}"]
+        stage = training(place, options, [*overrides, *paths])
+        measured = run_stage(stage, console)
+        with console.status("counting the same step"):
+            step = step_taken(name_of(options.base, options.overrides), config, measured)
+    before = options.report.read_text(encoding="utf-8") if options.report.is_file() else ""
+    options.report.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(options.report, with_row(before, step))
+    console.print(f"\n{step.row()}\nreport: {options.report}", markup=False)
+    if found := mistakes(step, options.most):
+        raise UserError(f"expected a step that goes well, found: {'; '.join(found)}")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Rehearse, or only write the checkpoint."""
     options = parse_arguments(arguments)
     if options.write is None:
-        rehearse(options)
+        (rehearse_step if options.step_only else rehearse)(options)
         return
-    tensors, generator = image_tensors(read_config(options.config, options.overrides)), torch.Generator().manual_seed(0)
+    tensors, generator = image_tensors(read_config(options.base, options.overrides)), torch.Generator().manual_seed(0)
     write_public_checkpoint(options.write, tensors, WORDS_OF_THE_PUBLIC_FILE, generator)
     print(f"{options.write}: {len(tensors)} tensors, {options.write.stat().st_size:,} bytes")
 

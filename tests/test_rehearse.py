@@ -27,6 +27,7 @@ from ldm.data.footage import FootageError
 from ldm.errors import UserError, run_command
 from ldm.measuring import Measured, describe_machine, run_measured
 from ldm.rehearsal import Comparison, compare, count_sizes, image_tensors, write_public_checkpoint
+from ldm.rehearsed_step import StepTaken, mistakes, split_off, with_row
 from ldm.video import write_mp4
 from scripts import rehearse
 
@@ -57,18 +58,18 @@ def config():
 @pytest.fixture(scope="module")
 def image_file(tmp_path_factory, config) -> Path:
     path = tmp_path_factory.mktemp("written") / "model.ckpt"
-    rehearse.main(["--config", CONFIG, "--write", str(path), *TINY])
+    rehearse.main(["--base", CONFIG, "--write", str(path), *TINY])
     return path
 
 
 def call(folder: Path, *words: str) -> None:
     """The script in this process, on the tiny config."""
-    places = ["--config", CONFIG, "--workdir", str(folder / "work"), "--report", str(folder / "report.md")]
+    places = ["--base", CONFIG, "--workdir", str(folder / "work"), "--report", str(folder / "report.md")]
     rehearse.main([*places, *words, *TINY])
 
 
 def command(folder: Path) -> list[str]:
-    places = ["--config", CONFIG, "--workdir", str(folder / "work"), "--report", str(folder / "docs" / "report.md")]
+    places = ["--base", CONFIG, "--workdir", str(folder / "work"), "--report", str(folder / "docs" / "report.md")]
     return [sys.executable, str(SCRIPT), *places, *TINY]
 
 
@@ -328,3 +329,48 @@ def test_the_machine_is_described(monkeypatch):
 def test_a_command_line_that_is_not_understood(tmp_path):
     with pytest.raises(UserError, match="unrecognized arguments: --wrok; --help lists all options"):
         call(tmp_path, "--wrok")
+
+
+def step(name: str = "fit-8gb", size: str = "2 x 5", loss: float = 1.25) -> StepTaken:
+    return StepTaken(name, size, loss, Measured(0, 61.2, 3 * 2**30, 2**30, ""), 2**29, 2**28)
+
+
+def test_a_step_of_a_preset_gets_a_row(tmp_path):
+    """The real step in a process of its own, from a checkpoint that is there, and the count beside it."""
+    image, report, work = tmp_path / "model.ckpt", tmp_path / "report.md", tmp_path / "work"
+    rehearse.main(["--base", CONFIG, "--write", str(image), *TINY])
+    preset = [str(ROOT / "configs" / "fit-8gb.yaml"), "model.params.optimizer.name=adamw"]
+    words = ["--step-only", "--ckpt", str(image), "--workdir", str(work), "--report", str(report), "--most", "9"]
+    report.write_text("# Rehearsal\n\nas before\n")
+    rehearse.main([*words, "--base", CONFIG, *preset, *TINY])
+    text = report.read_text()
+    assert text.startswith("# Rehearsal\n\nas before\n")
+    cells = r"\| 2 x 5 \| ([\d.]+) \| ([\d.]+) \| ([\d.]+|-) \| ([\d.]+) \| ([\d.]+) \| \d+ \| [\d-]+ \|$"
+    loss, resident, _, on_processor, on_card = re.search(r"^\| fit-8gb `.*` " + cells, text, flags=re.M).groups()
+    assert 0 < float(loss) < 100
+    assert 0 < float(on_card) <= float(on_processor) < float(resident) < 4
+    assert not work.exists() and image.is_file()
+
+
+def test_rows_replace_older_ones_and_a_whole_rehearsal_keeps_them():
+    report = with_row(with_row("# Rehearsal\n\nas before\n", step(loss=1.5)), step("long-64", "2 x 8"))
+    report = with_row(report, step())
+    before, section = split_off(report)
+    assert before == "# Rehearsal\n\nas before\n\n"
+    rows = [line for line in section.splitlines() if line.startswith("| ")][1:]
+    assert rows[0].startswith("| long-64 | 2 x 8 | 1.2500 |") and rows[1].startswith("| fit-8gb | 2 x 5 | 1.2500 |")
+    assert len(rows) == 2
+    assert rows[0].split(" | ")[3:8] == ["3.00", "1.00", "0.50", "0.25", "61"]
+    assert split_off("# Rehearsal\n") == ("# Rehearsal\n", "")
+
+
+def test_a_step_that_takes_too_much_or_ends_in_nothing_is_a_mistake():
+    assert mistakes(step(), 9) == mistakes(step(), None) == []
+    assert mistakes(step(), 3) == ["3.22 GB were resident, more than 3"]
+    assert mistakes(step(loss=float("nan")), 9) == ["the loss is nan, no finite number"]
+
+
+@pytest.mark.parametrize("words", [["--most", "9"], ["--ckpt", "model.ckpt"]])
+def test_words_of_the_lone_step_need_it(tmp_path, words):
+    with pytest.raises(UserError, match=f"{words[0]}: expected --step-only with it"):
+        call(tmp_path, *words)
