@@ -255,9 +255,11 @@ class _Machine(pickle._Unpickler):  # the one in Python: the one in C allocates 
         super().load_setitems()
 
     def _call(self, function: Any, arguments: Any) -> None:
-        if not isinstance(function, str) or not isinstance(arguments, tuple):
+        if not isinstance(function, str | _Stand) or not isinstance(arguments, tuple):
             raise HeaderError("a call of something that is no function")
         self._spend(arguments)
+        if isinstance(function, _Stand):  # of what a call gave, as foreign code does; its names will be refused
+            return
         if function.endswith("Storage"):
             raise HeaderError(f"a call of {function[:80]}, which allocates whatever it is told to")
         if function in ("builtins.set", "collections.OrderedDict", "collections.Counter") and arguments:

@@ -291,7 +291,11 @@ def _clip_config(words: Mapping[str, Any]) -> CLIPTextConfig:
     unknown = sorted(set(words) - set(CLIP_VIT_L14))
     if unknown:
         raise UserError(f"text_config: expected words among {', '.join(CLIP_VIT_L14)}; found {', '.join(unknown)}")
-    return CLIPTextConfig(**CLIP_VIT_L14 | dict(words))
+    try:
+        return CLIPTextConfig(**CLIP_VIT_L14 | dict(words))
+    except Exception as error:  # the library has checks of its own, and errors of its own for them
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+        raise UserError(f"text_config: expected the words of a CLIP text encoder, found others ({reason})") from None
 
 
 def _quantizer(n_embed: int, embed_dim: int) -> nn.Module:
