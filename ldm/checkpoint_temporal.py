@@ -47,7 +47,7 @@ CLIP_WORDS = {
 }
 BASE_IDENTITY = "base_sha256"
 # Words of the network that are about how it runs, not about its weights.
-RUNNING = ("use_checkpoint", "attention_backend", "dropout")
+RUNNING = ("use_checkpoint", "feed_forward_frames", "inputs_on_host", "attention_backend", "dropout")
 SHAPE_WORDS = ("model_channels", "channel_mult", "num_res_blocks", "attention_resolutions", "context_dim")
 
 
