@@ -7,6 +7,7 @@ alone: the same frames and metadata give the same bytes.
 from __future__ import annotations
 
 import json
+from bisect import bisect
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -100,11 +101,16 @@ def read_video(path: Path | str) -> tuple[np.ndarray, float]:
         stream = container.streams.video[0]
         check_pixels(stream.codec_context.width, stream.codec_context.height, path)
         frames, room = [], MAX_HELD
-        for frame in container.decode(stream):
-            room -= 3 * frame.width * frame.height
-            if room < 0:
-                raise UserError(f"{path}: expected a short film, found more than {MAX_HELD:,} bytes of frames; cut it")
-            frames.append(_rgb(frame))
+        try:
+            for frame in container.decode(stream):
+                room -= 3 * frame.width * frame.height
+                if room < 0:
+                    raise UserError(
+                        f"{path}: expected a short film, found more than {MAX_HELD:,} bytes of frames; cut it"
+                    )
+                frames.append(_rgb(frame))
+        except av.error.FFmpegError as error:
+            raise UserError(f"{path}: expected a video, found a damaged one ({error.strerror})") from error
         if not frames:
             raise UserError(f"{path}: expected a video, found no frame in it")
         return np.stack(frames), float(stream.average_rate or stream.guessed_rate)
@@ -195,9 +201,8 @@ def _shorten(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
     text = " ".join(text[: 8 * width].split())  # more letters never fit
     if font.getlength(text) <= width:
         return text
-    while text and font.getlength(text + "...") > width:
-        text = text[:-1]
-    return text + "..."
+    fit = bisect(range(1, len(text) + 1), width, key=lambda count: font.getlength(text[:count] + "..."))
+    return text[:fit] + "..."
 
 
 def _check_frames(frames: np.ndarray, fps: float) -> None:

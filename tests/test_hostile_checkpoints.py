@@ -201,7 +201,7 @@ def test_a_config_in_metadata_that_is_deep_is_none(tmp_path):
         ("cond_stage_config", {"text_config": {"num_hidden_layers": 10**7}}, "layers: expected at most 256"),
         ("cond_stage_config", {"text_config": {"_attn_implementation": "someone/kernel"}}, "_attn_implementation"),
         ("cond_stage_config", {"text_config": {"hidden_size": 65532}}, "the tensors in the file are not those of"),
-        ("cond_stage_config", {"text_config": {"hidden_size": 65536}}, "not a multiple of the number of attention heads"),
+        ("cond_stage_config", {"text_config": {"hidden_size": 65536}}, "not a multiple of the number of attention"),
     ],
 )
 def test_configs_inside(tmp_path, part, changes, message):
