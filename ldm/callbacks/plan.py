@@ -44,14 +44,14 @@ class PlanReport(pl.Callback):
         if not trainer.is_global_zero or not is_video or num_parameters < self.least_parameters:
             return
         self._machine = PROCESSOR if pl_module.device.type == "cpu" else CARD
-        start = time.monotonic()
+        start = time.process_time()
         try:
             shape = shape_of(self.config)
             self.count = count_step(self.config, shape, self._machine)
         except Exception as error:  # a count that fails is no reason not to train
             log.warning("a step could not be counted before it is taken: %s", str(error).split("\n")[0])
             return
-        log.info("counted in %.1f s, before the first step of %s:", time.monotonic() - start, shape)
+        log.info("counted in %.1f s of one core, before the first step of %s:", time.process_time() - start, shape)
         for line in table(self.count, self._machine):
             log.info("%s", line)
 

@@ -48,7 +48,8 @@ def gib(num_bytes: float) -> str:
 def place(count: Count) -> str:
     """Where and when most is in use."""
     peak = count.peak
-    return f"{peak.phase}, at {peak.module}" if peak.module else peak.phase
+    module = peak.module.removeprefix("unet.")
+    return f"{peak.phase}, at {module}" if module else peak.phase
 
 
 def _memory(count: Count, machine: str) -> Iterator[str]:
@@ -68,7 +69,7 @@ def _memory(count: Count, machine: str) -> Iterator[str]:
         if num_bytes >= count.peak.total / 1000:
             yield f"    {kind:<26}{gib(num_bytes):>8}"
     phases = ", ".join(f"{phase} {gib(peak.total)}" for phase, peak in count.peaks.items() if phase != "before")
-    yield f"  {'peaks of the phases':<28}        {phases}"
+    yield f"  {'peaks of the phases':<39}{phases}"
     if count.on_host and machine == CARD:
         yield f"  {'in host memory':<28}{gib(count.on_host):>8}"
     if machine == CARD:
@@ -77,7 +78,7 @@ def _memory(count: Count, machine: str) -> Iterator[str]:
 
 
 def _work(count: Count, machine: str) -> Iterator[str]:
-    again = f", {count.again / TERA:.3g} of them in blocks that are computed again" if count.again else ""
+    again = f", {count.again / TERA:.3g} of them for blocks that are computed again" if count.again else ""
     yield f"work: {count.flop / TERA:.4g} TFLOP a step{again}"
     if machine == CARD:
         times = (f"{card.name} {_milliseconds(floor_seconds(card, count.flop))}" for card in CARDS)

@@ -200,6 +200,7 @@ def _label_weights(live: LiveTensors, model: nn.Module, weights: list[nn.Paramet
     return {
         TRAINED: live.label(TRAINED, [*(w for w in weights if w.requires_grad), *lower]),
         FROZEN: live.label(FROZEN, [w for w in weights if not w.requires_grad]),
+        GRADIENTS: 0,  # until they come
     }
 
 
