@@ -52,7 +52,8 @@ class UnderstoodError(Exception):
 
 def parsed_by(script: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether a script takes these words; it does nothing with them."""
-    parse = "parse_known_args" if script == "scripts/ablate.py" else "parse_args"
+    kinds = {"scripts/ablate.py": "parse_known_args", "scripts/benchmark.py": "parse_intermixed_args"}
+    parse = kinds.get(script, "parse_args")
     original = getattr(Parser, parse)
 
     def stop(parser: Parser, *arguments: object) -> None:

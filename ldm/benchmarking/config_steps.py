@@ -71,7 +71,8 @@ class StepClock(pl.Callback):
 def take_steps(request: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Seconds of each of `steps` steps of the configs `base` with `overrides`, operations of one, and the last loss."""
     set_up_card(exact=False, repeatable=False)
-    config = to_container(load_config(request["base"], [*request["overrides"], "model.params.ckpt_path=null"]))
+    without_files = ["model.params.ckpt_path=null", "model.params.scale_factor=1.0"]
+    config = to_container(load_config(request["base"], [*request["overrides"], *without_files]))
     model_node, data, lightning = config["model"], config["data"]["params"], config.get("lightning") or {}
     torch.manual_seed(23)
     model = UnpreparedDiffusion(**model_node["params"], learning_rate=model_node["base_learning_rate"], config=config)

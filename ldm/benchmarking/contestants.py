@@ -82,8 +82,9 @@ def _ours(case: Case, temporal: bool = True) -> nn.Module:
         raise UserError(f"widths: expected multiples of the first, {base}, found {case.widths}")
     return UNetModel(
         in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS, model_channels=base, num_res_blocks=2,
-        attention_resolutions=[1, 2, 4], channel_mult=[width // base for width in case.widths], num_heads=8,
-        context_dim=CONTEXT_DIM, temporal=temporal,
+        attention_resolutions=[2**level for level in range(len(case.widths) - 1)],
+        channel_mult=[width // base for width in case.widths], num_heads=8, context_dim=CONTEXT_DIM, temporal=temporal,
+        attention_backend="auto",
     )  # fmt: skip
 
 
