@@ -13,14 +13,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from ldm.callbacks.motion import _begin
 from ldm.comparison import Plan, read_words
 from ldm.config import ConfigError, check, load_config
 from ldm.config_targets import trusting
 from ldm.data.preparation import Preparation, Settings
 from ldm.data.shard_index import DATASET_FILE, EMPTY_FILE, INDEX_FILE, DatasetError
 from ldm.data.shards import PreparedSet
+from ldm.data.stream import StreamDataModule
 from ldm.errors import UserError
+from ldm.evaluation.judge import WORDS, load_judge
 from ldm.json_text import parse_json
 from ldm.provenance import read_record
 from ldm.training_run import check_places, find_run, parse_arguments
@@ -323,3 +328,29 @@ def test_sound_files_are_still_read(tmp_path):
     assert np.array_equal(found.read_moments(found.scenes[0]), np.ones((3, 4, 2, 2), np.float16))
     assert found.info.index_crc32 == zlib.crc32(prepared()[INDEX_FILE])
     assert replace(found.info, num_scenes=2) == found.info and Path(tmp_path / SHARD).is_file()
+
+
+def test_the_position_of_a_checkpoint_is_a_number():
+    data = StreamDataModule(1, 0, list)
+    for value in (-1, 2.5, True, None, "3"):
+        with pytest.raises(UserError, match="position in the data: expected a number from 0"):
+            data.load_state_dict({"consumed": value})
+    data.load_state_dict({"consumed": 7})
+    assert data.consumed == 7
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[]", '{"settings": {}}', '{"settings": {}, "occasions": [3]}', "1"])
+def test_the_record_of_a_run_is_one(tmp_path, text):
+    (tmp_path / "motion.json").write_text(text)
+    with pytest.raises(UserError, match=r"motion.json: expected what this callback wrote, found something else"):
+        _begin(tmp_path / "motion.json", {}, 3)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"widths": [10**9]}, {"widths": [8] * 100}, {"widths": [-1]}, {"looks": ["a"] * 9999}]
+)
+def test_a_judge_is_small(tmp_path, changes):
+    words = {"looks": ["a", "b"], "accuracy": 1.0, "accuracy_damaged": 1.0, "steps": 1, "widths": [8, 8]} | changes
+    save_file({"x": torch.ones(2)}, tmp_path / "judge.safetensors", {WORDS: json.dumps(words)})
+    with pytest.raises(UserError, match=r"found one whose tensors or words do not fit together .\d+ looks, widths"):
+        load_judge(tmp_path / "judge.safetensors")

@@ -25,6 +25,7 @@ from ldm.errors import UserError
 from ldm.evaluation.agreement import agreement_by
 from ldm.evaluation.instruments import OUR_JUDGE, Instruments
 from ldm.evaluation.judge import load_judge
+from ldm.json_text import parse_json
 from ldm.models.diffusion.sampling import initial_noise
 
 log = logging.getLogger(__name__)
@@ -226,13 +227,19 @@ def _begin(path: Path, settings: Mapping[str, Any], step: int) -> dict[str, Any]
     """The record of a run at this step: what was measured until then, if it is taken up again."""
     if not path.is_file():
         return {"settings": dict(settings), "occasions": []}
-    record = json.loads(path.read_text(encoding="utf-8"))
-    if differing := [name for name, value in settings.items() if record["settings"].get(name) != value]:
+    try:
+        record = parse_json(path.read_bytes())
+        before, occasions = dict(record["settings"]), [(occasion["step"], occasion) for occasion in record["occasions"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: expected what this callback wrote, found something else ({error!r}); take the file away"
+        ) from None
+    if differing := [name for name, value in settings.items() if before.get(name) != value]:
         raise UserError(
             f"{path}: expected clips measured with the same settings, found another {differing[0]}; give the callback "
             "another tag, or take the file away"
         )
-    return {**record, "occasions": [occasion for occasion in record["occasions"] if occasion["step"] <= step]}
+    return {**record, "occasions": [occasion for reached, occasion in occasions if reached <= step]}
 
 
 def _means(values: Readings) -> dict[str, float]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -165,7 +166,8 @@ class FrameDataModule(StreamDataModule):
             enlarge = self.size / min(info.width, info.height)
             size = tuple(max(self.size, round(side * enlarge)) for side in (info.height, info.width))
             try:
-                arrays.append(np.stack(list(read_frames(info.path, self.fps / thinning, size))))
+                frames = read_frames(info.path, self.fps / thinning, size)
+                arrays.append(np.stack(list(islice(frames, 2 * self.max_frames))))  # of a file that says it has fewer
             except FootageError as error:
                 problems.append(error)
         if not arrays:

@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from ldm.data.shared_ring import Placed, PlacingCollate, SharedRing, num_bytes
+from ldm.errors import UserError
 
 ROOM = 4  # places for batches so many times as large as the first: they may be of different kinds
 
@@ -122,7 +123,10 @@ class StreamDataModule(pl.LightningDataModule):
         return {"consumed": self.consumed}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        self._consumed = self._fetched = state_dict["consumed"]
+        consumed = state_dict.get("consumed")
+        if type(consumed) is not int or consumed < 0:
+            raise UserError(f"the checkpoint's position in the data: expected a number from 0, found {consumed!r}")
+        self._consumed = self._fetched = consumed
         self._step_seen = None
 
     def stream_loader(self, samples: Dataset) -> StreamLoader:

@@ -22,6 +22,7 @@ from ldm.modules.frame_tower import FrameClassifier
 from ldm.video import from_uint8
 
 WORDS = "judge of looks"  # where the metadata of its files has the words about it
+MAX_BLOCKS, MAX_WIDTH = 32, 4096
 AT_ONCE = 128  # frames
 
 
@@ -75,7 +76,10 @@ def load_judge(path: Path | str) -> Judge:
     path = Path(path)
     words, tensors = _read(path)
     try:
-        network = FrameClassifier(len(words["looks"]), words["widths"])
+        widths, num_looks = words["widths"], len(words["looks"])
+        if len(widths) > MAX_BLOCKS or num_looks > MAX_WIDTH or any(not 0 < width <= MAX_WIDTH for width in widths):
+            raise ValueError(f"{num_looks} looks, widths {str(widths)[:80]}")
+        network = FrameClassifier(num_looks, widths)
         network.load_state_dict(tensors)
         accuracies = float(words["accuracy"]), float(words["accuracy_damaged"])
         looks, steps = tuple(words["looks"]), int(words["steps"])
