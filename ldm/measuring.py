@@ -26,7 +26,7 @@ class Measured:
     peak_memory: the most bytes resident at once in it, or in the largest of the processes it started, as the kernel
         counts them: with pages of mapped files, which it drops when it needs room.
     peak_own_memory: the most that it and all processes it started held at once, without those pages and with shared
-        pages counted once, looked at twice a second; None where that cannot be seen.
+        pages counted once, looked at twice a second or, where that is slow, less; None where that cannot be seen.
     output: what it wrote to stdout and stderr.
     """
 
@@ -88,10 +88,13 @@ class _OwnMemory(threading.Thread):
         self._session = session
 
     def run(self) -> None:
-        while not self.end.wait(POLL_SECONDS):
+        pause = POLL_SECONDS
+        while not self.end.wait(pause):
+            start = time.monotonic()
             sizes = [size for folder in Path("/proc").glob("[0-9]*") if (size := self._size(folder)) is not None]
             if sizes:
                 self.peak = max(self.peak or 0, sum(sizes))
+            pause = max(POLL_SECONDS, 20 * (time.monotonic() - start))  # a look at a large process takes time, its own
 
     def _size(self, process: Path) -> int | None:
         """Bytes of one process, its share of what it shares; None for another session's and for one that has ended."""

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig
 
+from ldm.atomic import write_atomically
 from ldm.checkpoint import identity
 from ldm.checkpoint_encoders import encoder_tensors, latent_scale
 from ldm.checkpoint_names import FIRST_STAGE_PREFIX, TEXT_PREFIX
@@ -27,11 +28,13 @@ HEADER = [
     "`python scripts/rehearse.py --step-only --base configs/video-sd.yaml PRESET`: one training step at full size on "
     "made-up latents, in a process of its own that starts from the image checkpoint and writes its own at the end. "
     "Resident is the kernel's own count of the whole process, GiB: Python and its libraries, and the pages of mapped "
-    "checkpoints. Counted is the step's live tensors alone, on a processor and on a card, as `scripts/plan.py` has it "
-    "before any step.", "",
+    "checkpoints; what is freed of blocks from 1 MiB on goes back to the system at once. Counted is the step's live "
+    "tensors alone, on a processor and on a card, as `scripts/plan.py` has it before any step.", "",
     "| config | clips x frames | loss | resident | without mapped files | counted: processor | card | s | when |",
     "|---|---|---|---|---|---|---|---|---|",
 ]  # fmt: skip
+# The C library's word (Linux) for: what is freed of blocks from 1 MiB on goes back to the system, and is not resident.
+GIVE_BACK = ("MALLOC_MMAP_THRESHOLD_", str(2**20))
 NUM_TOKENS = 77
 GIB = 2**30
 
@@ -117,6 +120,18 @@ def with_row(report: str, step: StepTaken) -> str:
     start = f"| {step.name} | {step.size} |"
     rows = [line for line in section.splitlines()[len(HEADER) :] if line and not line.startswith(start)]
     return "\n".join([before.rstrip("\n"), "", *HEADER, *rows, step.row(), ""]).lstrip("\n")
+
+
+def write_row(path: Path, step: StepTaken) -> None:
+    """Put the step's row into a report that need not be there yet."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, with_row(path.read_text(encoding="utf-8") if path.is_file() else "", step))
+
+
+def with_rows_of(path: Path, report: str) -> str:
+    """The text of a new report with the table of steps of the one in a file, if there is one."""
+    section = split_off(path.read_text(encoding="utf-8"))[1] if path.is_file() else ""
+    return f"{report}\n{section}" if section else report
 
 
 def split_off(report: str) -> tuple[str, str]:

@@ -13,6 +13,7 @@ made up, nothing is sampled, and the report gets a row with the memory that the 
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shlex
 import shutil
@@ -52,7 +53,7 @@ from ldm.rehearsal import (
     num_bytes_in,
     write_public_checkpoint,
 )
-from ldm.rehearsed_step import mistakes, name_of, split_off, step_taken, with_row, write_made_up_clips
+from ldm.rehearsed_step import GIVE_BACK, mistakes, name_of, step_taken, with_rows_of, write_made_up_clips, write_row
 from ldm.video import read_video, write_mp4
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -299,8 +300,7 @@ def rehearse(options: argparse.Namespace) -> None:
             weights = compare(place.image_file, place.video_file, config)
         found = checks(place, rows[TRAINING][1], weights)
         text = report(rows, found, sizes, place)
-    if options.report.is_file():
-        text += f"\n{split_off(options.report.read_text(encoding='utf-8'))[1]}".rstrip("\n") + "\n"
+    text = with_rows_of(options.report, text)
     options.report.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(options.report, text)
     console.print(f"\n{text}\nreport: {options.report}", markup=False)
@@ -324,12 +324,11 @@ def rehearse_step(options: argparse.Namespace) -> None:
         write_made_up_clips(place.prepared, config, place.image_file)
         paths = [f"model.params.ckpt_path={place.image_file}", f"data.params.root={place.prepared}"]
         stage = training(place, options, [*overrides, *paths])
+        os.environ.setdefault(*GIVE_BACK)
         measured = run_stage(stage, console)
         with console.status("counting the same step"):
             step = step_taken(name_of(options.base, options.overrides), config, measured)
-    before = options.report.read_text(encoding="utf-8") if options.report.is_file() else ""
-    options.report.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(options.report, with_row(before, step))
+    write_row(options.report, step)
     console.print(f"\n{step.row()}\nreport: {options.report}", markup=False)
     if found := mistakes(step, options.most):
         raise UserError(f"expected a step that goes well, found: {'; '.join(found)}")

@@ -27,7 +27,7 @@ from ldm.data.footage import FootageError
 from ldm.errors import UserError, run_command
 from ldm.measuring import Measured, describe_machine, run_measured
 from ldm.rehearsal import Comparison, compare, count_sizes, image_tensors, write_public_checkpoint
-from ldm.rehearsed_step import StepTaken, mistakes, split_off, with_row
+from ldm.rehearsed_step import StepTaken, mistakes, split_off, with_row, with_rows_of
 from ldm.video import write_mp4
 from scripts import rehearse
 
@@ -352,7 +352,7 @@ def test_a_step_of_a_preset_gets_a_row(tmp_path):
     assert not work.exists() and image.is_file()
 
 
-def test_rows_replace_older_ones_and_a_whole_rehearsal_keeps_them():
+def test_rows_replace_older_ones_and_a_whole_rehearsal_keeps_them(tmp_path):
     report = with_row(with_row("# Rehearsal\n\nas before\n", step(loss=1.5)), step("long-64", "2 x 8"))
     report = with_row(report, step())
     before, section = split_off(report)
@@ -361,7 +361,10 @@ def test_rows_replace_older_ones_and_a_whole_rehearsal_keeps_them():
     assert rows[0].startswith("| long-64 | 2 x 8 | 1.2500 |") and rows[1].startswith("| fit-8gb | 2 x 5 | 1.2500 |")
     assert len(rows) == 2
     assert rows[0].split(" | ")[3:8] == ["3.00", "1.00", "0.50", "0.25", "61"]
-    assert split_off("# Rehearsal\n") == ("# Rehearsal\n", "")
+    path = tmp_path / "report.md"
+    assert with_rows_of(path, "# New\n") == "# New\n"
+    path.write_text(report)
+    assert with_rows_of(path, "# New\n") == f"# New\n\n{section}"
 
 
 def test_a_step_that_takes_too_much_or_ends_in_nothing_is_a_mistake():
