@@ -76,8 +76,8 @@ class Row:
         """Each goal that the row says something of, and whether it is met."""
         for key, value in self.found.items():
             goal = GOALS[key]
-            sign, verdict = (">=" if goal.at_least else "<="), ("met" if goal.is_met(value) else "not met")
-            yield f"{sign} {goal.limit:g}{goal.unit}: {verdict} ({value:.3g})"
+            bound, verdict = ("least" if goal.at_least else "most"), ("met" if goal.is_met(value) else "not met")
+            yield f"at {bound} {goal.limit:g}{goal.unit}: {verdict} ({value:.3g})"
 
 
 def record(rows: Sequence[Row], about: Mapping[str, Any]) -> dict[str, Any]:
