@@ -42,7 +42,8 @@ def test_commands_are_understood(line, monkeypatch):
         options = txt2vid.parse_arguments(words)
         assert options.prompt and getattr(options, "frames", 5) > 4
     else:
-        assert script in {f"scripts/{name}.py" for name in ("evaluate", "train_drive", "ablate", "curves", "benchmark")}
+        names = ("evaluate", "train_drive", "ablate", "curves", "benchmark", "plan")
+        assert script in {f"scripts/{name}.py" for name in names}
         assert parsed_by(script, words, monkeypatch)
 
 

@@ -69,7 +69,7 @@ def _memory(count: Count, machine: str) -> Iterator[str]:
         if num_bytes >= count.peak.total / 1000:
             yield f"    {kind:<26}{gib(num_bytes):>8}"
     phases = ", ".join(f"{phase} {gib(peak.total)}" for phase, peak in count.peaks.items() if phase != "before")
-    yield f"  {'peaks of the phases':<39}{phases}"
+    yield f"  {'peaks of the phases':<39}  {phases}"
     if count.on_host and machine == CARD:
         yield f"  {'in host memory':<28}{gib(count.on_host):>8}"
     if machine == CARD:
