@@ -106,7 +106,7 @@ def read_words(path: Path) -> dict[str, Any]:
         words = OmegaConf.to_container(OmegaConf.load(io.StringIO(checked_text(path))))
     except FileNotFoundError as error:
         raise UserError(f"{path}: expected a plan of runs, found no such file") from error
-    except (YAMLError, OmegaConfBaseException, ValueError, IsADirectoryError) as error:
+    except (YAMLError, OmegaConfBaseException, ValueError, RecursionError, OSError) as error:
         raise UserError(f"{path}: expected YAML, found something else ({str(error).splitlines()[0]})") from error
     if not isinstance(words, dict):
         raise UserError(f"{path}: expected base, columns and runs, found {type(words).__name__}")

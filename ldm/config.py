@@ -135,7 +135,7 @@ def _read(path: Path) -> DictConfig:
         raise ConfigError(f"{path}: no such config file; {nearest(str(path), beside)}")
     try:
         config = OmegaConf.load(io.StringIO(checked_text(path, is_trusted())))
-    except (yaml.YAMLError, ValueError, OmegaConfBaseException, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, OmegaConfBaseException, RecursionError, OSError) as error:
         raise ConfigError(f"{path}: not readable as YAML: {error}") from error
     if not isinstance(config, DictConfig):
         raise ConfigError(f"{path}: expected a mapping with the keys {', '.join(SECTIONS[''])} at the top")

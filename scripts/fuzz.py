@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import resource
+import shutil
 import signal
 import sys
 import tempfile
 import time
 import tracemalloc
+import types
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -162,9 +165,32 @@ def by_atheris(trial: Trial, num: int, deadline: float, seed: int) -> None:
     corpus.mkdir()
     for number, content in enumerate(trial.reader.samples()):
         (corpus / str(number)).write_bytes(content)
-    words = ["fuzz", f"-runs={num}", f"-max_total_time={seconds}", f"-seed={seed + 1}", "-max_len=65536", str(corpus)]
-    atheris.Setup([*words, "-verbosity=0"], trial)
+    for function in functions_of("ldm"):
+        atheris.instrument_func(function)
+    begin = time.monotonic()
+
+    def attempt(content: bytes) -> None:
+        trial(content)
+        if trial.tally.inputs >= num or time.monotonic() > deadline:
+            print(report(trial.reader.name, trial.tally, time.monotonic() - begin))
+            print(f"{trial.tally.inputs:,} inputs, {len(trial.tally.failed)} kinds of failures", flush=True)
+            shutil.rmtree(trial.folder)
+            os._exit(bool(trial.tally.failed))
+
+    words = ["fuzz", f"-max_total_time={seconds + SECONDS}", f"-seed={seed + 1}", "-max_len=65536", "-verbosity=0"]
+    atheris.Setup([*words, str(corpus)], attempt)
     atheris.Fuzz()
+
+
+def functions_of(package: str) -> Iterator[types.FunctionType]:
+    """All functions and methods of the modules of a package that are loaded."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        places = [vars(sys.modules[name])]
+        places += [vars(value) for value in places[0].values() if isinstance(value, type) and value.__module__ == name]
+        for place in places:
+            for value in list(place.values()):
+                if isinstance(value, types.FunctionType) and value.__module__ == name:
+                    yield value
 
 
 ENGINES: Mapping[str, Callable[[Trial, int, float, int], None]] = {"hypothesis": by_hypothesis, "atheris": by_atheris}

@@ -325,7 +325,7 @@ def _reader(
     name: str, read: Callable[[bytes, Path], object], samples: Callable[[], list[bytes]], *more: Inputs
 ) -> Reader:
     samples = cache(samples)
-    return Reader(name, read, samples, st.one_of(changed(samples), *more))
+    return Reader(name, read, samples, st.one_of(changed(samples), *more, *more))
 
 
 def indexes() -> list[bytes]:

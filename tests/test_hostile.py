@@ -54,6 +54,7 @@ REPEATED = "model: {target: ldm.modules.unet.UNetModel, params: {num_res_blocks:
         (b"model: 1\nmodel: 2", "found duplicate key model"),
         (b"model: \xff\xfe\xfd", "not readable as YAML: 'utf-8' codec"),
         (b"model: 1\0", "not readable as YAML"),
+        (b"true", "not readable as YAML: Invalid loaded object type: bool"),
         (b"# " + b"x" * 2**20, "more than 1,048,576 bytes, no config is that long"),
         (b"model: ${oc.env:HOME}", r"line 1: '\${oc.env:HOME}' asks for more than .*--trust-config"),
         (b"model: {x: '${oc.decode:${oc.env:HOME}}'}", "line 1: .* asks for more than another value"),
