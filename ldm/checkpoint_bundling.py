@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from torch import Tensor
 
@@ -33,23 +34,43 @@ SOURCES = ("ckpt_path", "random_seed", "tokenizer")  # words of networks that sa
 HEADER = "# A bundled model: what sampling needs to know. Written by scripts/convert.py --format bundle.\n"
 
 
-def bundled(checkpoint: Checkpoint, sampling: Mapping[str, Any], text: Checkpoint | None = None) -> Checkpoint:
+def bundled(
+    checkpoint: Checkpoint,
+    sampling: Mapping[str, Any],
+    text: Checkpoint | None = None,
+    decoder: Checkpoint | None = None,
+) -> Checkpoint:
     """What of a checkpoint goes into a bundle: float16 weights, and a config without paths.
 
     sampling: defaults of sampling, on top of those in the checkpoint's config, see `sampling_defaults`.
-    text: a checkpoint to take the text encoder from; None: the same. Raises `CheckpointError` unless every tensor of
-    all three networks is there and fits.
+    text, decoder: checkpoints to take the text encoder and the autoencoder from; None: the same. That autoencoder makes
+        the same latents: all but its decoder is what it was.
+
+    Raises `CheckpointError` unless every tensor of all three networks is there and fits.
     """
     config = bundle_config(full_config(checkpoint), sampling)
     source = text or checkpoint
     tensors = prefixed(UNET_PREFIX, unet_tensors(checkpoint))
-    tensors |= prefixed(FIRST_STAGE_PREFIX, first_stage_tensors(checkpoint))
+    first_stage = first_stage_tensors(checkpoint)
+    tensors |= prefixed(FIRST_STAGE_PREFIX, first_stage if decoder is None else _redecoded(first_stage, decoder))
     tensors |= prefixed(TEXT_PREFIX, text_tensors(source))
     result = replace(checkpoint, tensors=halved(tensors, checkpoint.path), own_config=config, kind="ours", metadata={})
     check_unet(result)
     load_first_stage(result)
     build_text_encoder(replace(result, path=source.path))  # whose name the message is to have
     return result
+
+
+def _redecoded(first_stage: Mapping[str, Tensor], decoder: Checkpoint) -> Mapping[str, Tensor]:
+    """The tensors of the autoencoder in `decoder`; raises CheckpointError unless it encodes as `first_stage` does."""
+    found = first_stage_tensors(decoder)
+    for name, tensor in first_stage.items():
+        if name.startswith(("encoder.", "quant_conv.")) and not (name in found and torch.equal(found[name], tensor)):
+            raise CheckpointError(
+                f"{decoder.path}: expected the autoencoder of the checkpoint with nothing but another decoder, found "
+                f"another {name}; train it with decoder_only, from the one that prepared the clips"
+            )
+    return found
 
 
 def bundle_config(config: Mapping[str, Any], sampling: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from ldm import checkpoint_bundling
 from ldm.checkpoint import load_first_stage, load_text_encoder, load_unet, read_checkpoint
 from ldm.checkpoint_bundle import bundle_files, is_bundle
-from ldm.checkpoint_names import TEXT_PREFIX, UNET_PREFIX, average_names
+from ldm.checkpoint_names import FIRST_STAGE_PREFIX, TEXT_PREFIX, UNET_PREFIX, average_names
+from ldm.checkpoint_reading import first_stage_tensors
 from ldm.errors import UserError
 from ldm.generation import ClipGenerator
 from ldm.modules.encoders import CLIPTextEmbedder
@@ -110,6 +111,19 @@ def test_a_text_encoder_of_its_own(trained, tmp_path):
     assert not (tmp_path / "y").exists()
 
 
+def test_a_decoder_that_learned_on_alone(trained, tmp_path):
+    state = {name: tensor.clone() for name, tensor in first_stage_tensors(read_checkpoint(trained)).items()}
+    state["decoder.conv_out.bias"] += 1
+    torch.save({"state_dict": state}, tmp_path / "sharper.ckpt")
+    convert(trained, tmp_path / "x", "--decoder", str(tmp_path / "sharper.ckpt"))
+    bias = load_file(tmp_path / "x" / "autoencoder.safetensors")[FIRST_STAGE_PREFIX + "decoder.conv_out.bias"]
+    assert torch.equal(bias, state["decoder.conv_out.bias"].half())
+    state["quant_conv.bias"] += 1
+    torch.save({"state_dict": state}, tmp_path / "another.ckpt")
+    with pytest.raises(UserError, match=r"another.ckpt: expected the autoencoder .* found another quant_conv.bias; tr"):
+        convert(trained, tmp_path / "y", "--decoder", str(tmp_path / "another.ckpt"))
+
+
 def test_the_unet_in_several_files_and_all_sizes_limited(trained, original, tmp_path, monkeypatch):
     image = (original / "unet-1.safetensors").stat().st_size
     monkeypatch.setattr(checkpoint_bundling, "MAX_IMAGE_PART", image // 3)
@@ -173,7 +187,7 @@ def test_bundles_that_are_not_written(trained, tmp_path, words, message):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("word", "value"), [("--sampling", "steps=2"), ("--text", "x.ckpt")])
+@pytest.mark.parametrize(("word", "value"), [("--sampling", "steps=2"), ("--text", "x.ckpt"), ("--decoder", "x.ckpt")])
 def test_options_of_bundles_belong_to_bundles(trained, tmp_path, word, value):
     with pytest.raises(UserError, match=f"{word}: belongs to --format bundle, found --format full; leave it out"):
         main(["--in", str(trained), "--out", str(tmp_path / "x.ckpt"), "--format", "full", word, value])
