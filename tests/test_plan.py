@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -250,7 +251,7 @@ def test_the_table_says_all():
     for words in ("trained weights", "frozen weights", "gradients", "optimiser states", "average", "activations held",
                   "peak of live tensors", "the card needs", "computed again", "RTX 3090", "H200"):  # fmt: skip
         assert words in text
-    assert count.peak.module in text and "RTX" not in "\n".join(table(count, PROCESSOR))
+    assert count.peak.module.removeprefix("unet.") in text and "RTX" not in "\n".join(table(count, PROCESSOR))
 
 
 def test_floors_are_those_of_the_nominal_peaks():
@@ -270,7 +271,8 @@ def counted(config: dict) -> Count:
         0.1: params["optimizer"].get("states_on") == "host",
     }  # fmt: skip
     peak = Peak(int((10 - sum(gib for gib, is_on in saved.items() if is_on)) * GIB), {}, "backward", "")
-    return Count(SHAPE, {}, 0, {"backward": peak}, 0, 1, 0, 1, 1)
+    sizes = dict.fromkeys((training_step.TRAINED, training_step.STATES, training_step.AVERAGE), 0)
+    return Count(SHAPE, sizes, 0, {"backward": peak}, 0, 1, 0, 1, 1)
 
 
 def keys(rungs: list) -> set[str]:
@@ -353,22 +355,36 @@ def test_small_networks_and_other_models_are_passed_over_and_a_count_that_fails_
     assert broken.count is None and "could not be counted" in caplog.text
 
 
-def test_the_script(tmp_path, capsys):
-    path = tmp_path / "small.yaml"
+@pytest.fixture
+def small(tmp_path) -> Path:
     settings = config("bf16-mixed")
     settings["data"]["params"]["root"] = str(tmp_path)
+    path = tmp_path / "small.yaml"
     path.write_text(yaml.safe_dump(settings))
-    plan.main(["--base", str(path), "--size", "64", "--vram", "8"])
+    return path
+
+
+def test_the_script_counts(small, capsys):
+    plan.main(["--base", str(small), "--size", "64", "--vram", "8"])
     text = capsys.readouterr().out
     assert "2 x 4 frames of 8x8 latents" in text and "fits into 8 GB as it is" in text
-    plan.main(["--base", str(path), "--size", "64", "--vram", "1.1", "data.params.frames=24"])
+
+
+def test_what_the_script_proposes_can_be_pasted(small, capsys, monkeypatch):
+    monkeypatch.setattr(plan, "count_step", lambda changed, shape, machine: counted(changed))
+    plan.main(["--base", str(small), "--vram", "6.3"])
     text = capsys.readouterr().out
-    assert "does not fit into 1.1 GB" in text and "python main.py --base" in text and "or as a file to merge" in text
-    pasted = text.partition("or as a file to merge over the config:\n\n")[2].partition("\nthen (")[0]
-    merged = tmp_path / "fit.yaml"
-    merged.write_text(pasted)
-    plan.main(["--base", str(path), str(merged), "--size", "64", "--vram", "1.1", "data.params.frames=24"])
-    assert "fits into 1.1 GB as it is" in capsys.readouterr().out
+    assert "does not fit into 6.3 GB: 11.0 are needed" in text and "fits, with 6.2 GB needed" in text
+    command = next(line for line in text.splitlines() if line.startswith("python main.py"))
+    assert command.endswith("model.params.unet_config.params.feed_forward_frames=1")
+    merged = small.with_name("fit.yaml")
+    merged.write_text(text.partition("or as a file to merge over the config:\n\n")[2].partition("\nthen (")[0])
+    plan.main(["--base", str(small), str(merged), "--vram", "6.3"])
+    assert "fits into 6.3 GB as it is" in capsys.readouterr().out
+    plan.main(["--base", str(small), "--vram", "6.3", *shlex.split(command)[7:]])
+    assert "fits into 6.3 GB as it is" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--vram 2: nothing fits"):
+        plan.main(["--base", str(small), "--vram", "2"])
 
 
 def test_other_models_are_not_counted():
