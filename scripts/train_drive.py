@@ -154,6 +154,8 @@ class DriveTraining:
         words = [f"{word}={self.checkpoint(need)}" for need, word in stage.needs.items()]
         if stage.prepares:
             words.append(f"data.params.root={self.out / stage.prepares[0]}")
+        if "image" in stage.needs:
+            words.append(f"data.params.image_root={self.out / STAGES['image'].prepares[0]}")
         if self.budget.on_gpu:
             words += [*stage.on_gpu, f"data.params.num_workers={max(1, usable_cores() - 1)}"]
         return [*words, *self.budget.words.get(name, ())]
