@@ -18,13 +18,13 @@ from scripts.fuzz_inputs import READERS, Reader
 ROOT = Path(__file__).parents[1]
 
 
-def test_all_readers(tmp_path):
-    words = ["scripts/fuzz.py", "--inputs", "45", "--minutes", "2", "--save", str(tmp_path)]
+def test_the_command(tmp_path):
+    words = ["scripts/fuzz.py", "--readers", "index,checkpoint,config", "--inputs", "30", "--save", str(tmp_path)]
     found = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stdout + found.stderr
     lines = found.stdout.splitlines()
     assert lines[-1].endswith("inputs, 0 kinds of failures")
-    assert [line.partition(":")[0] for line in lines if "inputs in" in line] == list(READERS)
+    assert [line.partition(":")[0] for line in lines if "inputs in" in line] == ["index", "checkpoint", "config"]
     assert not list(tmp_path.iterdir())
 
 
