@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 
 import pytest
@@ -12,6 +13,7 @@ from ldm.models.diffusion.memory_switches import MemorySwitches
 from ldm.models.diffusion.optimizers import build_optimizer
 from ldm.models.diffusion.stored_weights import StoredWeights, joined, rounded_at_random, split
 from ldm.models.diffusion.weight_by_weight import state_bytes
+from ldm.modules.nn import lay_channels_last
 from ldm.modules.unet import UNetModel
 
 STRANGE = torch.tensor([0x7FFFFFFF, -1, 0x7F800001], dtype=torch.int32).view(torch.float32)  # NaN of other bits
@@ -201,3 +203,36 @@ def test_gradients_that_are_not_yet_what_they_should_be():
         in_backward.check_run("bf16-mixed", 1, None, 2)
     with pytest.raises(UserError, match=r"step_in_backward: expected .* bf16-mixed or 32-true, found 16-mixed, whose"):
         in_backward.check_run("16-mixed", 1, None, 1)
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "split"])
+def test_the_order_in_memory_changes_no_number(kind):
+    """And states that were written in one order go on in the other."""
+
+    def made(laid: bool) -> tuple[torch.nn.Module, StoredWeights, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        network = torch.nn.Conv2d(32, 64, 3)
+        if laid:
+            lay_channels_last(network)
+        stored = StoredWeights(network, kind)
+        groups = [{"params": list(network.parameters()), "lr": 1e-3}]
+        return network, stored, build_optimizer(groups, weights=None if kind == "float32" else stored)
+
+    def step(network: torch.nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for weight in network.parameters():
+            gradient = torch.randn(weight.shape, generator=generator).to(weight.dtype)
+            weight.grad = torch.empty_like(weight).copy_(gradient)
+        optimizer.step()
+
+    runs = [made(False), made(True)]
+    for number in range(3):
+        for network, _, optimizer in runs:
+            step(network, optimizer, number)
+    runs[1][2].load_state_dict(copy.deepcopy(runs[0][2].state_dict()))  # torch shares what it loads
+    for network, _, optimizer in runs:
+        step(network, optimizer, 3)
+    (plain, of_plain, _), (laid, of_laid, optimizer) = runs
+    assert laid.weight.stride() != plain.weight.stride()
+    assert torch.equal(of_laid.full(laid.weight), of_plain.full(plain.weight))
+    assert optimizer.state[laid.weight]["exp_avg"].stride() == laid.weight.stride()

@@ -9,6 +9,7 @@ from torch import nn
 
 from ldm.errors import UserError
 from ldm.modules.attention_backends import attend, check_backend, num_launches
+from ldm.modules.nn import lay_channels_last
 from ldm.modules.temporal import PseudoConv3d, TemporalAttention, TemporalConv, see_changes_only
 from tests.conftest import fill_by_rule, golden_tensor, relative_error
 
@@ -188,3 +189,24 @@ def test_a_convolution_that_sees_changes_only_still_starts_as_the_identity():
     see_changes_only(conv)
     moving = torch.randn(10, 8, 3, 4, generator=torch.Generator().manual_seed(0))
     assert torch.equal(conv(moving, 5), moving)
+
+
+def test_kernels_lie_as_activations_do_and_so_do_their_gradients():
+    torch.manual_seed(0)
+    plain, laid = (PseudoConv3d(8, 16) for _ in range(2))
+    laid.load_state_dict(plain.state_dict())
+    lay_channels_last(laid)
+    x = torch.randn(10, 8, 4, 4).contiguous(memory_format=torch.channels_last)
+    outs = [conv(x, 5) for conv in (plain, laid)]
+    for out in outs:
+        out.square().sum().backward()
+    assert relative_error(outs[1], outs[0]) < 1e-5
+    for kernel, of_plain in ((laid.weight, plain.weight), (laid.temporal.weight, plain.temporal.weight)):
+        assert torch.equal(kernel, of_plain)
+        as_2d = kernel if kernel.ndim == 4 else kernel.unsqueeze(-1)
+        assert as_2d.is_contiguous(memory_format=torch.channels_last) and not kernel.is_contiguous()
+        assert kernel.grad.stride() == kernel.stride()
+        assert relative_error(kernel.grad, of_plain.grad) < 1e-5
+    strides = laid.weight.stride()
+    laid.load_state_dict(plain.state_dict())
+    assert laid.weight.stride() == strides

@@ -55,6 +55,18 @@ class GroupNorm32(nn.GroupNorm):
         return repeat(means, "b g -> b (g c) 1 1", c=self.num_channels // self.num_groups)
 
 
+def lay_channels_last(network: nn.Module) -> None:
+    """Lay the kernels of `network` in memory as its activations lie, channels last: names, shapes, values stay.
+
+    A convolution over channels-last activations would else copy its kernel at every call, and its gradient back.
+    Kernels of one pixel lie so either way. That of a 1-D convolution is laid for the 2-D one with a width of 1.
+    """
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv1d | nn.Conv2d) and layer.weight[0, 0].numel() > 1:
+            rows = rearrange(layer.weight.data, "o i ... -> o ... i").contiguous()
+            layer.weight.data = rearrange(rows, "o ... i -> o i ...")
+
+
 def zeroed(module: nn.Module) -> nn.Module:
     """Set every parameter of `module` to zero and return it."""
     for parameter in module.parameters():

@@ -116,6 +116,9 @@ class LatentVideoDiffusion(pl.LightningModule):
         self.groups.freeze_the_rest()
         if ckpt_path is not None:
             fill_unet(self.unet, read_checkpoint(ckpt_path))
+        if self.optimizer_options.get("name", "adamw") != "adamw":  # blocks of states are neighbours in memory
+            for weight in filter(lambda weight: weight.requires_grad, self.unet.parameters()):
+                weight.data = weight.data.contiguous()
         self.stored_weights = StoredWeights(self.unet, self.memory.weights, self.memory.frozen, seed)
         self._optimizer: torch.optim.Optimizer | None = None
         self._encoder_tensors: dict[str, Tensor] = {}

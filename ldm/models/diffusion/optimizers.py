@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from ldm.config import nearest
 from ldm.errors import UserError
 from ldm.models.diffusion.stored_weights import StoredWeights
-from ldm.models.diffusion.weight_by_weight import MakeOptimizer, WeightByWeight
+from ldm.models.diffusion.weight_by_weight import MakeOptimizer, WeightByWeight, laid_like
 
 # What each name may be computed by, the first that is installed.
 OPTIMIZERS = {"adamw": (), "adamw8bit": ("torchao", "bitsandbytes"), "adamw4bit": ("torchao",)}
@@ -120,11 +120,19 @@ def _maker(name: str, library: str | None, weight_decay: float, betas: tuple[flo
 
 def _adamw(groups: list[dict[str, Any]], words: dict[str, Any]) -> torch.optim.AdamW:
     """On a card one kernel: the step over lists of tensors has a copy of all weights in memory for a moment."""
-    if groups[0]["params"][0].device.type != "cuda":
-        return torch.optim.AdamW(groups, **words)
-    optimizer = torch.optim.AdamW(groups, fused=True, **words)
+    is_on_card = groups[0]["params"][0].device.type == "cuda"
+    optimizer = torch.optim.AdamW(groups, fused=True, **words) if is_on_card else torch.optim.AdamW(groups, **words)
+    optimizer.register_load_state_dict_post_hook(_lay_states)
+    if not is_on_card:
+        return optimizer
     optimizer._step_supports_amp_scaling = False  # or Lightning refuses to clip, though no gradient is scaled in bf16
     return optimizer
+
+
+def _lay_states(optimizer: torch.optim.Optimizer) -> None:
+    """States from a file may lie in memory in another order than their weights, and a fused step takes them so not."""
+    for weight, state in optimizer.state.items():
+        state.update({name: laid_like(value, weight) for name, value in state.items()})
 
 
 def _uncompiled_on_cpu(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:

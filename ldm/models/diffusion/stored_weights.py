@@ -36,7 +36,7 @@ def split(values: Tensor) -> tuple[Tensor, Tensor]:
     A value midway between two goes to the larger in magnitude, where a plain cast would look for the even one: with
     16 bits either way can be undone, but not both. Every NaN becomes the same one.
     """
-    bits = values.view(torch.int32).masked_fill(values.isnan(), NAN)
+    bits = torch.where(values.isnan(), NAN, values.view(torch.int32))
     upper = (bits + LOW // 2) >> 16
     return upper.to(torch.int16).view(torch.bfloat16), (bits - (upper << 16)).to(torch.int16)
 

@@ -115,7 +115,7 @@ class WeightByWeight(torch.optim.Optimizer):
         for weight, place in zip(self._groups, places, strict=True):
             if place not in state_dict["state"]:
                 continue
-            state = state_dict["state"][place]
+            state = {name: laid_like(value, weight) for name, value in state_dict["state"][place].items()}
             if self._host is None:
                 self.state[weight] = {name: self._placed(value, weight) for name, value in state.items()}
             else:
@@ -160,6 +160,13 @@ class WeightByWeight(torch.optim.Optimizer):
         is_on_device = value.ndim > 0 or self.param_groups[0].get("fused")
         device = weight.device if is_on_device else torch.device("cpu")
         return rebuilt(value, lambda part: part.detach().to(device, copy=True))
+
+
+def laid_like(value: Any, weight: Tensor) -> Any:
+    """An optimiser's state in the order in memory of its weight, which fused steps need; others are returned as is."""
+    if type(value) is not Tensor or value.shape != weight.shape or value.stride() == weight.stride():
+        return value
+    return torch.empty_like(weight, dtype=value.dtype, device=value.device).copy_(value)
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
