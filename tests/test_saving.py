@@ -107,7 +107,7 @@ def test_eight_bit_optimiser_states_are_resumed(tmp_path):
     weight.grad = torch.randn_like(weight)
     optimizer.step()
     state = optimizer.state[weight]["exp_avg"]
-    assert state_bytes(optimizer) < 2.2 * weight.numel() < 2 * state.nbytes, "what it really takes"
+    assert state_bytes(optimizer) < 2.4 * weight.numel() < 2 * state.nbytes, "what it really takes"
     io = AtomicCheckpointIO()
     io.save_checkpoint(optimizer.state_dict(), tmp_path / "last.ckpt")
     again = io.load_checkpoint(tmp_path / "last.ckpt")["state"][0]["exp_avg"]
