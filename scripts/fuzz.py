@@ -40,7 +40,7 @@ from scripts.fuzz_inputs import READERS, Reader
 MOST_BYTES = 64 * 2**20  # that may be taken for one input
 ROOM = 4 * 2**30  # of address space beyond what the program itself has
 SECONDS = 20  # for one input
-BATCH = 2000  # inputs between two looks at the clock
+BATCH = 500  # inputs between two looks at the clock
 SHOWN = 5  # kinds of messages of a reader
 
 

@@ -10,6 +10,7 @@ import io
 import json
 import pickle
 import struct
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
@@ -38,6 +39,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARD = "shard-000000.tar"
 MOST = 65_536  # bytes of an input
 NUM_FRAMES = 40  # of the clip that a schedule is for
+SCHEDULES = [b"0: dawn road | 20: night road", b"2001: a space odyssey"]
+TABLES = [b'file,caption\na.mp4,a road\nb.mp4,"a, wood"\n']
 
 Inputs = st.SearchStrategy[bytes]
 
@@ -71,8 +74,6 @@ class Reader:
 @cache
 def prepared() -> Mapping[str, bytes]:
     """The files of a small prepared folder."""
-    import tempfile  # noqa: PLC0415 - once
-
     with tempfile.TemporaryDirectory() as place:
         path = Path(place) / SHARD
         about = {"source": "a.mp4", "start": 0, "fps": 10.0, "captions": ["a road", "a wood"]}
@@ -182,9 +183,6 @@ def read_image(content: bytes, folder: Path) -> None:
     read_picture(path)
 
 
-# ---- sound files
-
-
 def checkpoints() -> list[bytes]:
     """A zip, a file from before PyTorch 1.6, a safetensors file; the last of them with a config."""
     state = {"time_embed.0.weight": torch.ones(4, 2), "out.2.bias": torch.ones(4)}
@@ -226,9 +224,6 @@ def pictures() -> list[bytes]:
         Image.new(mode, (9, 7)).save(buffer, format=form)
         found.append(buffer.getvalue())
     return found
-
-
-# ---- inputs
 
 
 @st.composite
@@ -338,16 +333,6 @@ def infos() -> list[bytes]:
     return [json.dumps(json.loads(prepared()[DATASET_FILE])).encode()]
 
 
-def schedules() -> list[bytes]:
-    """One, and one that only looks like it."""
-    return [b"0: dawn road | 20: night road", b"2001: a space odyssey"]
-
-
-def tables() -> list[bytes]:
-    """Captions of two videos."""
-    return [b'file,caption\na.mp4,a road\nb.mp4,"a, wood"\n']
-
-
 READERS = {
     reader.name: reader
     for reader in (
@@ -355,10 +340,10 @@ READERS = {
         _reader("info", read_info, infos, lying(infos)),
         _reader("shard", read_shard, lambda: [prepared()[SHARD]]),
         _reader("checkpoint", read_weights, checkpoints, pickles()),
-        _reader("schedule", read_prompt, schedules, prompts()),
+        _reader("schedule", read_prompt, lambda: SCHEDULES, prompts()),
         _reader("config", read_config, configs, yaml_lies()),
         _reader("record", read_json, records, lying(records)),
-        _reader("captions", read_captions, tables, st.binary(max_size=90)),
+        _reader("captions", read_captions, lambda: TABLES, st.binary(max_size=90)),
         _reader("picture", read_image, pictures),
     )
 }
