@@ -269,15 +269,20 @@ def test_a_missing_torchao_is_said_before_training(monkeypatch):
         make_model(optimizer={"name": "adamw8bit"})
 
 
+def trainer_with(data: SimpleNamespace) -> SimpleNamespace:
+    words = {"precision": "32-true", "accumulate_grad_batches": 1, "gradient_clip_val": None, "world_size": 1}
+    return SimpleNamespace(datamodule=data, **words)
+
+
 def test_single_frames_cannot_train_temporal_layers_alone():
     model = make_model(trainable={"temporal": True})
-    model._trainer = SimpleNamespace(datamodule=SimpleNamespace(frames=5, image_share=0.2))
+    model._trainer = trainer_with(SimpleNamespace(frames=5, image_share=0.2))
     with pytest.raises(UserError, match=r"data.params.image_share: expected 0"):
         model.setup("fit")
 
 
 def test_one_frame_cannot_train_temporal_layers_alone():
     model = make_model(trainable={"temporal": True})
-    model._trainer = SimpleNamespace(datamodule=SimpleNamespace(frames=1))
+    model._trainer = trainer_with(SimpleNamespace(frames=1))
     with pytest.raises(UserError, match=r"data.params.frames: expected at least 2"):
         model.setup("fit")
