@@ -29,7 +29,8 @@ HEADER = [
     "made-up latents, in a process of its own that starts from the image checkpoint and writes its own at the end. "
     "Resident is the kernel's own count of the whole process, GiB: Python and its libraries, and the pages of mapped "
     "checkpoints; what is freed of blocks from 1 MiB on goes back to the system at once. Counted is the step's live "
-    "tensors alone, on a processor and on a card, as `scripts/plan.py` has it before any step.", "",
+    "tensors alone, on a processor and on a card, as `scripts/plan.py` has it before any step. Seconds "
+    "are with one thread and whatever else the machine did; a dash is what was not seen.", "",
     "| config | clips x frames | loss | resident | without mapped files | counted: processor | card | s | when |",
     "|---|---|---|---|---|---|---|---|---|",
 ]  # fmt: skip
