@@ -17,6 +17,7 @@ from ldm.modules.attention_backends import attend
 from ldm.modules.chunks import in_chunks
 from ldm.modules.nn import GroupNorm32, zeroed
 from ldm.modules.projections import AttentionProjections
+from ldm.modules.recomputing import Run, run_directly
 from ldm.modules.temporal import TemporalAttention
 
 
@@ -106,19 +107,32 @@ class BasicTransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dim)
         self.temporal = None if temporal is None else TemporalAttention(dim, backend=backend, **temporal)
         self.feed_forward_frames = feed_forward_frames
+        self.run_part: Run = run_directly
 
     def forward(self, x: Tensor, context: Tensor | None = None, num_frames: int | None = None) -> Tensor:
         """`(b t) n c`, `b m d` -> `(b t) n c`."""
-        x = self.attn1(self.norm1(x)) + x
-        x = self.attn2(self.norm2(x), context) + x
+        x = self.run_part(self._within_frames, x)
+        x = self.run_part(self._to_text, x, context)
         if num_frames is not None and self.temporal is not None:
-            x = self.temporal(x, num_frames) + x
-        if self.feed_forward_frames is None:
-            return self._feed_forward(x)
-        weights = [*self.norm3.parameters(), *self.ff.parameters()]
-        return in_chunks(self._feed_forward, weights, x, self.feed_forward_frames)
+            x = self.run_part(self._over_time, x, num_frames)
+        return self.run_part(self._feed_forward, x)
+
+    def _within_frames(self, x: Tensor) -> Tensor:
+        return self.attn1(self.norm1(x)) + x
+
+    def _to_text(self, x: Tensor, context: Tensor | None) -> Tensor:
+        return self.attn2(self.norm2(x), context) + x
+
+    def _over_time(self, x: Tensor, num_frames: int) -> Tensor:
+        return self.temporal(x, num_frames) + x
 
     def _feed_forward(self, x: Tensor) -> Tensor:
+        if self.feed_forward_frames is None:
+            return self._feed_forward_at_once(x)
+        weights = [*self.norm3.parameters(), *self.ff.parameters()]
+        return in_chunks(self._feed_forward_at_once, weights, x, self.feed_forward_frames)
+
+    def _feed_forward_at_once(self, x: Tensor) -> Tensor:
         return self.ff(self.norm3(x)) + x
 
 
@@ -143,11 +157,23 @@ class SpatialTransformer(nn.Module):
         self.proj_in = nn.Conv2d(channels, inner_dim, 1)
         self.transformer_blocks = nn.ModuleList([BasicTransformerBlock(*block) for _ in range(depth)])
         self.proj_out = zeroed(nn.Conv2d(inner_dim, channels, 1))
+        self.run_part: Run = run_directly
+
+    def run_parts_by(self, run: Run) -> None:
+        """Call its parts - projections, each attention, the feed-forward - as `run` says, see `recomputing`."""
+        for part in (self, *self.transformer_blocks):
+            part.run_part = run
 
     def forward(self, x: Tensor, context: Tensor | None = None, num_frames: int | None = None) -> Tensor:
         """`(b t) c h w`, `b m d` -> `(b t) c h w`."""
-        height, residual = x.shape[-2], x
-        x = rearrange(self.proj_in(self.norm(x)), "bt c h w -> bt (h w) c")
+        residual, height = x, x.shape[-2]
+        x = self.run_part(self._to_tokens, x)
         for block in self.transformer_blocks:
             x = block(x, context, num_frames)
-        return self.proj_out(rearrange(x, "bt (h w) c -> bt c h w", h=height)) + residual
+        return self.run_part(self._to_pixels, x, height) + residual
+
+    def _to_tokens(self, x: Tensor) -> Tensor:
+        return rearrange(self.proj_in(self.norm(x)), "bt c h w -> bt (h w) c")
+
+    def _to_pixels(self, x: Tensor, height: int) -> Tensor:
+        return self.proj_out(rearrange(x, "bt (h w) c -> bt c h w", h=height))

@@ -7,7 +7,7 @@ host memory, see `host_inputs`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,13 +21,13 @@ from ldm.modules.host_inputs import HostMemory
 Run = Callable[..., Tensor]  # (block, x, whatever else the block takes) -> what the block makes of them
 
 
-def run_directly(block: nn.Module, x: Tensor, *rest: Any) -> Tensor:
+def run_directly(block: Callable[..., Tensor], x: Tensor, *rest: Any) -> Tensor:
     """Call the block: all that its backward pass needs is kept."""
     return block(x, *rest)
 
 
 def run_again(
-    block: nn.Module, x: Tensor, *rest: Any, is_random: bool = False, memory: HostMemory | None = None
+    block: Callable[..., Tensor], x: Tensor, *rest: Any, is_random: bool = False, memory: HostMemory | None = None
 ) -> Tensor:
     """Call the block, keep its inputs alone, and call it once more in the backward pass.
 
@@ -72,10 +72,18 @@ def check_memory_words(
         )
 
 
-def chosen_runs(blocks: Sequence[nn.Module], use_checkpoint: bool | int, inputs_on_host: bool) -> Iterator[Run]:
-    """For each block how to run it: all of them again in the backward pass, none, or that many from the start."""
+def chosen_runs(blocks: Sequence[nn.Module], use_checkpoint: bool | int, inputs_on_host: bool) -> dict[nn.Module, Run]:
+    """For each block how to run it: all of them again in the backward pass, none, or that many from the start.
+
+    On the host, what waits costs the card nothing: a block that can be run in parts then is, and called directly.
+    """
     memory = HostMemory() if inputs_on_host else None
     num_chosen = len(blocks) * use_checkpoint if isinstance(use_checkpoint, bool) else use_checkpoint
-    for number, block in enumerate(blocks):
+    runs: dict[nn.Module, Run] = dict.fromkeys(blocks, run_directly)
+    for block in blocks[:num_chosen]:
         is_random = any(isinstance(layer, nn.Dropout) and layer.p > 0 for layer in block.modules())
-        yield partial(run_again, is_random=is_random, memory=memory) if number < num_chosen else run_directly
+        runs[block] = partial(run_again, is_random=is_random, memory=memory)
+        if inputs_on_host and hasattr(block, "run_parts_by"):
+            block.run_parts_by(runs[block])
+            runs[block] = run_directly
+    return runs

@@ -293,7 +293,7 @@ class UNetModel(nn.Module):
         check_memory_words(use_checkpoint, feed_forward_frames, inputs_on_host, len(layers))
         runs = chosen_runs(layers, use_checkpoint, inputs_on_host)
         for sequence in sequences:
-            sequence.runs = [next(runs) for _ in sequence]
+            sequence.runs = [runs[layer] for layer in sequence]
 
     def _check_input(self, x: Tensor, context: Tensor) -> None:
         if x.ndim not in (4, 5) or x.shape[-3] != self.in_channels:
