@@ -23,6 +23,8 @@ from ldm.callbacks import AtomicCheckpointIO, ProgressBar, StopRequested
 from ldm.config import ConfigError, accepted_names, build, check, to_container
 from ldm.config_targets import trusting
 from ldm.devices import set_up_card
+from ldm.distributed import launch_plugins, strategy_words
+from ldm.distributed_launch import is_first_process
 from ldm.errors import UserError, run_command
 from ldm.training_run import Run, check_places, find_run, num_devices, parse_arguments, trainer_arguments
 
@@ -82,7 +84,7 @@ def train(
 ) -> None:
     """Fit, and test if the model has a test; a stop that was asked for is a normal end."""
     set_up_card(exact=str(flags.get("precision", "32-true")) in FULL_PRECISION, repeatable=False)
-    trainer = build_trainer(run, config, flags)
+    trainer = build_trainer(run, config, flags, strategy_words(flags, num_devices(flags), model, data))
     if trainer.is_global_zero:
         run.save_config()
     log.info("run folder: %s", run.folder)
@@ -107,8 +109,8 @@ def train(
         trainer.test(model, data)
 
 
-def build_trainer(run: Run, config: dict[str, Any], flags: dict[str, Any]) -> pl.Trainer:
-    """Lightning's Trainer with the run's loggers and callbacks."""
+def build_trainer(run: Run, config: dict[str, Any], flags: dict[str, Any], strategy: dict[str, Any]) -> pl.Trainer:
+    """Lightning's Trainer with the run's loggers and callbacks; `strategy`: of `strategy_words`."""
     lightning = config.get("lightning") or {}
     node = lightning.get("logger") or {"params": {"name": "", "version": "tensorboard"}}
     logger = build_with(node, "lightning.logger", config=config, save_dir=str(run.folder))
@@ -117,11 +119,11 @@ def build_trainer(run: Run, config: dict[str, Any], flags: dict[str, Any]) -> pl
     check_places(run.folder, logger, callbacks)
     try:
         return pl.Trainer(
-            **{"enable_model_summary": False, **flags, "enable_progress_bar": has_bar},
+            **{"enable_model_summary": False, **flags, **strategy, "enable_progress_bar": has_bar},
             logger=logger,
             callbacks=callbacks,
             default_root_dir=run.folder,
-            plugins=[AtomicCheckpointIO()],
+            plugins=[AtomicCheckpointIO(), *launch_plugins()],
         )
     except (MisconfigurationException, ValueError, TypeError) as error:
         raise ConfigError(f"lightning.trainer: {error}") from error
@@ -196,7 +198,7 @@ def set_up_logging() -> None:
     warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")  # nothing is held out
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     logger = logging.getLogger("ldm")
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.INFO if is_first_process() else logging.WARNING)
     if not logger.handlers:
         is_terminal = sys.stdout.isatty()
         handler = RichHandler(show_path=False, show_level=False) if is_terminal else logging.StreamHandler()

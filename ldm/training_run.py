@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from ldm.command_line import Parser
 from ldm.config import load_config, nearest, to_container
 from ldm.config_targets import FLAG, is_trusted
+from ldm.distributed_launch import agreed, as_launched, find_launch
 from ldm.errors import UserError
 
 TRAINER_FLAGS = (
@@ -111,10 +112,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 def find_run(options: argparse.Namespace) -> Run:
     """The run that the command line describes: a new one, whose folder is not made yet, or an old one to resume."""
-    now = datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
-    if "LOCAL_RANK" in os.environ:
-        now = os.environ.get(RUN_TIME_VARIABLE, now)
-    os.environ[RUN_TIME_VARIABLE] = now
+    now = _start_time(options)
     if options.resume:
         if options.name:
             raise UserError("-n/--name and -r/--resume exclude each other: a resumed run keeps its name and folder")
@@ -134,6 +132,15 @@ def find_run(options: argparse.Namespace) -> Run:
         )
     folder = Path(options.logdir) / f"{now}_{name}{options.postfix}"
     return Run(folder, now, _with_flags(config, options.trainer))
+
+
+def _start_time(options: argparse.Namespace) -> str:
+    """When the run began, the same in all of its processes: it names the folder."""
+    now = datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
+    if find_launch() is None and "LOCAL_RANK" in os.environ:
+        now = os.environ.get(RUN_TIME_VARIABLE, now)  # of the process that started this one
+    now = os.environ[RUN_TIME_VARIABLE] = agreed(now, int(options.trainer.get("num_nodes", 1)))
+    return now
 
 
 def _with_flags(config: DictConfig, flags: dict[str, Any]) -> DictConfig:
@@ -165,7 +172,8 @@ def trainer_arguments(config: DictConfig) -> dict[str, Any]:
         arguments["accelerator"], arguments["devices"] = _devices(gpus)
     elif arguments.get("accelerator") in ("gpu", "cuda"):
         _require_cards(f"accelerator {arguments['accelerator']}", 1)
-    return {"accelerator": "auto", "devices": 1, **arguments}
+    arguments = {"accelerator": "auto", **arguments}
+    return as_launched(arguments, num_devices({"devices": 1, **arguments, "num_nodes": 1}))
 
 
 def check_places(folder: Path, logger: Any, callbacks: Sequence[Any]) -> None:

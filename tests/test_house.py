@@ -50,6 +50,8 @@ MAY_USE_LIGHTNING = (
     "ldm/data/stream.py",
     "ldm/callbacks/",
     "ldm/benchmarking/config_steps.py",
+    "ldm/distributed.py",
+    "ldm/distributed_launch.py",
 )
 MAY_USE_MODELS = (
     "ldm/modules/encoders.py",

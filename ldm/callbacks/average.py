@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoint_names import AVERAGE_PREFIX, average_name
+from ldm.distributed_tensors import is_part, own_part, part_like, whole, with_own_part
 from ldm.errors import UserError
 from ldm.models.diffusion.seeds import mixed
 from ldm.models.diffusion.stored_weights import rounded_at_random
@@ -30,7 +31,8 @@ class WeightAverage(pl.Callback):
     """Keeps average += (1 - d) (weight - average), d = min(decay, (1 + n) / (10 + n)), after the n-th optimiser step.
 
     Only parameters that are trained are averaged, in float32 whatever they are stored in. The averages travel in the
-    checkpoint's `state_dict` as `model_ema.*`. Validation and sample videos see the averaged weights.
+    checkpoint's `state_dict` as `model_ema.*`. Validation and sample videos see the averaged weights. Where weights are
+    divided among processes, each keeps the average of its part.
 
     device: "cpu": the averages lie in host memory and come to the card to be updated, on a stream of their own, beside
         the next forward pass; None: they lie with the weights.
@@ -77,7 +79,8 @@ class WeightAverage(pl.Callback):
             [] if self.in_host_memory else [name for name, weight in weights.items() if self._is_full(name, weight)]
         )
         if in_one:
-            torch._foreach_lerp_([self.averages[n] for n in in_one], [weights[n] for n in in_one], 1 - decay)
+            parts = [own_part(weights[n]) for n in in_one]
+            torch._foreach_lerp_([self.averages[n] for n in in_one], parts, 1 - decay)
         with self._beside(next(iter(weights.values())).device):
             for place, (name, weight) in enumerate(weights.items()):
                 if name not in in_one:
@@ -176,7 +179,8 @@ class WeightAverage(pl.Callback):
         if self._stream is not None:
             self._stream.synchronize()
         if self.averages:
-            tensors = {average_key(name): average for name, average in self.averages.items()}
+            weights = _trained(pl_module)
+            tensors = {average_key(n): whole(with_own_part(part, weights[n])) for n, part in self.averages.items()}
             tensors[AVERAGE_PREFIX + "decay"] = torch.tensor(self.decay, dtype=torch.float32)
             tensors[AVERAGE_PREFIX + "num_updates"] = torch.tensor(self.num_updates, dtype=torch.int32)
             checkpoint["state_dict"].update(tensors)
@@ -187,7 +191,8 @@ class WeightAverage(pl.Callback):
         tensors = checkpoint["state_dict"]
         if AVERAGE_PREFIX + "num_updates" not in tensors:
             return  # that run kept no average: it starts here
-        names = {name: average_key(name) for name in _trained(pl_module)}
+        weights = _trained(pl_module)
+        names = {name: average_key(name) for name in weights}
         missing = [name for name, key in names.items() if key not in tensors]
         if missing:
             raise UserError(
@@ -195,18 +200,26 @@ class WeightAverage(pl.Callback):
                 f"{missing[0]}: it was written by a run that trained others. Resume with its own config"
             )
         self.num_updates = int(tensors[AVERAGE_PREFIX + "num_updates"])
-        self.averages = {name: tensors[key].clone() for name, key in names.items()}
+        self.averages = {n: own_part(part_like(tensors[key], weights[n])).clone() for n, key in names.items()}
 
     def _apply(self, module: torch.nn.Module) -> None:
         if not self._set_aside and self.averages:
             self._join()
             for name, weight in _trained(module).items():
-                self._set_aside[name] = weight.data
-                weight.data = self.averages[name].to(weight)
+                if is_part(weight):  # its memory is what other processes are sent
+                    self._set_aside[name] = own_part(weight.data).clone()
+                    own_part(weight.data).copy_(self.averages[name])
+                else:
+                    self._set_aside[name] = weight.data
+                    weight.data = self.averages[name].to(weight)
 
     def _restore(self, module: torch.nn.Module) -> None:
         for name, weight in _trained(module).items():
-            if name in self._set_aside:
+            if name not in self._set_aside:
+                continue
+            if is_part(weight):
+                own_part(weight.data).copy_(self._set_aside.pop(name))
+            else:
                 weight.data = self._set_aside.pop(name)
 
 
@@ -217,7 +230,7 @@ def _trained(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 def _full(module: torch.nn.Module, weight: torch.nn.Parameter) -> Tensor:
     """A trained weight of a module in float32, also where the module keeps it in parts or in fewer bits."""
     stored = getattr(module, "stored_weights", None)
-    return weight.detach().float() if stored is None else stored.full(weight)
+    return own_part(weight.detach()).float() if stored is None else own_part(stored.full(weight))
 
 
 def _strip(module: torch.nn.Module, state_dict: dict[str, Tensor], *_: Any) -> None:

@@ -6,8 +6,9 @@ this module counts the positions whose gradients have reached the weights and sa
 
 from __future__ import annotations
 
+import signal
 import time
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from ldm.data.shared_ring import Placed, PlacingCollate, SharedRing, num_bytes
 from ldm.errors import UserError
 
 ROOM = 4  # places for batches so many times as large as the first: they may be of different kinds
+LINGER = 120  # seconds that a reading process stays after SIGTERM
 
 
 class StreamOrder:
@@ -62,6 +64,32 @@ class StreamSampler(DistributedSampler):
 
     def __len__(self) -> int:
         return self.num_batches * self.batch_size
+
+
+class HeldOutSampler(DistributedSampler):
+    """Every `num_replicas`-th sample, each once over all processes; with 1, all of them in every process.
+
+    All processes have as many batches: one that would have a batch less gets one of a stand-in, whose index is -1 and
+    which counts for nothing.
+    """
+
+    def __init__(self, dataset: Sized, batch_size: int, num_replicas: int = 1, rank: int = 0) -> None:
+        super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=False)
+        self.indices = list(range(rank, len(dataset), num_replicas))
+        most = -(-len(dataset) // num_replicas)
+        if -(-most // batch_size) > -(-len(self.indices) // batch_size):
+            self.indices.append(-1)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+def num_real(positions: Sequence[int]) -> int:
+    """How many of these are samples, not stand-ins."""
+    return sum(position >= 0 for position in positions)
 
 
 class StreamLoader(DataLoader):
@@ -141,8 +169,15 @@ class StreamDataModule(pl.LightningDataModule):
         )
         return self.loader(samples, sampler)
 
-    def loader(self, samples: Dataset, sampler: StreamSampler | None = None) -> StreamLoader:
-        """Batches in the sampler's order; None: in their own."""
+    def loader(self, samples: Dataset, sampler: DistributedSampler | None = None) -> StreamLoader:
+        """Batches in the sampler's order; None: in their own, held out.
+
+        Those are divided among processes for a module that `shares_validation`: it adds up what they find.
+        """
+        if sampler is None and self.trainer is not None and self.trainer.world_size > 1:
+            is_shared = getattr(self.trainer.lightning_module, "shares_validation", False)
+            own = (self.trainer.world_size, self.trainer.global_rank) if is_shared else (1, 0)
+            sampler = HeldOutSampler(samples, self.batch_size, *own)
         return StreamLoader(
             samples,
             batch_size=self.batch_size,
@@ -151,4 +186,16 @@ class StreamDataModule(pl.LightningDataModule):
             collate_fn=self.collate,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=leave_signals_to_training,
+            generator=torch.Generator(),  # else each epoch would draw from the one that training has
         )
+
+
+def leave_signals_to_training(worker: int) -> None:
+    """A reading process outlives the signals that ask a run to save and stop: the step under way still needs it.
+
+    Terminals and clusters send them to all processes of a run. It ends when training does, or a while after SIGTERM.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(LINGER))

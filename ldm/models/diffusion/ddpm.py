@@ -8,6 +8,7 @@ text encoder is built: clips come as latents and text embeddings.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
@@ -20,6 +21,8 @@ from ldm.checkpoint import encoder_tensors, fill_unet, identity, latent_scale, r
 from ldm.checkpoint_names import FIRST_STAGE_PREFIX, TEXT_PREFIX, UNET_PREFIX
 from ldm.config import build
 from ldm.data.clips import Batch, check_prepared
+from ldm.data.stream import num_real
+from ldm.distributed_tensors import divide_trained, is_divided, mean_over_processes, num_processes
 from ldm.errors import UserError
 from ldm.models.diffusion.filling import filled
 from ldm.models.diffusion.known_mixture import Known, KnownFrameMixture
@@ -27,8 +30,9 @@ from ldm.models.diffusion.memory_switches import MemorySwitches
 from ldm.models.diffusion.noise import NoiseFamily
 from ldm.models.diffusion.optimizers import build_optimizer, check_options, rate_schedule
 from ldm.models.diffusion.parameter_groups import ParameterGroups
-from ldm.models.diffusion.schedule import NoiseSchedule
+from ldm.models.diffusion.schedule import NoiseSchedule, checked_gamma
 from ldm.models.diffusion.seeds import mixed
+from ldm.models.diffusion.step_judge import ClipsByKnownNorm
 from ldm.models.diffusion.stored_weights import StoredWeights
 from ldm.models.diffusion.weight_by_weight import WeightByWeight
 from ldm.modules.posterior import sample_posterior
@@ -40,7 +44,7 @@ NUM_BANDS = 4  # the held-out loss is taken apart by how much noise there is
 CLIP_STREAM, KNOWN_STREAM, STILL_STREAM = 0, 2, 4
 
 
-class LatentVideoDiffusion(pl.LightningModule):
+class LatentVideoDiffusion(ClipsByKnownNorm, pl.LightningModule):
     """A UNet with time in it, trained to denoise latents of clips while chosen groups of its weights stay frozen.
 
     unet_config: target and params of the network.
@@ -64,6 +68,9 @@ class LatentVideoDiffusion(pl.LightningModule):
     seed: with a clip's position in the stream of samples it fixes every random draw made for that clip.
     config: the whole config of the run, kept in checkpoints; filled in by main.py.
     """
+
+    has_static_graph = True  # clips take the same way through the network in every step
+    shares_validation = True  # each process sees a part of what is held out
 
     def __init__(  # noqa: PLR0913, PLR0917 - the words of the config
         self,
@@ -93,7 +100,7 @@ class LatentVideoDiffusion(pl.LightningModule):
         self.unet = build(unet_config, "model.params.unet_config")
         self.schedule = NoiseSchedule(timesteps, linear_start, linear_end, parameterization, zero_terminal_snr)
         self.noise = NoiseFamily.of_config(noise)
-        self.min_snr_gamma = _checked_gamma(min_snr_gamma, zero_terminal_snr)
+        self.min_snr_gamma = checked_gamma(min_snr_gamma, zero_terminal_snr)
         self.mixture = KnownFrameMixture.of_config(known_frames)
         if self.mixture is not None:
             self.mixture.check_network(self.unet, timesteps)
@@ -112,7 +119,8 @@ class LatentVideoDiffusion(pl.LightningModule):
         }
         self.scale_factor = latent_scale({"model": {"params": own_config}})
         self.config = {"model": {"params": own_config}} if config is None else dict(config)
-        self.groups = ParameterGroups(self.unet, {"temporal": True} if trainable is None else trainable)
+        self.trainable = {"temporal": True} if trainable is None else trainable
+        self.groups = ParameterGroups(self.unet, self.trainable)
         self.groups.freeze_the_rest()
         if ckpt_path is not None:
             fill_unet(self.unet, read_checkpoint(ckpt_path))
@@ -202,7 +210,7 @@ class LatentVideoDiffusion(pl.LightningModule):
         """Mean loss of the batch's samples, each a clip or as many single frames as a clip has."""
         errors, timesteps = self.batch_errors(batch)
         loss = (errors * self.schedule.loss_weight(timesteps, self.min_snr_gamma)).sum()
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
+        self.log("train/loss", mean_over_processes(loss), prog_bar=True, batch_size=len(batch))
         return loss
 
     def batch_errors(
@@ -234,14 +242,16 @@ class LatentVideoDiffusion(pl.LightningModule):
         """
         edges = [self.schedule.num_timesteps * band // NUM_BANDS for band in range(NUM_BANDS + 1)]
         means = {"loss": [], "velocity_error": []}
+        # Lightning takes the mean over processes of both sums, of which that of sizes is a whole number.
+        words = {"sync_dist": num_processes() > 1, "batch_size": num_real(batch.positions) * num_processes()}
         for first, after in pairwise(edges):
             errors, timesteps = self.batch_errors(batch, first, after, held_out=True)
             means["loss"].append((errors * self.schedule.loss_weight(timesteps, self.min_snr_gamma)).sum())
             means["velocity_error"].append((errors * self.schedule.velocity_factor(timesteps)).sum())
             for name, values in means.items():
-                self.log(f"val/{name}_t{first:03d}-{after - 1:03d}", values[-1], batch_size=len(batch))
-        self.log("val/loss", torch.stack(means["loss"]).mean(), prog_bar=True, batch_size=len(batch))
-        self.log("val/velocity_error", torch.stack(means["velocity_error"]).mean(), batch_size=len(batch))
+                self.log(f"val/{name}_t{first:03d}-{after - 1:03d}", values[-1], **words)
+        self.log("val/loss", torch.stack(means["loss"]).mean(), prog_bar=True, **words)
+        self.log("val/velocity_error", torch.stack(means["velocity_error"]).mean(), **words)
 
     def draw(
         self, batch: Batch, first: int = 0, after: int | None = None, stream: int = CLIP_STREAM
@@ -281,6 +291,13 @@ class LatentVideoDiffusion(pl.LightningModule):
         level = torch.tensor(levels).to(clean.device, non_blocking=True)
         return Known(mask, self.schedule.with_level(clean, torch.stack(noise), level), level)
 
+    def configure_model(self) -> None:
+        """Divide the trained weights among the processes where the strategy is to; their groups are then of parts."""
+        if self.device_mesh is not None and not is_divided(self.unet):
+            blocks = [*self.unet.input_blocks[1:], self.unet.middle_block, *self.unet.output_blocks]
+            divide_trained(self.unet, blocks, self.device_mesh["data_parallel"])
+            self.groups = ParameterGroups(self.unet, self.trainable)
+
     def configure_optimizers(self) -> dict[str, Any]:
         if isinstance(self._optimizer, WeightByWeight):
             self._optimizer.close()
@@ -303,7 +320,7 @@ class LatentVideoDiffusion(pl.LightningModule):
         ours = self.stored_weights.in_full(checkpoint["state_dict"], "unet.")
         checkpoint["state_dict"] = (
             self.schedule.compvis_buffers()
-            | {_compvis_name(name): tensor for name, tensor in ours.items()}
+            | {re.sub(r"^unet\.", UNET_PREFIX, name): tensor for name, tensor in ours.items()}
             | self._encoder_tensors
         )
         model = {**self.config["model"]}
@@ -320,24 +337,9 @@ class LatentVideoDiffusion(pl.LightningModule):
         checkpoint["state_dict"] = self.stored_weights.taken_apart(ours, "unet.")
 
 
-def _compvis_name(name: str) -> str:
-    return UNET_PREFIX + name.removeprefix("unet.") if name.startswith("unet.") else name
-
-
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _normal_like(like: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(like.shape, generator=generator, device=like.device)
-
-
-def _checked_gamma(gamma: float | None, zero_terminal_snr: bool) -> float | None:
-    if gamma is not None and zero_terminal_snr:
-        raise UserError(
-            "model.params.min_snr_gamma: expected null with zero_terminal_snr: where sampling begins, the weight "
-            "min(SNR, gamma) is zero and nothing would be learned; leave out one of them"
-        )
-    if gamma is not None and (isinstance(gamma, bool) or not isinstance(gamma, int | float) or gamma <= 0):
-        raise UserError(f"model.params.min_snr_gamma: expected a number above 0 or null, found {gamma!r}")
-    return gamma

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 from ldm.errors import UserError
@@ -74,3 +75,25 @@ class MemorySwitches:
                 f"{PLACE}.step_in_backward: expected one device, found {num_processes}: weights are updated before the "
                 "gradients of all devices are summed up; train on one, or set it to false"
             )
+
+    def check_parts(self, where: str, optimizer: Mapping[str, object]) -> None:
+        """Raise `UserError` where weights that are divided among processes exclude a switch or an optimiser's option.
+
+        where: what divides them, for the message.  optimizer: options of `build_optimizer`.
+        """
+        found = {
+            f"{PLACE}.weights": (self.weights, "float32"),
+            f"{PLACE}.step_in_backward": (self.step_in_backward, False),
+            "model.params.optimizer.name": (optimizer.get("name", "adamw"), "adamw"),
+            "model.params.optimizer.states_on": (optimizer.get("states_on", "card"), "card"),
+        }
+        for name, (value, needed) in found.items():
+            if value != needed:
+                raise UserError(
+                    f"{where} needs {name}: {_word(needed)}, found {_word(value)}: each process has a part of the "
+                    "weights and updates it in float32, which takes less the more of them there are; set that, or ddp"
+                )
+
+
+def _word(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

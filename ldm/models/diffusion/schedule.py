@@ -175,3 +175,15 @@ def _with_zero_terminal_snr(betas: Tensor) -> Tensor:
     roots = (roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])
     cumprod = roots**2
     return 1 - torch.cat([cumprod[:1], cumprod[1:] / cumprod[:-1]])
+
+
+def checked_gamma(gamma: float | None, zero_terminal_snr: bool) -> float | None:
+    """`min_snr_gamma` of a config as it is. Raises `UserError` for one that cannot be."""
+    if gamma is not None and zero_terminal_snr:
+        raise UserError(
+            "model.params.min_snr_gamma: expected null with zero_terminal_snr: where sampling begins, the weight "
+            "min(SNR, gamma) is zero and nothing would be learned; leave out one of them"
+        )
+    if gamma is not None and (isinstance(gamma, bool) or not isinstance(gamma, int | float) or gamma <= 0):
+        raise UserError(f"model.params.min_snr_gamma: expected a number above 0 or null, found {gamma!r}")
+    return gamma

@@ -1,0 +1,126 @@
+"""Who started this process and how many others: torchrun, srun, Lightning itself, or nobody.
+
+One machine needs nothing: `--devices 8` starts the others. On several, torchrun or srun start every process, or `python
+main.py` is started once on each with NODE_RANK, MASTER_ADDR and MASTER_PORT set.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from lightning_fabric.plugins.environments import SLURMEnvironment
+
+from ldm.errors import UserError
+
+PATIENCE = timedelta(minutes=10)  # for the processes of all machines to come
+_stores: list[dist.Store] = []  # kept: Lightning's processes meet at the same place afterwards
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Processes that others than Lightning have started. starter: "torchrun" or "srun"; rank: of this process."""
+
+    starter: str
+    rank: int
+    world_size: int
+    per_node: int
+
+    @property
+    def num_nodes(self) -> int:
+        return self.world_size // self.per_node
+
+
+def find_launch() -> Launch | None:
+    """The launch that this process is part of; None if it is on its own or Lightning has started it."""
+    if dist.is_available() and dist.is_torchelastic_launched():
+        rank, world_size, per_node = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+        return Launch("torchrun", rank, world_size, per_node)
+    if not SLURMEnvironment.detect() or int(os.environ["SLURM_NTASKS"]) == 1:
+        return None
+    world_size = int(os.environ["SLURM_NTASKS"])
+    if "SLURM_STEP_ID" not in os.environ:
+        raise UserError(
+            f"SLURM: expected {world_size} processes of this command, started by srun, found one, started without; put "
+            "srun before python"
+        )
+    if "SLURM_NTASKS_PER_NODE" not in os.environ:
+        raise UserError(
+            f"SLURM: expected --ntasks-per-node with --nodes, found --ntasks {world_size} alone; say how many "
+            "processes a machine gets, one for each card"
+        )
+    return Launch("srun", int(os.environ["SLURM_PROCID"]), world_size, int(os.environ["SLURM_NTASKS_PER_NODE"]))
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that logs, samples and writes, as far as can be told before training begins."""
+    launch = find_launch()
+    if launch is not None:
+        return launch.rank == 0
+    return all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "NODE_RANK"))
+
+
+def as_launched(arguments: Mapping[str, Any], on_one: int) -> dict[str, Any]:
+    """Lightning's trainer arguments with the number of devices and nodes of the launch.
+
+    on_one: devices of a node that the arguments ask for; they count only where "devices" is among them. Raises
+        `UserError` where they ask for others than were started.
+    """
+    launch = find_launch()
+    if launch is None:
+        return {"devices": 1, **arguments}
+    started = {"devices": launch.per_node, "num_nodes": launch.num_nodes}
+    asked = {"devices": on_one, "num_nodes": int(arguments.get("num_nodes", 1))}
+    for name, number in started.items():
+        if name in arguments and asked[name] != number:
+            raise UserError(
+                f"lightning.trainer.{name}: expected {number}, for {launch.starter} has started {launch.world_size} "
+                f"processes, {launch.per_node} on each of {launch.num_nodes} machines, found {asked[name]}; leave it "
+                "out, or start others"
+            )
+    return {**started, **arguments}
+
+
+def agreed(word: str, num_nodes: int = 1) -> str:
+    """The word of a run's first process, in all processes that exist by now.
+
+    num_nodes: machines on which `python main.py` was started by hand.
+    """
+    launch = find_launch()
+    if launch is not None:
+        rank, world_size = launch.rank, launch.world_size
+        if launch.starter == "srun":
+            meeting = SLURMEnvironment(auto_requeue=False)
+            os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = meeting.main_address, str(meeting.main_port)
+    elif num_nodes > 1 and "LOCAL_RANK" not in os.environ:
+        rank, world_size = _node_rank(num_nodes), num_nodes
+    else:
+        return word
+    if world_size == 1:
+        return word
+    try:
+        store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=PATIENCE))
+        if rank == 0:
+            store.set("video-sd/word", word)
+        _stores.append(store)
+        return store.get("video-sd/word").decode()
+    except (RuntimeError, ValueError) as error:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise UserError(
+            f"MASTER_ADDR, MASTER_PORT: expected {world_size} processes to meet at {place}, found {error}; start all "
+            "of them, with an address of the first that the others reach"
+        ) from error
+
+
+def _node_rank(num_nodes: int) -> int:
+    missing = [name for name in ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise UserError(
+            f"--num_nodes {num_nodes}: expected NODE_RANK, MASTER_ADDR and MASTER_PORT in the environment of each "
+            f"machine, found no {missing[0]}; set them, or start with torchrun or srun (docs/scaling.md)"
+        )
+    return int(os.environ["NODE_RANK"])
