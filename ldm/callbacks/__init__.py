@@ -3,6 +3,7 @@
 from ldm.callbacks.average import WeightAverage
 from ldm.callbacks.compiling import CompileNetwork
 from ldm.callbacks.compute import ComputeCount
+from ldm.callbacks.guard import BadStepsError, SkipBadSteps
 from ldm.callbacks.motion import MotionLogger
 from ldm.callbacks.reports import MemoryReport, ProgressBar, ProgressLines
 from ldm.callbacks.saving import AtomicCheckpointIO, LastCheckpoint, StopRequested
@@ -11,6 +12,7 @@ from ldm.callbacks.waiting import DataWait
 
 __all__ = [
     "AtomicCheckpointIO",
+    "BadStepsError",
     "CompileNetwork",
     "ComputeCount",
     "DataWait",
@@ -19,6 +21,7 @@ __all__ = [
     "MotionLogger",
     "ProgressBar",
     "ProgressLines",
+    "SkipBadSteps",
     "StopRequested",
     "VideoLogger",
     "WeightAverage",

@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from ldm.callbacks.guard import SkipBadSteps
 from ldm.checkpoint_names import AVERAGE_PREFIX, average_name
 from ldm.distributed_tensors import is_part, own_part, part_like, whole, with_own_part
 from ldm.errors import UserError
@@ -57,6 +58,7 @@ class WeightAverage(pl.Callback):
         self.num_updates = 0
         self.averages: dict[str, Tensor] = {}
         self._step_seen = 0
+        self._skipped: Tensor | None = None  # of `num_updates`, those of steps that were not taken
         self._set_aside: dict[str, Tensor] = {}
         self._stream: torch.cuda.Stream | None = None
 
@@ -65,28 +67,42 @@ class WeightAverage(pl.Callback):
         return sum(average.nbytes for average in self.averages.values())
 
     @torch.no_grad()
-    def update(self, module: torch.nn.Module) -> None:
-        """Take the trained weights of `module` into the average; the first call starts it."""
+    def update(self, module: torch.nn.Module, taken: bool | Tensor = True) -> None:
+        """Take the trained weights of `module` into the average; the first call starts it.
+
+        taken: whether the step was; on a card a number there, 1 or 0. Where it was not, the average stays as it is.
+        """
         weights = _trained(module)
         if not self.averages:
             self.averages = {
                 name: self._placed(_full(module, weight), weight, copy=True) for name, weight in weights.items()
             }
             return
+        if taken is False:
+            return
         self.num_updates += 1
-        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        share = self._share(taken)
         in_one = (
             [] if self.in_host_memory else [name for name, weight in weights.items() if self._is_full(name, weight)]
         )
         if in_one:
             parts = [own_part(weights[n]) for n in in_one]
-            torch._foreach_lerp_([self.averages[n] for n in in_one], parts, 1 - decay)
+            shares = [share] * len(in_one) if isinstance(share, Tensor) else share
+            torch._foreach_lerp_([self.averages[n] for n in in_one], parts, shares)
         with self._beside(next(iter(weights.values())).device):
             for place, (name, weight) in enumerate(weights.items()):
                 if name not in in_one:
-                    self._update_one(self.averages[name], _full(module, weight), 1 - decay, place)
+                    self._update_one(self.averages[name], _full(module, weight), share, place)
 
-    def _update_one(self, average: Tensor, weight: Tensor, share: float, place: int) -> None:
+    def _share(self, taken: bool | Tensor) -> float | Tensor:
+        """1 - d after this step; where only the device knows whether it was taken, a number there, 0 if not."""
+        if not isinstance(taken, Tensor):
+            return 1 - min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        self._skipped = (1 - taken).double() if self._skipped is None else self._skipped + (1 - taken)
+        updates = self.num_updates - self._skipped
+        return (taken * (1 - torch.clamp((1 + updates) / (10 + updates), max=self.decay))).float()
+
+    def _update_one(self, average: Tensor, weight: Tensor, share: float | Tensor, place: int) -> None:
         kept = average.to(weight.device, non_blocking=True)
         mean = kept.float().lerp_(weight, share)
         if average.dtype == torch.bfloat16:
@@ -162,7 +178,8 @@ class WeightAverage(pl.Callback):
     ) -> None:
         if trainer.global_step != self._step_seen:
             self._step_seen = trainer.global_step
-            self.update(pl_module)
+            guards = [callback for callback in trainer.callbacks if isinstance(callback, SkipBadSteps)]
+            self.update(pl_module, guards[0].taken if guards else True)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._apply(pl_module)
@@ -178,6 +195,8 @@ class WeightAverage(pl.Callback):
     ) -> None:
         if self._stream is not None:
             self._stream.synchronize()
+        if self._skipped is not None:
+            self.num_updates, self._skipped = self.num_updates - int(self._skipped), None
         if self.averages:
             weights = _trained(pl_module)
             tensors = {average_key(n): whole(with_own_part(part, weights[n])) for n, part in self.averages.items()}

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ldm.config import nearest
 from ldm.errors import UserError
+from ldm.models.diffusion.quantised_step import step_unless
 from ldm.models.diffusion.stored_weights import StoredWeights
 from ldm.models.diffusion.weight_by_weight import MakeOptimizer, WeightByWeight, laid_like
 
@@ -136,13 +137,24 @@ def _lay_states(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _uncompiled_on_cpu(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
-    """torchao compiles its step with a C++ compiler where there is no GPU; here it runs there uncompiled."""
+    """torchao compiles its step with a C++ compiler where there is no GPU; here it runs there uncompiled, and can be
+    called off, as torch's own fused ones can."""
 
     class Anywhere(kind):
+        found_inf: torch.Tensor | None = None  # where it is 1, a step leaves everything as it is
+
         def step(self, closure: Any = None) -> Any:
+            loss = None
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()
             on_cpu = self.param_groups[0]["params"][0].device.type == "cpu"
             with torch.compiler.set_stance("force_eager" if on_cpu else "default"):
-                return super().step(closure)
+                if self.found_inf is None:
+                    super().step()
+                else:
+                    step_unless(self, self.found_inf)
+            return loss
 
         def __setstate__(self, state: dict[str, Any]) -> None:
             super().__setstate__(state)

@@ -32,7 +32,17 @@ class WeightByWeight(torch.optim.Optimizer):
     in_backward: update each weight as soon as its gradient is complete and drop the gradient; `step` then only counts.
         Until `close`, every backward pass through the weights is a step.
     on_host: states lie in host memory between steps.
+
+    `found_inf`: None, or a number on the device: where it is 1, a step leaves weights and states as they are; only the
+    turn is counted, by which weights are rounded. With `in_backward` it also becomes 1 at the first gradient that is
+    not finite: of the weights whose gradients came before, the step has been taken; of the others it is not.
+    `squared_norm`: that of the gradients seen since `found_inf` was set, with `in_backward`. `reads_found_inf`: then
+    the host reads it before each update, for libraries' optimisers that do not, and in host memory.
     """
+
+    found_inf: Tensor | None = None
+    squared_norm: Tensor | None = None
+    reads_found_inf = False
 
     def __init__(
         self,
@@ -43,8 +53,8 @@ class WeightByWeight(torch.optim.Optimizer):
         on_host: bool = False,
     ) -> None:
         device = groups[0]["params"][0].device
-        self._inner = make([{"params": [nn.Parameter(torch.zeros(1, device=device))], "lr": 1.0}])
-        words = {name: value for name, value in self._inner.param_groups[0].items() if name != "params"}
+        self.inner = make([{"params": [nn.Parameter(torch.zeros(1, device=device))], "lr": 1.0}])
+        words = {name: value for name, value in self.inner.param_groups[0].items() if name != "params"}
         super().__init__([dict(group) for group in groups], words | {"num_updates": 0})
         self._weights = StoredWeights(nn.Module()) if weights is None else weights
         self._host = HostStates() if on_host else None
@@ -127,8 +137,19 @@ class WeightByWeight(torch.optim.Optimizer):
             return
         self._is_half_done = True
         with _disable_current_modes():  # what counts the operations of a backward pass does not mean these
-            self._update(weight)
+            if not self._is_called_off(weight.grad):
+                self._update(weight)
         weight.grad = None
+
+    @torch.no_grad()
+    def _is_called_off(self, gradient: Tensor) -> bool:
+        """Take a gradient into account; whether the host knows that its weight is not to move."""
+        if self.found_inf is None:
+            return False
+        square = torch.linalg.vector_norm(gradient, dtype=torch.float32).square()
+        self.squared_norm = square if self.squared_norm is None else self.squared_norm + square
+        self.found_inf = torch.maximum(self.found_inf, (~square.isfinite()).float())
+        return self.reads_found_inf and bool(self.found_inf)
 
     @torch.no_grad()
     def _update(self, weight: nn.Parameter) -> None:
@@ -137,21 +158,22 @@ class WeightByWeight(torch.optim.Optimizer):
         target = self._weights.full(weight) if is_halved else weight
         if is_halved:
             target.grad = weight.grad.float()
-        shown = self._inner.param_groups[0]
+        shown = self.inner.param_groups[0]
         for name, value in group.items():
             if name == "lr" and isinstance(shown["lr"], Tensor):
                 shown["lr"].fill_(value)
             elif name != "params":
                 shown[name] = float(value) if name == "lr" else value
         shown["params"] = [target]
+        self.inner.found_inf = None if self.reads_found_inf else self.found_inf
         state = self.state[weight] if self._host is None else self._host.fetch(weight)
-        self._inner.state = defaultdict(dict, {target: state})
-        self._inner.step()
+        self.inner.state = defaultdict(dict, {target: state})
+        self.inner.step()
         if self._host is not None:
-            self._host.keep(weight, self._inner.state[target])
+            self._host.keep(weight, self.inner.state[target])
         if is_halved:
             self._weights.put(weight, target, group["num_updates"])
-        shown["params"], self._inner.state = [], defaultdict(dict)
+        shown["params"], self.inner.state = [], defaultdict(dict)
 
     def _placed(self, value: Any, weight: nn.Parameter) -> Any:
         """A state's tensor beside its weight; a counter where the library's optimiser keeps it."""
