@@ -10,12 +10,15 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from ldm.errors import UserError
 from ldm.json_text import check_depth, parse_json
+
+if TYPE_CHECKING:  # which raises this module's errors
+    from ldm.data.remote import Address
 
 FLOAT16 = np.dtype("<f2")
 SCHEMA_VERSION = 1
@@ -112,7 +115,7 @@ class DatasetInfo:
         return json.dumps(asdict(self), indent=2) + "\n"
 
 
-def read_info(root: Path) -> DatasetInfo:
+def read_info(root: Path | Address) -> DatasetInfo:
     """Read `dataset.json`. Raises DatasetError when it is missing, no JSON, incomplete or of another version."""
     path = root / DATASET_FILE
     advice = "give a folder that scripts/prepare.py finished (running the same command again finishes it)"
@@ -143,7 +146,7 @@ def read_info(root: Path) -> DatasetInfo:
     return info
 
 
-def read_index(root: Path, info: DatasetInfo) -> list[SceneEntry]:
+def read_index(root: Path | Address, info: DatasetInfo) -> list[SceneEntry]:
     """Read `index.jsonl`. Raises DatasetError when it is missing or not the one `dataset.json` was written with."""
     path = root / INDEX_FILE
     if not path.is_file():
@@ -160,7 +163,7 @@ def read_index(root: Path, info: DatasetInfo) -> list[SceneEntry]:
     return parse_index(content.splitlines(), path)
 
 
-def parse_index(lines: Iterable[bytes], path: Path) -> list[SceneEntry]:
+def parse_index(lines: Iterable[bytes], path: Path | Address) -> list[SceneEntry]:
     """Entries from the lines of an index; raises DatasetError naming the first bad line."""
     lines = list(lines)
     collecting = gc.isenabled()
@@ -230,7 +233,7 @@ def _is_positive(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value < float("inf")
 
 
-def _content(path: Path, most: int) -> bytes:
+def _content(path: Path | Address, most: int) -> bytes:
     """The bytes of a small file; raises ValueError for a larger one."""
     with path.open("rb") as file:
         content = file.read(most + 1)

@@ -1,19 +1,23 @@
 """Prepared clips on disk: tar shards with a byte index beside them, read at random, checked as they are read.
 
 `data/README.md` is the contract. Reading is `os.pread` of exactly the bytes that are wanted; no array header and no
-pickle is ever interpreted, shapes come from the index. Writing is `shard_writer.py` and `preparation.py`.
+pickle is ever interpreted, shapes come from the index. Sets behind an address are read by `remote_shards.py`. Writing
+is `shard_writer.py` and `preparation.py`.
 """
 
 from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ldm.data.remote import Address, place_of
+from ldm.data.remote_shards import RemoteShardReader
+from ldm.data.shard_bytes import ShardBytes
 from ldm.data.shard_index import (
     DATASET_FILE,
     EMPTY_FILE,
@@ -57,7 +61,7 @@ def _float16(content: bytes, shape: Sequence[int]) -> np.ndarray:
     return np.frombuffer(content, FLOAT16, offset=len(content) - size).reshape(shape)
 
 
-class ShardReader:
+class ShardReader(ShardBytes):
     """Bytes out of the shards of one folder; files are opened when first needed, so it may be forked and pickled."""
 
     def __init__(self, root: Path | str) -> None:
@@ -72,39 +76,17 @@ class ShardReader:
             os.close(descriptor)
 
     def read(self, entry: SceneEntry, offset: int, length: int) -> bytes:
-        """`length` bytes from `offset` of the scene's shard. Raises DatasetError when they are not there."""
         descriptor = self._descriptor(entry)
         length_here = max(0, os.fstat(descriptor).st_size - offset)  # before memory is taken for it
         content = os.pread(descriptor, min(length, length_here), offset)
         if len(content) != length:
-            raise self._cut_short(entry, offset, length, len(content))
+            raise self.cut_short(entry, offset, length, len(content))
         return content
 
     def read_into(self, entry: SceneEntry, offset: int, place: np.ndarray) -> None:
-        """Fill an array of bytes from `offset` of the scene's shard. Raises DatasetError when they are not there."""
         found = os.preadv(self._descriptor(entry), [place], offset)
         if found != len(place):
-            raise self._cut_short(entry, offset, len(place), found)
-
-    def read_span(self, entry: SceneEntry, span: Span) -> bytes:
-        """A whole `.npy` file, checked against its crc32."""
-        content = self.read(entry, span.offset, span.length)
-        if zlib.crc32(content) != span.crc32:
-            raise self.damaged(entry, f"bytes {span.offset} to {span.offset + span.length}")
-        return content
-
-    def damaged(self, entry: SceneEntry, where: str) -> DatasetError:
-        """The error for bytes that are not those that were written."""
-        return DatasetError(
-            f"{self.root / entry.shard}: scene {entry.key} ({entry.source}) is damaged: {where} do not match the crc32 "
-            "in the index; copy the shard again or prepare into a fresh folder"
-        )
-
-    def _cut_short(self, entry: SceneEntry, offset: int, length: int, found: int) -> DatasetError:
-        return DatasetError(
-            f"{self.root / entry.shard}: cut short: scene {entry.key} needs {length} bytes at {offset}, found {found}; "
-            "copy the shard again or prepare into a fresh folder"
-        )
+            raise self.cut_short(entry, offset, len(place), found)
 
     def _descriptor(self, entry: SceneEntry) -> int:
         if entry.shard not in self._files:
@@ -113,33 +95,31 @@ class ShardReader:
             try:
                 self._files[entry.shard] = os.open(self.root / entry.shard, os.O_RDONLY | os.O_NONBLOCK)  # of a pipe
             except FileNotFoundError as error:
-                raise DatasetError(
-                    f"{self.root / entry.shard}: the shard is missing, scene {entry.key} is in it; copy it again"
-                ) from error
+                raise self.missing(entry) from error
         return self._files[entry.shard]
 
 
 class PreparedSet:
     """A prepared folder, open for reading: `info`, `scenes`, `empty_context` (float16 `n d`).
 
-    Opening reads the index and compares it with the sizes of the shards; `verify=True` also reads every byte. Raises
-    DatasetError, naming shard and scene, for anything that is missing, cut short, damaged or of another version.
+    `root` is a folder or an address such as `s3://bucket/set`. Opening reads the index and compares it with the sizes
+    of the shards; `verify=True` also reads every byte. Raises DatasetError, naming shard and scene, for anything that
+    is missing, cut short, damaged or of another version, and for an address that does not answer.
     """
 
-    def __init__(self, root: Path | str, verify: bool = False) -> None:
-        self.root = Path(root)
+    def __init__(self, root: Path | str | Address, verify: bool = False) -> None:
+        self.root = place_of(root)
         self.info = read_info(self.root)
         self.scenes = read_index(self.root, self.info)
         self.empty_context = _read_empty_context(self.root, self.info)
-        self._reader = ShardReader(self.root)
-        self._check_sizes()
+        sizes = _shard_sizes(self.root, {scene.shard for scene in self.scenes})
+        self._reader = _reader_of(self.root, sizes, self.info)
+        self._check_sizes(sizes)
         if verify:
             for scene in self.scenes:
                 self.verify(scene)
 
-    def read_moments(
-        self, scene: SceneEntry, start: int = 0, count: int | None = None, stride: int = 1
-    ) -> np.ndarray:
+    def read_moments(self, scene: SceneEntry, start: int = 0, count: int | None = None, stride: int = 1) -> np.ndarray:
         """`count` frames of a scene from `start`, every `stride`-th (None: to its end), float16 `t 2c h w`.
 
         Only the bytes of these frames are read, and each frame is checked. Raises IndexError outside the scene.
@@ -155,10 +135,13 @@ class PreparedSet:
         if stride == 1:
             self._reader.read_into(scene, first + start * size, content.reshape(-1))
         else:
+            self._reader.expect(scene, first + start * size, (wanted[-1] + 1 - start) * size)
             for place, frame in zip(content, wanted, strict=True):
                 self._reader.read_into(scene, first + frame * size, place)
         for place, frame in zip(content, wanted, strict=True):
             if f"{zlib.crc32(place):08x}" != scene.frames_crc32[8 * frame : 8 * frame + 8]:
+                if self._reader.forget(scene, first + frame * size, size):
+                    return self.read_moments(scene, start, count, stride)
                 raise self._reader.damaged(scene, f"the bytes of frame {frame}")
         return content.view(FLOAT16).reshape(len(wanted), *shape)
 
@@ -200,15 +183,11 @@ class PreparedSet:
                     f"{str(found)[:16]}; prepare the footage again, into a fresh folder, with this config"
                 )
 
-    def _check_sizes(self) -> None:
+    def _check_sizes(self, sizes: Mapping[str, int]) -> None:
         """Compare the index with itself, with the shapes of the data set and with the sizes of the files."""
         frame_bytes = int(np.prod(self.info.moments_shape)) * FLOAT16.itemsize
         context_bytes = int(np.prod(self.info.context_shape)) * FLOAT16.itemsize
-        sizes: dict[str, int] = {}
         for scene in self.scenes:
-            if scene.shard not in sizes:
-                path = self.root / scene.shard
-                sizes[scene.shard] = path.stat().st_size if path.is_file() else -1
             size = sizes[scene.shard]
             end = max(span.offset + span.length for span in [scene.latents, *scene.contexts])
             if end > size:
@@ -226,7 +205,19 @@ class PreparedSet:
                 raise DatasetError(f"{self.root / INDEX_FILE}: the line of scene {scene.key} contradicts itself")
 
 
-def _read_empty_context(root: Path, info: DatasetInfo) -> np.ndarray:
+def _shard_sizes(root: Path | Address, names: Iterable[str]) -> dict[str, int]:
+    """Bytes of each shard, -1 for one that is missing."""
+    if isinstance(root, Address):
+        return root.sizes(names)
+    paths = {name: root / name for name in names}
+    return {name: path.stat().st_size if path.is_file() else -1 for name, path in paths.items()}
+
+
+def _reader_of(root: Path | Address, sizes: Mapping[str, int], info: DatasetInfo) -> ShardBytes:
+    return ShardReader(root) if isinstance(root, Path) else RemoteShardReader(root, sizes, info.index_crc32)
+
+
+def _read_empty_context(root: Path | Address, info: DatasetInfo) -> np.ndarray:
     path = root / EMPTY_FILE
     size = path.stat().st_size if path.is_file() else 0
     least = int(np.prod(info.context_shape)) * FLOAT16.itemsize
