@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
@@ -121,7 +122,7 @@ class ClipDataModule(StreamDataModule):
     """Prepared clips, and single frames if wanted, for training and validation.
 
     Args:
-        root: folder written by scripts/prepare.py.
+        root: folder written by scripts/prepare.py, or its address, such as s3://bucket/set.
         frames: frames per clip.
         strides: a clip takes every n-th source frame, n drawn from these; it is told to the network as frames per
             second. Held-out clips are taken at each stride for which a scene is long enough.
@@ -130,7 +131,8 @@ class ClipDataModule(StreamDataModule):
         caption_dropout: share of training clips and single frames that get the empty caption.
         val_share: share of the scenes held out; 0 for none.
         seed: of the order and of every draw.
-        verify: check the checksum of every tensor at the start; each clip is checked as it is read anyhow.
+        verify: check the checksum of every tensor at the start, where `root` is a folder; each clip is checked as it is
+            read anyhow.
         image_share: share of the training samples that are not a clip but `frames` single frames of different scenes,
             which cost a little less; 1 trains on single frames alone, and what is held out are single frames too.
         image_root: another prepared folder that single frames are taken from; null: the training scenes of `root`.
@@ -239,7 +241,7 @@ class ClipDataModule(StreamDataModule):
             return
         self.setup()
         sets = [self.prepared] if self.image_root is None else [self.prepared, self._stills.prepared]
-        for prepared in sets:
+        for prepared in (prepared for prepared in sets if isinstance(prepared.root, Path)):
             num_bytes = sum(span.length for scene in prepared.scenes for span in (scene.latents, *scene.contexts))
             if num_bytes > LONG_READ:
                 size = f"{num_bytes / 1e9:.1f} GB"
