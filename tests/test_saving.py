@@ -129,12 +129,16 @@ def test_last_checkpoint_every_so_many_steps_and_at_the_end(root, tmp_path, capl
         LastCheckpoint(str(tmp_path), {}, every_n_steps=0)
 
 
-def test_sigusr1_saves_and_goes_on(root, tmp_path, caplog):
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM"])
+def test_the_signals_of_clusters_save_and_stop(root, tmp_path, name):
+    number = signal.Signals[name]
+    before = signal.getsignal(number)
     model = ToyModel(learning_rate=0.05)
-    model.at_batch = {2: lambda: os.kill(os.getpid(), signal.SIGUSR1)}
-    with caplog.at_level(logging.INFO, logger="ldm"):
+    model.at_batch = {2: lambda: os.kill(os.getpid(), number)}
+    with pytest.raises(StopRequested, match=rf"stopped by {name} after step 3; saved .*last.ckpt") as stopped:
         fit(root, tmp_path, [], model=model, steps=5)
-    assert [record.args[1] for record in caplog.records if record.msg.startswith("saved")] == [3, 5]
+    assert stopped.value.signal == number and signal.getsignal(number) is before
+    assert read(last(tmp_path))["global_step"] == 3
 
 
 def test_ctrl_c_stops_and_a_second_one_at_once(root, tmp_path):

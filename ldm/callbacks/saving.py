@@ -1,144 +1,156 @@
-"""`last.ckpt`: written whole or not at all, every so many steps, on a signal, and when training ends for any reason."""
+"""`last.ckpt`: written between two steps, so that a run that is stopped in any way goes on as if it never had been."""
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import signal
 import threading
-from collections.abc import Callable
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Checkpoint
-from pytorch_lightning.plugins.io import TorchCheckpointIO
+from pytorch_lightning.callbacks import Callback, Checkpoint
 
-from ldm.atomic import replacing
-from ldm.checkpoint_files import check_header
+from ldm.callbacks.guard import BadStepsError
+from ldm.callbacks.resuming import (
+    cut_logs,
+    forget_unfinished_step,
+    generators,
+    of_all_processes,
+    set_generators,
+    settled_logs,
+)
 from ldm.errors import UserError
+from ldm.last_checkpoints import LAST, publish
+from ldm.models.diffusion.weight_by_weight import WeightByWeight
 
 log = logging.getLogger(__name__)
 
+FRESH = ".fresh.ckpt"  # until it is whole and takes the name of the last one
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
 
 class StopRequested(Exception):  # noqa: N818 - nothing went wrong
-    """Training was asked to stop, and what it had reached has been saved."""
+    """Training was asked to stop, and what it had reached has been saved. `signal`: by which signal."""
 
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Checkpoints under a temporary name first, so that a full disk or a kill leaves the old file as it was.
-
-    They are read with `weights_only=True`, whatever Lightning asks for: a checkpoint never runs code.
-    """
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as partial, partial.open("wb") as file:
-            writer = _RememberingWriter(file.write)
-            try:
-                torch.save(checkpoint, writer)
-            except (OSError, RuntimeError) as error:
-                raise (writer.error or error) from None
-            file.flush()
-
-    def load_checkpoint(
-        self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True
-    ) -> dict[str, Any]:
-        try:
-            return self._load(path)
-        except FileNotFoundError as error:
-            raise UserError(f"{path}: there is no such checkpoint to resume from") from error
-        except Exception as error:
-            raise UserError(
-                f"{path}: expected a checkpoint written by main.py, but it cannot be read ({_first_line(error)}). "
-                "It may be half copied: resume from another file in the run's checkpoints folder"
-            ) from error
-
-    @staticmethod
-    def _load(path: str | Path) -> dict[str, Any]:
-        check_header(Path(path))
-        # 8-bit optimiser states are a torchao class, known to torch.load only once torchao is imported.
-        if importlib.util.find_spec("torchao") and any(
-            name.startswith("torchao.") for name in torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        ):
-            importlib.import_module("torchao.optim")
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-
-
-class _RememberingWriter:
-    """torch.save turns a failed write into an error of its own; this keeps the first one, which says what happened."""
-
-    def __init__(self, write: Callable[[Any], int]) -> None:
-        self._write = write
-        self.error: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        try:
-            return self._write(data)
-        except OSError as error:
-            self.error = self.error or error
-            raise
-
-    def flush(self) -> None:
-        pass
+    def __init__(self, message: str, number: signal.Signals = signal.SIGINT) -> None:
+        super().__init__(message)
+        self.signal = number
 
 
 class LastCheckpoint(Checkpoint):
     """Writes `checkpoints/last.ckpt` in the run folder every `every_n_steps` optimiser steps and at the end.
 
-    Ctrl-C finishes the step (or the validation) under way, saves and stops; a second Ctrl-C stops at once. SIGUSR1
-    saves after the step and goes on. Any other end saves too, unless no step was taken. `config` goes into every
-    checkpoint, so that the file alone is enough to sample from.
+    It is written when all that belongs to a step is over, its logs, samples and validation included, so that a run
+    taken up from it repeats nothing and leaves nothing out; what the logs say of later steps is then taken away. Of the
+    files before it, `last-1.ckpt` and so on, as many stay as make `keep_last` in all. A save that fails is an error in
+    the log; the next one is tried in its time, and only the last one of a run ends it with that error.
+
+    Ctrl-C, SIGTERM and SIGUSR1 finish the step (or the validation) under way, save and stop; a second Ctrl-C stops at
+    once. After an error the last whole step is saved, unless weights may have been changed since. `config` goes into
+    every checkpoint, so that the file alone is enough to sample from.
     """
 
-    def __init__(self, folder: str, config: dict[str, Any], every_n_steps: int = 500) -> None:
-        if every_n_steps < 1:
-            raise UserError(f"LastCheckpoint: expected every_n_steps of at least 1, found {every_n_steps}")
-        self.path = Path(folder) / "checkpoints" / "last.ckpt"
+    def __init__(self, folder: str, config: dict[str, Any], every_n_steps: int = 500, keep_last: int = 2) -> None:
+        for name, value in (("every_n_steps", every_n_steps), ("keep_last", keep_last)):
+            if value < 1:
+                raise UserError(f"LastCheckpoint: expected {name} of at least 1, found {value}")
+        self.folder = Path(folder)
+        self.path = self.folder / "checkpoints" / LAST
         self.config = config
-        self.every_n_steps = every_n_steps
+        self.every_n_steps, self.keep_last = every_n_steps, keep_last
+        self._began = time.time()
         self._saved_step: int | None = None
         self._step_seen = 0
-        self._wants_stop = self._wants_save = False
+        self._is_due = self._has_ended = False
+        self._is_whole = True  # nothing of a later step has touched the weights, and validation is not under way
+        self._is_step_over = True
+        self._to_restore: dict[str, Any] | None = None
+        self._before: dict[str, Any] = {}  # as it was between the last two steps
+        self._stop_signal: signal.Signals | None = None
         self._handlers: dict[signal.Signals, Any] = {}
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit" and not any(isinstance(callback, _BetweenSteps) for callback in trainer.callbacks):
+            trainer.callbacks.insert(0, _BetweenSteps(self))  # before anything is logged of the next step
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._to_restore = checkpoint.get("between_steps")  # there is none in files of earlier versions
+        if self._to_restore is not None and trainer.is_global_zero and not trainer.fast_dev_run:
+            if num_bytes := cut_logs(self.folder, self._to_restore["logs"], self._began):
+                step = checkpoint["global_step"]
+                log.info("logs after step %d, which come again: %d bytes taken away", step, num_bytes)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if hasattr(pl_module, "config"):  # which may name other files now, those that it was taken up from
+            pl_module.config = self.config
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._saved_step = self._step_seen = trainer.global_step
+        self._is_whole = self._is_step_over = True
         if threading.current_thread() is threading.main_thread():
-            for number, handler in ((signal.SIGINT, self._on_interrupt), (signal.SIGUSR1, self._on_save_signal)):
-                self._handlers[number] = signal.signal(number, handler)
+            for number in SIGNALS:
+                self._handlers[number] = signal.signal(number, self._on_signal)
+
+    def between_steps(self, trainer: pl.Trainer) -> None:
+        """The last step is over, with all that belongs to it, and nothing of the next one has happened."""
+        if not self._is_step_over:
+            return  # between the micro-batches of an optimiser step
+        if self._to_restore is not None:
+            self._restore(trainer, self._to_restore)
+        if self._asked(trainer) or self._is_due:
+            if self._saved_step != trainer.global_step:
+                self._save(trainer)
+            self._stop_if_asked()
+        self._before = {"generators": generators()}
+        if trainer.log_every_n_steps and (trainer.global_step + 1) % trainer.log_every_n_steps == 0:
+            self._before["logs"] = settled_logs(trainer, self.folder)  # the next step's are about to be written
+        self._is_step_over = False
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: torch.Tensor) -> None:
+        if any(isinstance(optimizer, WeightByWeight) and optimizer.in_backward for optimizer in trainer.optimizers):
+            self._is_whole = False
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        self._is_whole = False
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if trainer.global_step == self._step_seen:
-            return  # between the micro-batches of an optimiser step
+            return
         before, step = self._step_seen, trainer.global_step
         self._step_seen = step
-        is_due = step // self.every_n_steps > before // self.every_n_steps or 0 <= trainer.max_steps <= step
-        if self._asked(trainer) or is_due:
-            self._save(trainer)
-        self._stop_if_asked()
+        self._is_whole = self._is_step_over = True
+        self._is_due = self._is_due or step // self.every_n_steps > before // self.every_n_steps
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._is_whole = False
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not trainer.sanity_checking and trainer.state.fn == "fit" and self._asked(trainer):
-            self._save(trainer)
-            self._stop_if_asked()
+        self._is_whole = True
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._has_ended = True
         if self._saved_step != trainer.global_step:
-            self._save(trainer)
+            self._save(trainer, is_last=True)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._restore_handlers()
-        if self._saved_step in (None, trainer.global_step) or isinstance(exception, (StopRequested, KeyboardInterrupt)):
+        is_not_to_save = isinstance(exception, (StopRequested, KeyboardInterrupt, BadStepsError))
+        if is_not_to_save or self._saved_step in (None, trainer.global_step):
             return
-        try:
-            self._save(trainer)
-        except (OSError, RuntimeError) as error:
-            log.warning("could not save %s: %s", self.path, error)
+        if not self._is_whole or trainer.world_size > 1:  # other processes would be waited for in vain
+            log.warning("step %d is not saved: it was not over. %s", trainer.global_step, self._last_good())
+            return
+        self._save(trainer)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._restore_handlers()
@@ -147,34 +159,63 @@ class LastCheckpoint(Checkpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         checkpoint["config"] = self.config
-        _forget_unfinished_step(trainer, checkpoint)
+        num_steps = forget_unfinished_step(trainer, checkpoint, self._has_ended)
+        before = {} if self._is_step_over else self._before
+        checkpoint["between_steps"] = {
+            "logged_steps": num_steps,
+            "generators": of_all_processes(trainer, before["generators"] if before else generators()),
+            "logs": before["logs"] if "logs" in before else settled_logs(trainer, self.folder),
+        }
 
-    def _save(self, trainer: pl.Trainer) -> None:
-        self._wants_save = False
+    def _restore(self, trainer: pl.Trainer, state: dict[str, Any]) -> None:
+        self._to_restore = None
+        if len(state["generators"]) == trainer.world_size:
+            set_generators(state["generators"][trainer.global_rank])
+        # Lightning's own number is one too high where it resumes at the start of an epoch, just after a validation.
+        trainer.fit_loop.epoch_loop._batches_that_stepped = state["logged_steps"]
+
+    def _save(self, trainer: pl.Trainer, is_last: bool = False) -> None:
+        """Save, or log why it failed; raise that where nothing comes after it. The last good file stays in any case."""
+        self._is_due = False
+        if trainer.fast_dev_run:
+            return
+        fresh = self.path.with_name(FRESH)
+        try:
+            trainer.save_checkpoint(fresh)
+            if trainer.is_global_zero:
+                publish(fresh, self.path.parent, self.keep_last)
+        except (OSError, RuntimeError, UserError) as error:
+            if is_last or self._stop_signal is not None:
+                raise
+            log.error("step %d is not saved: %s. %s", trainer.global_step, error, self._last_good())
+            trainer.strategy.barrier("Trainer.save_checkpoint")  # where the other processes wait
+            return
         self._saved_step = trainer.global_step
-        if not trainer.fast_dev_run:
-            trainer.save_checkpoint(self.path)
-            log.info("saved %s at step %d", self.path, trainer.global_step)
+        log.info("saved %s at step %d", self.path, trainer.global_step)
+
+    def _last_good(self) -> str:
+        return f"The last good one is of step {self._saved_step}" if self._saved_step else "There is none before it"
 
     def _asked(self, trainer: pl.Trainer) -> bool:
         """Whether a signal has reached any of the processes; from then on all of them know."""
         if trainer.world_size > 1:
-            self._wants_save = trainer.strategy.reduce_boolean_decision(self._wants_save, all=False)
-            self._wants_stop = trainer.strategy.reduce_boolean_decision(self._wants_stop, all=False)
-        return self._wants_save or self._wants_stop
+            if not trainer.strategy.reduce_boolean_decision(self._stop_signal is not None, all=False):
+                return False
+            self._stop_signal = signal.Signals(max(of_all_processes(trainer, int(self._stop_signal or 0))))
+        return self._stop_signal is not None
 
     def _stop_if_asked(self) -> None:
-        if self._wants_stop:
-            raise StopRequested(f"stopped after step {self._saved_step}; saved {self.path}")
+        if self._stop_signal is not None:
+            by = "" if self._stop_signal == signal.SIGINT else f" by {self._stop_signal.name}"
+            message = f"stopped{by} after step {self._saved_step}; saved {self.path}"
+            raise StopRequested(message, self._stop_signal)
 
-    def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
-        if self._wants_stop:
-            raise KeyboardInterrupt
-        self._wants_stop = True
-        log.warning("Ctrl-C: finishing this step, then saving. Once more stops at once, without saving")
-
-    def _on_save_signal(self, number: int, frame: FrameType | None) -> None:
-        self._wants_save = True
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            if self._stop_signal is not None:
+                raise KeyboardInterrupt
+            log.warning("Ctrl-C: finishing this step, then saving. Once more stops at once, without saving")
+        self._stop_signal = signal.Signals(number)
 
     def _restore_handlers(self) -> None:
         for number, handler in self._handlers.items():
@@ -182,28 +223,13 @@ class LastCheckpoint(Checkpoint):
         self._handlers.clear()
 
 
-def _forget_unfinished_step(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
-    """Make a checkpoint written in the middle of an optimiser step say that its micro-batches are still to come.
+class _BetweenSteps(Callback):
+    """Stands before all other callbacks, so that nothing is logged of a step before the one before it is saved."""
 
-    Their gradients are lost, and the data module repeats them. Lightning's own counters would go on after them; they
-    are set to what they were when the last whole step had just ended, which Lightning resumes from exactly.
-    """
-    loop = checkpoint["loops"]["fit_loop"]
-    progress = loop["epoch_loop.batch_progress"]
-    current = progress["current"]
-    unfinished = current["processed"] % trainer.accumulate_grad_batches
-    if current["processed"] == trainer.num_training_batches:
-        unfinished = 0  # Lightning steps on the last batch of an epoch
-    if not unfinished and current["ready"] == current["processed"]:
-        return
-    at_step_end = int(current["processed"] > unfinished)  # else at the start of the epoch
-    for counts in (progress["total"], current):
-        counts["processed"] -= unfinished
-        counts["ready"] = counts["started"] = counts["processed"]
-        counts["completed"] = counts["processed"] - at_step_end
-    progress["is_last_batch"] = False
-    loop["epoch_loop.state_dict"]["_batches_that_stepped"] -= at_step_end
+    def __init__(self, saving: LastCheckpoint) -> None:
+        self._saving = saving
 
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._saving.between_steps(trainer)
