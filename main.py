@@ -36,6 +36,8 @@ DEFAULT_CALLBACKS = {
     "memory": {},
     "plan": {"target": "ldm.callbacks.plan.PlanReport"},
     "learning_rates": {"params": {"logging_interval": "step"}},
+    "skip_bad_steps": {},
+    "unreadable_clips": {},
     "data_wait": {},
     "progress": {},
 }

@@ -41,6 +41,8 @@ DEFAULT_TARGETS = {
     "lightning.callbacks.progress": "ldm.callbacks.ProgressLines",
     "lightning.callbacks.memory": "ldm.callbacks.MemoryReport",
     "lightning.callbacks.data_wait": "ldm.callbacks.DataWait",
+    "lightning.callbacks.skip_bad_steps": "ldm.callbacks.SkipBadSteps",
+    "lightning.callbacks.unreadable_clips": "ldm.callbacks.UnreadableClips",
     "lightning.callbacks.samples": "ldm.callbacks.VideoLogger",
     "lightning.callbacks.average": "ldm.callbacks.WeightAverage",
     "lightning.callbacks.learning_rates": "pytorch_lightning.callbacks.LearningRateMonitor",

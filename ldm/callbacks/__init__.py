@@ -8,6 +8,7 @@ from ldm.callbacks.guard import BadStepsError, SkipBadSteps
 from ldm.callbacks.motion import MotionLogger
 from ldm.callbacks.reports import MemoryReport, ProgressBar, ProgressLines
 from ldm.callbacks.saving import LastCheckpoint, StopRequested
+from ldm.callbacks.unreadable import UnreadableClips
 from ldm.callbacks.videos import VideoLogger
 from ldm.callbacks.waiting import DataWait
 
@@ -24,6 +25,7 @@ __all__ = [
     "ProgressLines",
     "SkipBadSteps",
     "StopRequested",
+    "UnreadableClips",
     "VideoLogger",
     "WeightAverage",
 ]

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ldm.data.shards import PreparedSet, SceneEntry
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A clip in whose place another was taken. about: which one, as `clip_reading.Window` says it."""
+
+    position: int
+    about: dict[str, Any]
+    reason: str
 
 
 @dataclass
@@ -24,6 +34,8 @@ class Batch:
     `stills`: `t` single frames for each of the other samples, `k*t 1 2c h w`, each with a caption of its own, `k*t n
     d`; None for none. Their `positions` are all different, but may be those of clips: random draws that are seeded by
     a position need another stream for them.
+
+    `unreadable`: the clips that should have been in it; those of stills are listed with the stills.
     """
 
     moments: Tensor
@@ -32,6 +44,7 @@ class Batch:
     positions: list[int]
     keys: list[str]
     stills: Batch | None = None
+    unreadable: list[Unreadable] = field(default_factory=list)
 
     def __len__(self) -> int:
         """Samples: clips and groups of stills."""
@@ -53,6 +66,14 @@ class Batch:
             stills=self.stills and self.stills._map(function),
         )
 
+    def outline(self) -> Batch:
+        """All but the numbers: enough to say which clips they were."""
+        return self._map(lambda tensor: torch.empty(0))
+
+    def all_unreadable(self) -> list[Unreadable]:
+        """Those of clips and of single frames."""
+        return [*self.unreadable, *(self.stills.unreadable if self.stills is not None else [])]
+
     @staticmethod
     def cat(batches: Sequence[Batch]) -> Batch:
         stills = [batch.stills for batch in batches if batch.stills is not None]
@@ -63,6 +84,7 @@ class Batch:
             positions=[position for batch in batches for position in batch.positions],
             keys=[key for batch in batches for key in batch.keys],
             stills=Batch.cat(stills) if stills else None,
+            unreadable=[clip for batch in batches for clip in batch.unreadable],
         )
 
 
@@ -129,11 +151,3 @@ def read_clip(
         positions=[position],
         keys=[part.scene.key],
     )
-
-
-def draw_caption(
-    prepared: PreparedSet, part: SceneRange, caption_dropout: float, random: np.random.Generator
-) -> np.ndarray:
-    """The embedding `n d` of one of the scene's captions, or with this probability that of the empty prompt."""
-    number = int(random.integers(len(part.scene.contexts)))
-    return prepared.empty_context if random.random() < caption_dropout else prepared.read_caption(part.scene, number)

@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
-from ldm.data.batch import Batch, SceneRange, draw_caption, frames_needed, read_clip, split_scenes
+from ldm.data.batch import Batch, SceneRange, frames_needed, split_scenes
+from ldm.data.clip_reading import Window, drawn_caption, read_or_replace
 from ldm.data.shards import DatasetError, DatasetInfo, PreparedSet
 from ldm.data.stills import StillFrames, check_same_kind
 from ldm.data.stream import StreamDataModule, StreamOrder
 
 log = logging.getLogger(__name__)
 LONG_READ = 10**9  # bytes; checking more is announced
+REPLACING_STREAM = 5  # of random draws; (seed, position) alone is that of what should lie there
 
 
 class ClipDataset(Dataset):
@@ -28,7 +32,8 @@ class ClipDataset(Dataset):
 
     Item `position` is a `Batch` of one clip or, where `stills` says so, of single frames. Each pass goes through the
     scenes in an order of its own, long scenes several times; start, stride and caption are drawn anew, and the caption
-    is the empty one for `caption_dropout` of the clips.
+    is the empty one for `caption_dropout` of the clips. A clip that cannot be read is read again `retries` times; then
+    another one, drawn from all of the footage, takes its place.
     """
 
     def __init__(
@@ -40,8 +45,9 @@ class ClipDataset(Dataset):
         caption_dropout: float,
         seed: int,
         stills: StillFrames | None = None,
+        retries: int = 0,
     ) -> None:
-        self.prepared, self.frames, self.strides = prepared, frames, tuple(strides)
+        self.prepared, self.frames, self.strides, self.retries = prepared, frames, tuple(strides), retries
         self.caption_dropout, self.seed, self.stills = caption_dropout, seed, stills
         shortest = frames_needed(frames, min(strides))
         self.slots = [part for part in parts for _ in range(max(1, (part.num_frames - shortest + 1) // frames))]
@@ -55,21 +61,48 @@ class ClipDataset(Dataset):
     def __getitem__(self, position: int) -> Batch:
         if self.stills is not None and self.stills.is_at(position):
             return self.stills[position]
-        turn, index = divmod(position, len(self.slots))
-        part = self.slots[self._order(turn)[index]]
-        random = np.random.default_rng((self.seed, position))
+        return read_or_replace(self.prepared, partial(self.window, position), position, self.retries)
+
+    def window(self, position: int, attempt: int = 0) -> Window:
+        """The clip at a position; or, after so many that could not be read, what is tried in its place."""
+        if attempt == 0:
+            turn, index = divmod(position, len(self.slots))
+            part, random = self.slots[self._order(turn)[index]], np.random.default_rng((self.seed, position))
+        else:
+            random = np.random.default_rng((self.seed, position, REPLACING_STREAM, attempt))
+            part = self.slots[int(random.integers(len(self.slots)))]
         strides = [stride for stride in self.strides if frames_needed(self.frames, stride) <= part.num_frames]
         stride = strides[random.integers(len(strides))]
-        start = part.start + random.integers(part.num_frames - frames_needed(self.frames, stride) + 1)
-        context = draw_caption(self.prepared, part, self.caption_dropout, random)
-        return read_clip(self.prepared, part, int(start), self.frames, stride, context, position)
+        start = part.start + int(random.integers(part.num_frames - frames_needed(self.frames, stride) + 1))
+        return Window(part, start, self.frames, stride, drawn_caption(part, self.caption_dropout, random))
+
+    def describe(self, batch: Batch) -> list[dict[str, Any]]:
+        """Which clips and single frames a batch of this stream has, those in the place of others included."""
+        clips = [(position, self.window, batch) for position in batch.positions]
+        if self.stills is not None and batch.stills is not None:
+            clips += [(place, self.stills.window, batch.stills) for place in batch.stills.positions]
+        found = []
+        for position, window, of in clips:
+            attempt = sum(lost.position == position for lost in of.unreadable)
+            found.append({"position": position, **window(position, attempt).about()})
+        return found
 
 
 class HeldOutClips(Dataset):
-    """Fixed clips of the held-out parts, side by side, once at each stride, with their first caption."""
+    """Fixed clips of the held-out parts, side by side, once at each stride, with their first caption.
 
-    def __init__(self, prepared: PreparedSet, parts: Sequence[SceneRange], frames: int, strides: Sequence[int]) -> None:
-        self.prepared, self.frames = prepared, frames
+    In the place of one that cannot be read, after `retries`, stands the next one that can.
+    """
+
+    def __init__(
+        self,
+        prepared: PreparedSet,
+        parts: Sequence[SceneRange],
+        frames: int,
+        strides: Sequence[int],
+        retries: int = 0,
+    ) -> None:
+        self.prepared, self.frames, self.retries = prepared, frames, retries
         self.windows = []  # part, first frame, stride
         for part in parts:
             for stride in sorted(set(strides)):
@@ -83,9 +116,11 @@ class HeldOutClips(Dataset):
     def __getitem__(self, position: int) -> Batch:
         if position >= len(self):
             raise IndexError(position)
-        part, start, stride = self.windows[position]
-        context = self.prepared.read_context(part.scene)[0]
-        return read_clip(self.prepared, part, start, self.frames, stride, context, position)
+        return read_or_replace(self.prepared, partial(self._window, position), position, self.retries)
+
+    def _window(self, position: int, attempt: int) -> Window:
+        part, start, stride = self.windows[(position + attempt) % len(self.windows)]
+        return Window(part, start, self.frames, stride, caption=0)
 
     def summary(self, strides: Sequence[int]) -> str:
         """How many clips there are, and at which stride."""
@@ -136,6 +171,7 @@ class ClipDataModule(StreamDataModule):
         image_share: share of the training samples that are not a clip but `frames` single frames of different scenes,
             which cost a little less; 1 trains on single frames alone, and what is held out are single frames too.
         image_root: another prepared folder that single frames are taken from; null: the training scenes of `root`.
+        retries: how often a clip that cannot be read is read again before another one takes its place.
 
     Raises `DatasetError` when a folder is not a prepared set or no scene is long enough.
     """
@@ -153,6 +189,7 @@ class ClipDataModule(StreamDataModule):
         verify: bool = True,
         image_share: float = 0.0,
         image_root: str | None = None,
+        retries: int = 2,
     ) -> None:
         super().__init__(batch_size, num_workers, Batch.cat)
         strides = tuple(strides) if isinstance(strides, Sequence) else (strides,)
@@ -161,6 +198,7 @@ class ClipDataModule(StreamDataModule):
             ("batch_size", batch_size, 1),
             ("num_workers", num_workers, 0),
             ("seed", seed, 0),
+            ("retries", retries, 0),
             ("strides", min(strides, default=0), 1),
         ):
             if not isinstance(value, int) or value < least:
@@ -180,7 +218,7 @@ class ClipDataModule(StreamDataModule):
             )
         self.root, self.frames, self.strides = root, frames, strides
         self.caption_dropout, self.val_share, self.seed, self.verify = caption_dropout, val_share, seed, verify
-        self.image_share, self.image_root = image_share, image_root
+        self.image_share, self.image_root, self.retries = image_share, image_root, retries
         self.prepared: PreparedSet | None = None
         self.summary = ""
 
@@ -207,10 +245,10 @@ class ClipDataModule(StreamDataModule):
         training, held_out = split_scenes(prepared.scenes, reaches, self.val_share)
         self._stills = self._open_stills(prepared, training)
         self.train_clips = ClipDataset(
-            prepared, training, self.frames, self.strides, self.caption_dropout, self.seed, self._stills
+            prepared, training, self.frames, self.strides, self.caption_dropout, self.seed, self._stills, self.retries
         )
         strides = self.strides if frames > 1 else self.strides[:1]
-        self.val_clips = HeldOutClips(prepared, held_out, frames, strides)
+        self.val_clips = HeldOutClips(prepared, held_out, frames, strides, self.retries)
         self.prepared = prepared
         short = sum(scene.num_frames < min(reaches) for scene in prepared.scenes)
         kind = "clips" if self.image_share < 1 else "samples of single frames"
@@ -233,7 +271,9 @@ class ClipDataModule(StreamDataModule):
             source = PreparedSet(self.image_root)
             check_same_kind(source, prepared)
             parts = [SceneRange(scene, 0, scene.num_frames) for scene in source.scenes]
-        return StillFrames(source, parts, self.frames, self.image_share, self.caption_dropout, self.seed)
+        return StillFrames(
+            source, parts, self.frames, self.image_share, self.caption_dropout, self.seed, self.retries
+        )
 
     def prepare_data(self) -> None:
         """Read everything once and compare it with its checksums; Lightning does this in one process of a machine."""

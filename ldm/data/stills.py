@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
-from ldm.data.batch import Batch, SceneRange, draw_caption, read_clip
+from ldm.data.batch import Batch, SceneRange
+from ldm.data.clip_reading import Window, drawn_caption, read_or_replace
 from ldm.data.shards import DatasetError, PreparedSet
 
-SHARE_STREAM, STILL_STREAM = 3, 4  # of random draws; (seed, position) alone is the clips'
+SHARE_STREAM, STILL_STREAM, REPLACING_STREAM = 3, 4, 6  # of random draws; (seed, position) alone is the clips'
 
 
 @dataclass
@@ -19,6 +21,7 @@ class StillFrames:
 
     parts: what the frames are taken from, every part as often as any other.
     share: of the positions that are such samples.
+    retries: of `read_or_replace`, for each frame.
     """
 
     prepared: PreparedSet
@@ -27,6 +30,7 @@ class StillFrames:
     share: float
     caption_dropout: float
     seed: int
+    retries: int = 0
 
     @property
     def num_samples(self) -> int:
@@ -39,14 +43,25 @@ class StillFrames:
 
     def __getitem__(self, position: int) -> Batch:
         """A `Batch` without clips; its stills have the positions `position * frames` and following."""
-        random = np.random.default_rng((self.seed, position, STILL_STREAM))
-        chosen = random.choice(len(self.parts), self.frames, replace=len(self.parts) < self.frames)
-        stills = []
-        for number, part in enumerate(self.parts[index] for index in chosen.tolist()):
-            frame = part.start + int(random.integers(part.num_frames))
-            context = draw_caption(self.prepared, part, self.caption_dropout, random)
-            stills.append(read_clip(self.prepared, part, frame, 1, 1, context, position * self.frames + number))
+        stills = [
+            read_or_replace(self.prepared, partial(self.window, place), place, self.retries)
+            for place in range(position * self.frames, (position + 1) * self.frames)
+        ]
         return no_clips(stills[0], self.frames, Batch.cat(stills))
+
+    def window(self, place: int, attempt: int = 0) -> Window:
+        """The frame at `place`, position times `frames` and its number; or what is tried in the stead of that."""
+        if attempt > 0:
+            random = np.random.default_rng((self.seed, place, REPLACING_STREAM, attempt))
+            return self._drawn(self.parts[int(random.integers(len(self.parts)))], random)
+        position, number = divmod(place, self.frames)
+        random = np.random.default_rng((self.seed, position, STILL_STREAM))
+        chosen = random.choice(len(self.parts), self.frames, replace=len(self.parts) < self.frames).tolist()
+        return [self._drawn(self.parts[index], random) for index in chosen[: number + 1]][-1]
+
+    def _drawn(self, part: SceneRange, random: np.random.Generator) -> Window:
+        frame = part.start + int(random.integers(part.num_frames))
+        return Window(part, frame, 1, 1, drawn_caption(part, self.caption_dropout, random))
 
 
 def no_clips(like: Batch, frames: int, stills: Batch) -> Batch:
