@@ -20,6 +20,7 @@ INSTALL_REQUIRES = [
     "tensorboard>=2.18",
     "rich>=13",
     "scenedetect-headless>=0.7,<0.8",
+    "fsspec>=2025.3",
 ]
 
 EXTRAS_REQUIRE = {
@@ -33,7 +34,18 @@ EXTRAS_REQUIRE = {
     "vq": [],
     "wandb": ["wandb>=0.19"],
     "ray": ["ray>=2.40"],
-    "dev": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.15", "torchao>=0.18"],
+    "remote": ["fsspec>=2025.3", "aiohttp>=3.11", "s3fs>=2025.3"],
+    "dev": [
+        "pytest>=8",
+        "pytest-timeout>=2.3",
+        "hypothesis>=6.100",
+        "ruff>=0.15",
+        "torchao>=0.18",
+        "ray>=2.40",
+        "aiohttp>=3.11",
+        "s3fs>=2025.3",
+        "moto[s3,server]>=5",
+    ],
 }
 
 setup(

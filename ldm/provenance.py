@@ -27,7 +27,7 @@ from ldm.atomic import replacing, write_atomically
 from ldm.checkpoint_bundle import bundle_files, is_bundle
 from ldm.clip_settings import PRECISIONS, ClipSettings, GivenFiles
 from ldm.config_values import ConfigError, check_values, mapping_at
-from ldm.data.preparation import hash_file
+from ldm.data.parts import hash_file
 from ldm.errors import UserError
 from ldm.json_text import parse_json
 from ldm.video import contact_sheet, read_metadata, write_gif, write_mp4

@@ -5,59 +5,53 @@
 
 Run the same command again to go on after an interruption or to add videos: what is done is skipped. With --world the
 clips are drawn, with captions that say what is to be seen; --frames 1 makes single images.
+
+Many machines: --engine ray leads the workers of a Ray cluster; --shard 3/16 prepares every 16th video, beside 15
+others, and the same command without it puts everything together. All ways end with the same bytes.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import re
 import sys
-from collections.abc import Iterable, Sequence
-from itertools import groupby
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-import numpy as np
 from omegaconf import DictConfig
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Table
-from rich.text import Text
+from rich.progress import Progress
 
 from ldm import checkpoint
-from ldm.atomic import replacing
-from ldm.checkpoint_names import FIRST_STAGE_PREFIX, TEXT_PREFIX
 from ldm.command_line import Parser
-from ldm.config import check, load_config
-from ldm.config_targets import FLAG, trusting
+from ldm.config import check, load_config, to_container
+from ldm.config_targets import FLAG, is_trusted, trusting
 from ldm.data.captions import find_captions
 from ldm.data.drawn_sources import draw_ahead, plan_world, read_looks, usable_cores
-from ldm.data.encoding import Encoders
+from ldm.data.encoding import Encoders, identities
 from ldm.data.footage import FootageError, name_videos
-from ldm.data.preparation import Preparation, Settings, VideoReport
-from ldm.data.shards import PreparedSet
+from ldm.data.parts import Settings
+from ldm.data.preparation import SHARD_BYTES, Preparation
+from ldm.data.remote import Address, place_of
 from ldm.data.sources import Plan, Source, VideoSource, plan_videos, prepare_source
+from ldm.data.uploading import check_writable, num_bytes, upload
 from ldm.errors import UserError, run_command
-from ldm.video import contact_sheet, parse_size
+from ldm.preparing_report import make_progress, print_looks, print_table, summary, write_preview
+from ldm.video import parse_size
 
 DEFAULT_FPS, DEFAULT_SIZE, DEFAULT_FRAMES = 10.0, 512, 17  # 17: five frames, every fourth
 SIZE_STEP = 64
-PREVIEW_SCENES, PREVIEW_FRAMES = 4, 5
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line; `key=value` among the videos are overrides of the config."""
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("videos", nargs="*", metavar="VIDEO_OR_FOLDER", help="footage; key=value overrides the config")
-    parser.add_argument("--out", required=True, type=Path, help="folder for the prepared clips")
+    parser.add_argument("--out", required=True, help="folder for the prepared clips, or an address such as s3://b/set")
+    parser.add_argument("--local", type=Path, metavar="DIR", help="with an address: prepared here, then sent")
     parser.add_argument("--config", required=True, help="the video config; its encoders are used")
     parser.add_argument(FLAG, action="store_true", help="build whatever class the config names")
     parser.add_argument("--fps", type=float, help=f"frames a second (default: prepare.fps, else {DEFAULT_FPS:g})")
@@ -68,6 +62,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--preview", action="store_true", help="decode a few stored scenes into preview.png: look before you train"
     )
+    parser.add_argument("--retry-broken", action="store_true", help="try again what an earlier run found broken")
+    many = parser.add_argument_group("many machines")
+    many.add_argument("--shard", metavar="I/N", help="prepare the I-th N-th of all videos, beside others; I from 1")
+    many.add_argument("--engine", choices=("local", "ray"), default="local", help="who prepares")
+    many.add_argument("--address", help="of the Ray cluster, host:port or auto (default: Ray on this machine)")
+    many.add_argument("--worker-cpus", type=int, metavar="N", help="cores of a Ray worker (default: 1)")
     world = parser.add_argument_group("the drawn world, in place of footage")
     world.add_argument("--world", type=int, metavar="N", help="draw N clips; a larger N adds to them")
     world.add_argument("--looks", metavar="A,B,...", help="looks that take turns (default: all)")
@@ -84,9 +84,43 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"--{given[0]} is for the drawn world and goes with --world N")
     elif parsed.videos or parsed.prompt is not None or parsed.captions is not None:
         parser.error("--world draws its own clips and captions; leave out videos, --prompt and --captions")
-    if parsed.processes is not None and parsed.processes < 1:
-        parser.error(f"--processes: expected at least 1, found {parsed.processes}")
+    for flag in ("processes", "worker_cpus"):
+        if (count := vars(parsed)[flag]) is not None and count < 1:
+            parser.error(f"--{flag.replace('_', '-')}: expected at least 1, found {count}")
+    if parsed.engine == "ray" and (parsed.shard is not None or parsed.processes is not None):
+        parser.error(f"--{'shard' if parsed.shard else 'processes'} is for the local engine; leave out --engine ray")
+    if parsed.engine == "local" and (parsed.address is not None or parsed.worker_cpus is not None):
+        parser.error(f"--{'address' if parsed.address else 'worker-cpus'} goes with --engine ray")
+    read_places(parsed)
+    parsed.share = read_share(parsed.shard)
     return parsed
+
+
+def read_places(parsed: argparse.Namespace) -> None:
+    """Turn --out and --local into `out`, the folder that is filled, and `upload`, the address it is sent to or None."""
+    place = place_of(parsed.out)
+    parsed.upload = place if isinstance(place, Address) else None
+    if parsed.upload is None:
+        if parsed.local is not None:
+            raise UserError(f"--local: expected an address at --out with it, found the folder {place}; leave it out")
+        parsed.out = place
+        return
+    check_writable(parsed.upload)
+    if parsed.local is None:
+        raise UserError(
+            f"--out {place}: expected --local DIR with it, a folder where the clips are prepared before they are sent "
+            "and which stays, so that the next run knows what is done"
+        )
+    parsed.out = parsed.local
+
+
+def read_share(text: str | None) -> tuple[int, int]:
+    """(i, n) from --shard; all of it where there is none."""
+    found = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text or "1/1")
+    share = (int(found[1]), int(found[2])) if found else (0, 0)
+    if not 1 <= share[0] <= share[1]:
+        raise UserError(f"--shard: expected I/N with I from 1 to N, such as 3/16, found {text!r}")
+    return share
 
 
 def read_size(arguments: argparse.Namespace, defaults: dict[str, Any]) -> list[int]:
@@ -113,14 +147,10 @@ def read_settings(arguments: argparse.Namespace, config: DictConfig) -> Settings
     if not 0 < fps < float("inf"):
         raise UserError(f"--fps: expected frames a second above 0, found {fps:g}")
     size = read_size(arguments, defaults)
-    tensors = checkpoint.encoder_tensors(config)
-    parts = [
-        {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-        for prefix in (FIRST_STAGE_PREFIX, TEXT_PREFIX)
-    ]
+    first_stage, text_encoder = identities(config)
     return Settings(
-        first_stage=checkpoint.identity(parts[0]),
-        text_encoder=checkpoint.identity(parts[1]),
+        first_stage=first_stage,
+        text_encoder=text_encoder,
         scale_factor=checkpoint.latent_scale(config),
         fps=fps,
         size=size,
@@ -141,68 +171,64 @@ def prepare_all(
             report = prepare_source(source, preparation, encoders, lambda count: progress.advance(task, count))
             before += report.num_frames
         except FootageError as error:
-            plan.unusable[source.name] = str(error).removeprefix(f"{source.path}: ")
+            note_broken(plan, source, str(error), preparation)
         to_come -= expected[number]
         progress.update(task, completed=before, total=before + to_come)
 
 
-def warn_of_cut_captions(sources: Sequence[VideoSource], encoders: Encoders, console: Console) -> None:
+def note_broken(plan: Plan, source: Source, reason: str, preparation: Preparation) -> None:
+    """Note why a source cannot be prepared, in the plan and, for a video that is still there, for the next run."""
+    path = source.path if isinstance(source, VideoSource) else source.name
+    plan.unusable[source.name] = reason.removeprefix(f"{path}: ")
+    if isinstance(source, VideoSource) and source.path.is_file():
+        preparation.note_broken(source.name, source.sha256, plan.unusable[source.name])
+
+
+def prepare_on_ray(
+    plan: Plan, preparation: Preparation, config: DictConfig, given: argparse.Namespace, progress: Progress
+) -> dict[str, str]:
+    """The same by the workers of a Ray cluster; returns what was cut of captions that are too long."""
+    workers = ray_workers()
+    work = workers.Work(to_container(config), preparation.settings, is_trusted(), given.worker_cpus or 1)
+    task = progress.add_task("starting workers", total=sum(source.num_frames for source in plan.sources))
+    workshop = workers.Workshop(work, given.address)
+    try:
+        empty, lost = workshop.words(captions_of(plan))
+        if not preparation.has_empty_context:
+            preparation.store_empty_context(empty)
+        for number, (source, report, reason) in enumerate(workshop.prepare(plan.sources, preparation), 1):
+            if report is None:
+                note_broken(plan, source, reason, preparation)
+            progress.update(task, description=f"encoding ({number} of {len(plan.sources)})", advance=source.num_frames)
+    finally:
+        workshop.close()
+    return lost
+
+
+def ray_workers() -> ModuleType:
+    """The module that knows Ray, which is a package of its own."""
+    try:
+        return importlib.import_module("ldm.data.ray_workers")
+    except ModuleNotFoundError as error:
+        if error.name != "ray":
+            raise
+        raise UserError('--engine ray: the package ray is missing; pip install -e ".[ray]"') from error
+
+
+def captions_of(plan: Plan) -> list[str]:
+    """Every caption of the videos that are to be prepared, once; drawn clips have their own, which fit."""
+    videos = (source for source in plan.sources if isinstance(source, VideoSource))
+    return list(dict.fromkeys(caption for source in videos for caption in source.captions))
+
+
+def warn_of_cut_captions(lost: dict[str, str], console: Console) -> None:
     """Say which captions are longer than the text encoder holds, and what of them is lost."""
-    for caption in dict.fromkeys(caption for source in sources for caption in source.captions):
-        if lost := encoders.text_encoder.truncated(caption):
-            console.print(
-                f"warning: the caption '{caption[:40]}...' ({len(caption.split())} words) is longer than the text "
-                f"encoder holds; this was cut: '{lost}'",
-                markup=False,
-            )
-
-
-def print_table(plan: Plan, fresh: list[VideoReport], console: Console) -> None:
-    """What was kept, what was dropped and why."""
-    table = Table(title="prepared footage")
-    for column in ("video", "scenes", "frames", "dropped"):
-        table.add_column(column, justify="left" if column == "video" else "right", overflow="fold")
-    table.add_column("why", overflow="fold")
-    for report in [*plan.done, *fresh]:
-        dropped = sum(stretch.stop - stretch.start for stretch in report.dropped)
-        why = "; ".join(f"frames {d.start}-{d.stop - 1}: {d.reason}" for d in report.dropped)
-        table.add_row(report.source, str(report.num_scenes), str(report.num_frames), str(dropped), why)
-    for name, reason in plan.unusable.items():
-        table.add_row(name, "0", "0", "all", reason)
-    console.print(table, markup=False)
-
-
-def print_looks(plan: Plan, fresh: list[VideoReport], console: Console) -> None:
-    """How many clips there are of each look, and what is wrong with any."""
-    table = Table(title="drawn clips")
-    for column in ("look", "clips", "frames", "dropped"):
-        table.add_column(column, justify="left" if column == "look" else "right")
-    reports = sorted([*plan.done, *fresh], key=lambda report: report.source)
-    for look, group in groupby(reports, key=lambda report: report.source.split("/")[1]):
-        clips = list(group)
-        kept, frames = (sum(getattr(clip, count) for clip in clips) for count in ("num_scenes", "num_frames"))
-        table.add_row(look, str(kept), str(frames), str(len(clips) - kept))
-    console.print(table, markup=False)
-    for report in reports:
-        for stretch in report.dropped:
-            console.print(f"{report.source}: {stretch.reason}", markup=False)
-
-
-def write_preview(prepared: PreparedSet, encoders: Encoders) -> Path:
-    """Decode a few scenes, from the first frame to the last, into a contact sheet."""
-    chosen = np.linspace(0, len(prepared.scenes) - 1, min(PREVIEW_SCENES, len(prepared.scenes))).round().astype(int)
-    rows, labels = [], []
-    for scene in (prepared.scenes[index] for index in dict.fromkeys(chosen.tolist())):
-        count = min(PREVIEW_FRAMES, scene.num_frames)
-        times = np.linspace(0, scene.num_frames - 1, count).round().astype(int).tolist()
-        moments = np.concatenate([prepared.read_moments(scene, time, 1) for time in times])
-        rows.append(encoders.pictures(moments))
-        shown = ", ".join(str(scene.start + time) for time in times)
-        labels.append(f"{scene.source} frames {shown}: {scene.captions[0]}")
-    path = prepared.root / "preview.png"
-    with replacing(path) as partial:
-        contact_sheet(rows, labels).save(partial, format="PNG")
-    return path
+    for caption, end in lost.items():
+        console.print(
+            f"warning: the caption '{caption[:40]}...' ({len(caption.split())} words) is longer than the text "
+            f"encoder holds; this was cut: '{end}'",
+            markup=False,
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -221,34 +247,72 @@ def carry_out(given: argparse.Namespace, console: Console) -> None:
     names, captions = ({}, {}) if is_drawn else find_videos(given, console)
     with console.status("reading the encoders' weights"):
         settings = read_settings(given, config)
-    preparation = Preparation(given.out, settings)
+    preparation = Preparation(given.out, settings, SHARD_BYTES, given.share)
     encoders: Encoders | None = None
     with make_progress(console) as progress:
         if is_drawn:
             frames = DEFAULT_FRAMES if given.frames is None else given.frames
-            plan = plan_world(given.world, looks, frames, given.seed or 0, preparation)
+            plan = plan_world(given.world, looks, frames, given.seed or 0, preparation, given.share)
         else:
-            tracked = progress.track(names.items(), description="looking at the files")
-            plan = plan_videos(tracked, captions, preparation)
-        if plan.sources:
-            encoders = Encoders(config)
-            if not preparation.has_empty_context:
-                preparation.store_empty_context(encoders.context(""))
-            ready: Iterable[Source] = plan.sources
-            if is_drawn:
-                ready = draw_ahead(plan.sources, settings, given.processes or usable_cores())
-            else:
-                warn_of_cut_captions(plan.sources, encoders, console)
-            prepare_all(plan, ready, preparation, encoders, progress)
-    prepared = preparation.finish()
+            mine = list(names.items())[given.share[0] - 1 :: given.share[1]]
+            tracked = progress.track(mine, description="looking at the files")
+            plan = plan_videos(tracked, captions, preparation, given.retry_broken)
+        if plan.sources and given.engine == "ray":
+            warn_of_cut_captions(prepare_on_ray(plan, preparation, config, given, progress), console)
+        elif plan.sources:
+            encoders = prepare_here(plan, preparation, config, given.processes, progress)
+    finish(given, preparation, plan, lambda: encoders or Encoders(config), console)
+
+
+def prepare_here(
+    plan: Plan, preparation: Preparation, config: DictConfig, processes: int | None, progress: Progress
+) -> Encoders:
+    """Prepare what is planned in this process; returns the encoders that did it."""
+    encoders = Encoders(config)
+    if not preparation.has_empty_context:
+        preparation.store_empty_context(encoders.context(""))
+    lost = {caption: encoders.text_encoder.truncated(caption) for caption in captions_of(plan)}
+    warn_of_cut_captions({caption: end for caption, end in lost.items() if end}, progress.console)
+    ready: Iterable[Source] = plan.sources
+    if not isinstance(plan.sources[0], VideoSource):
+        ready = draw_ahead(plan.sources, preparation.settings, processes or usable_cores())
+    prepare_all(plan, ready, preparation, encoders, progress)
+    return encoders
+
+
+def finish(
+    given: argparse.Namespace,
+    preparation: Preparation,
+    plan: Plan,
+    encoders: Callable[[], Encoders],
+    console: Console,
+) -> None:
+    """Put everything together, say what there is, and send it where it is to go."""
+    is_drawn = given.world is not None
     fresh = [preparation.reports[source.sha256] for source in plan.sources if source.sha256 in preparation.reports]
+    if given.share != (1, 1):
+        preparation.leave()
+        (print_looks if is_drawn else print_table)(plan, fresh, console)
+        console.print(
+            f"Share {given.shard}: {len(fresh)} prepared, {len(plan.done)} done before, {len(plan.unusable)} dropped. "
+            "When all shares are done, the same command without --shard puts them together.",
+            markup=False,
+            soft_wrap=True,
+        )
+        return
+    prepared = preparation.finish()
     (print_looks if is_drawn else print_table)(plan, fresh, console)
     kept = sum(report.num_scenes for report in [*plan.done, *fresh])
     if prepared is None or not kept:
         raise UserError("nothing was kept; the table above says why, video by video")
     console.print(summary(prepared, plan, fresh, is_drawn), markup=False, highlight=False, soft_wrap=True)
+    if given.upload is not None:
+        with make_progress(console) as progress:
+            task = progress.add_task(f"sending to {given.upload}", total=num_bytes(prepared))
+            sent = upload(prepared, given.upload, lambda count: progress.advance(task, count))
+        console.print(f"{given.upload} holds the same; files sent: {sent}.", markup=False, soft_wrap=True)
     if given.preview:
-        path = write_preview(prepared, encoders or Encoders(config))
+        path = write_preview(prepared, encoders())
         console.print(f"Look at {path} before you train.", markup=False, soft_wrap=True)
 
 
@@ -260,35 +324,6 @@ def find_videos(given: argparse.Namespace, console: Console) -> tuple[dict[Path,
         listed = ", ".join(strangers)
         console.print(f"warning: {given.captions} names files that were not given: {listed}", markup=False)
     return names, captions
-
-
-class RateColumn(ProgressColumn):
-    """Steps a second."""
-
-    def render(self, task: Task) -> Text:
-        """The text of the column."""
-        speed = task.finished_speed or task.speed
-        return Text(f"{speed:.1f}/s" if speed else "")
-
-
-def make_progress(console: Console) -> Progress:
-    """Bars with a rate and the time that is left."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), RateColumn(), TimeElapsedColumn())
-    return Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console)
-
-
-def summary(prepared: PreparedSet, plan: Plan, fresh: list[VideoReport], is_drawn: bool) -> str:
-    """The last line: what the folder holds now."""
-    info = prepared.info
-    kind = "clips" if is_drawn else "videos"
-    others = info.num_videos - sum(report.num_scenes > 0 for report in [*plan.done, *fresh])
-    earlier = f" ({others} from runs with other footage)" if others else ""
-    return (
-        f"{kind.title()}: {len(fresh)} prepared, {len(plan.done)} done before, {len(plan.unusable)} dropped. "
-        f"{prepared.root} holds scenes: {info.num_scenes}, {kind}: {info.num_videos}{earlier}, frames: "
-        f"{info.num_frames}, {info.num_frames / info.fps:.0f} s at {info.fps:g} frames a second, "
-        f"{info.size[0]}x{info.size[1]} pixels."
-    )
 
 
 if __name__ == "__main__":

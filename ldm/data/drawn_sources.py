@@ -13,7 +13,8 @@ import numpy as np
 from ldm.config import nearest
 from ldm.data.drawing_process import draw_clips
 from ldm.data.drive_world import LOOKS, RATES, SIZES, WorldClip, draw_clip
-from ldm.data.preparation import FINISH_OR_FRESH, Preparation, Settings
+from ldm.data.parts import Settings
+from ldm.data.preparation import FINISH_OR_FRESH, Preparation
 from ldm.data.shards import DatasetError
 from ldm.data.sources import MAX_SCENE_FRAMES, Footage, Plan
 from ldm.errors import UserError
@@ -51,8 +52,17 @@ def read_looks(text: str | None) -> list[str]:
     return looks
 
 
-def plan_world(num_clips: int, looks: Sequence[str], num_frames: int, seed: int, preparation: Preparation) -> Plan:
+def plan_world(
+    num_clips: int,
+    looks: Sequence[str],
+    num_frames: int,
+    seed: int,
+    preparation: Preparation,
+    share: tuple[int, int] = (1, 1),
+) -> Plan:
     """Clips number 0 to `num_clips` - 1 of a seed, the looks in turn, so that more can be added later.
+
+    share: (i, n) for the i-th n-th of them, i from 1.
 
     Raises DatasetError when the folder has one of them drawn in another way, and UserError for settings that the world
     does not have.
@@ -62,7 +72,7 @@ def plan_world(num_clips: int, looks: Sequence[str], num_frames: int, seed: int,
     marks = {look: _mark(look) for look in looks[:num_clips]}
     by_name = {report.source: report for report in preparation.reports.values()}
     plan = Plan()
-    for number in range(num_clips):
+    for number in range(share[0] - 1, num_clips, share[1]):
         look = looks[number % len(looks)]
         about = {
             "look": look,

@@ -10,10 +10,21 @@ import torch
 from omegaconf import DictConfig
 
 from ldm import checkpoint
+from ldm.checkpoint_names import FIRST_STAGE_PREFIX, TEXT_PREFIX
 from ldm.modules.posterior import posterior_mean
 from ldm.video import from_uint8, to_uint8
 
 KEPT_CAPTIONS = 256  # embeddings of the latest captions; many clips share one
+
+
+def identities(config: DictConfig) -> tuple[str, str]:
+    """What the autoencoder and the text encoder that a config names are, by their weights."""
+    tensors = checkpoint.encoder_tensors(config)
+    first_stage, text_encoder = (
+        checkpoint.identity({n.removeprefix(prefix): tensor for n, tensor in tensors.items() if n.startswith(prefix)})
+        for prefix in (FIRST_STAGE_PREFIX, TEXT_PREFIX)
+    )
+    return first_stage, text_encoder
 
 
 class Encoders:

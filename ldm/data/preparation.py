@@ -1,27 +1,29 @@
 """A prepared folder in the making: skip what is done, survive a kill at any moment, end with the same bytes.
 
-Each video is prepared on its own into `.unfinished/`: a tar with its scenes and then a note of what it gave. When all
-are there, `finish` copies the scenes in a fixed order into shards and only then writes the index. Every step ends with
-a rename, so that after a kill the same command goes on where it was; shards of earlier runs are never touched.
+Each video is prepared on its own into `.unfinished/`, as a part (`parts.py`). When all are there, `finish` copies the
+scenes in a fixed order into shards and only then writes the index. Every step ends with a rename, so that after a kill
+the same command goes on where it was; shards of earlier runs are never touched. Where the videos are shared among
+several processes, each has a folder of its own in `.unfinished/` and none of them finishes.
 """
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
+import os
 import re
 import shutil
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from ldm.atomic import replacing, write_atomically
+from ldm.data.parts import Broken, Note, PartFolder, PartWriter, Settings, VideoReport
 from ldm.data.shard_writer import ShardWriter, npy_bytes
 from ldm.data.shards import (
     DATASET_FILE,
@@ -39,120 +41,25 @@ from ldm.data.shards import (
 )
 from ldm.json_text import parse_json
 
-_SHA256 = re.compile("[0-9A-Za-z_-]{1,128}")
 _NUMBERED = re.compile(r"shard-([0-9]{1,12})\.tar")
 SHARD_BYTES = 256 * 2**20
 WORK_FOLDER = ".unfinished"
+SETTINGS_FILE, BROKEN_FILE = "settings.json", "broken.jsonl"
 FINISH_OR_FRESH = "choose a fresh --out (what is there stays as it is)"
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What every scene of a prepared folder has in common; another value needs another folder."""
-
-    first_stage: str
-    text_encoder: str
-    scale_factor: float
-    fps: float
-    size: list[int]  # height, width
-    num_tokens: int  # of a caption's embedding
-
-
-@dataclass
-class Dropped:
-    """A stretch of a video that was left out, in frames at the prepared rate, and why."""
-
-    start: int
-    stop: int
-    reason: str
-
-
-@dataclass
-class VideoReport:
-    """What one video gave; a line of `videos.jsonl`."""
-
-    source: str
-    sha256: str
-    captions: list[str]
-    num_scenes: int = 0
-    num_frames: int = 0
-    dropped: list[Dropped] = field(default_factory=list)
-
-    @classmethod
-    def from_values(cls, values: dict[str, Any]) -> VideoReport:
-        """From parsed JSON; raises KeyError, TypeError or ValueError."""
-        report = cls(**{**values, "dropped": [Dropped(**dropped) for dropped in values["dropped"]]})
-        counts = (report.num_scenes, report.num_frames)
-        if not isinstance(report.sha256, str) or not _SHA256.fullmatch(report.sha256):  # it names a file
-            raise ValueError(f"sha256: found {str(report.sha256)[:80]!r}")
-        if not all(isinstance(text, str) for text in (report.source, *report.captions)):
-            raise ValueError("source and captions: expected strings")
-        if any(type(count) is not int or count < 0 for count in counts):
-            raise ValueError(f"num_scenes, num_frames: found {counts}")
-        return report
-
-    def to_line(self) -> str:
-        """One line of JSON, with its newline."""
-        return json.dumps(asdict(self), ensure_ascii=False) + "\n"
-
-
-def hash_file(path: Path) -> str:
-    """sha256 of a file's bytes, hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-class PartWriter:
-    """The scenes of one video on their way to disk."""
-
-    def __init__(self, report: VideoReport, settings: Settings, shard: ShardWriter) -> None:
-        self.report = report
-        self.entries: list[SceneEntry] = []
-        self._settings = settings
-        self._shard = shard
-
-    def add(
-        self, frames: range, moments: np.ndarray, contexts: list[np.ndarray], notes: Mapping[str, Any] | None = None
-    ) -> None:
-        """Store the scene that is `frames` of the video: moments float16 `t 2c h w`, a float16 `n d` per caption.
-
-        notes: plain values that are to be kept with the scene; they are no part of its key.
-        """
-        about: dict[str, Any] = {
-            "source": self.report.source,
-            "start": frames.start,
-            "fps": self._settings.fps,
-            "captions": self.report.captions,
-        }
-        if notes:
-            about["notes"] = dict(notes)
-        self.entries.append(self._shard.add(self._key(frames), about, moments, contexts))
-        self.report.num_scenes += 1
-        self.report.num_frames += len(moments)
-
-    def drop(self, frames: range, reason: str) -> None:
-        """Note that `frames` of the video are left out."""
-        self.report.dropped.append(Dropped(frames.start, frames.stop, reason))
-
-    def _key(self, frames: range) -> str:
-        identity = {
-            "schema_version": SCHEMA_VERSION,
-            **asdict(self._settings),
-            "source": self.report.sha256,
-            "captions": self.report.captions,
-            "frames": [frames.start, frames.stop],
-        }
-        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
-
-
 class Preparation:
-    """The folder `out` while it is being filled under `settings`; one process at a time.
+    """The folder `out` while it is being filled under `settings`; one process at a time, or one for each share.
+
+    share: (i, n) of a process that prepares the i-th n-th of the videos, i from 1 to n, beside others.
 
     Raises DatasetError when `out` was prepared, or begun, with other settings, when its index is gone, and when
     another process is filling it.
     """
 
-    def __init__(self, out: Path | str, settings: Settings, shard_bytes: int = SHARD_BYTES) -> None:
+    def __init__(
+        self, out: Path | str, settings: Settings, shard_bytes: int = SHARD_BYTES, share: tuple[int, int] = (1, 1)
+    ) -> None:
         self.out = Path(out)
         self.settings = settings
         self.work = self.out / WORK_FOLDER
@@ -160,30 +67,44 @@ class Preparation:
         if self.out.exists() and not self.out.is_dir():
             raise DatasetError(f"{self.out}: expected a folder to write into, found a file")
         self._check_settings()
-        self.work.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.work / "lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise DatasetError(f"{self.out}: another scripts/prepare.py is writing here; wait until it ends") from error
-        write_atomically(self.work / "settings.json", json.dumps(asdict(settings)))
+        self._own = self.work if share == (1, 1) else self.work / f"{share[0]}-of-{share[1]}"
+        self._own.mkdir(parents=True, exist_ok=True)
+        self._lock = self._take_lock(self.work, fcntl.LOCK_EX if self._own == self.work else fcntl.LOCK_SH)
+        self._own_lock = self._lock if self._own == self.work else self._take_lock(self._own, fcntl.LOCK_EX)
+        self._check_settings()  # of others that began meanwhile
+        write_atomically(self._own / SETTINGS_FILE, json.dumps(asdict(settings)))
+        if self._own != self.work:
+            os.replace(self._own / SETTINGS_FILE, self.work / SETTINGS_FILE)
+        self._parts = PartFolder(self._own, settings)
         with _reading(self.out / VIDEOS_FILE, FINISH_OR_FRESH) as lines:
             self._committed_videos = [VideoReport.from_values(parse_json(line)) for line in lines.splitlines()]
         self.reports = {report.sha256: report for report in self._committed_videos}
-        self.reports.update((note["video"].sha256, note["video"]) for note in self._notes())
+        self._rivals: dict[str, list[VideoReport]] = {}  # what is not committed yet, by sha256
+        for note in self._notes():
+            self._rivals.setdefault(note.video.sha256, []).append(note.video)
+            self.reports[note.video.sha256] = note.video
+        self.broken = self._read_broken()
 
     @property
     def has_empty_context(self) -> bool:
         """Whether the embedding of the empty prompt is stored already."""
-        return (self.out / DATASET_FILE).is_file() or (self.work / EMPTY_FILE).is_file()
+        return (self.out / DATASET_FILE).is_file() or self._empty_context() is not None
 
     def store_empty_context(self, context: np.ndarray) -> None:
         """Store the embedding of the empty prompt, `n d`; it is these settings' own and moves out with the scenes."""
-        write_atomically(self.work / EMPTY_FILE, npy_bytes(context.astype(np.float16)))
+        write_atomically(self._own / EMPTY_FILE, npy_bytes(context.astype(np.float16)))
 
-    def done(self, sha256: str, source: str, captions: list[str]) -> VideoReport | None:
-        """The report of a video that is prepared already. Raises DatasetError when that was with other captions."""
+    def done(self, sha256: str, source: str, captions: list[str], twins: Collection[str] = ()) -> VideoReport | None:
+        """The report of a video that is prepared already. Raises DatasetError when that was with other captions.
+
+        twins: other files with the same bytes, which only count as this one once they are in the index.
+        """
+        for rival in self._rivals.get(sha256, []):
+            if rival.source == source:
+                self.reports[sha256] = rival
         report = self.reports.get(sha256)
+        if report is not None and sha256 in self._rivals and report.source != source and report.source in twins:
+            return None
         if report is not None and report.captions != captions:
             raise DatasetError(
                 f"{self.out}: {source} was prepared with the captions {report.captions}, now they are {captions}: "
@@ -194,29 +115,60 @@ class Preparation:
     @contextmanager
     def video(self, source: str, sha256: str, captions: list[str]) -> Iterator[PartWriter]:
         """Write one video's scenes; they count only when the block ends without an error."""
-        part = self.work / f"{sha256}.tar"
-        with replacing(part) as partial, ShardWriter(partial, part.name) as shard:
-            writer = PartWriter(VideoReport(source, sha256, captions), self.settings, shard)
+        with self._parts.video(source, sha256, captions) as writer:
             yield writer
-        note = {"video": asdict(writer.report), "scenes": [entry.to_line() for entry in writer.entries]}
-        write_atomically(part.with_suffix(".json"), json.dumps(note, ensure_ascii=False))
         self.reports[sha256] = writer.report
+        self.broken.pop(sha256, None)
+
+    def adopt(self, note: str, content: Iterable[bytes]) -> VideoReport:
+        """Take over a video that was prepared elsewhere, under the same settings: its note and the bytes of its tar."""
+        report = self._parts.adopt(note, content)
+        self.reports[report.sha256] = report
+        self.broken.pop(report.sha256, None)
+        return report
+
+    def note_broken(self, source: str, sha256: str, reason: str) -> None:
+        """Remember that a video cannot be prepared, so that the next run need not find out again."""
+        self.broken[sha256] = Broken(source, sha256, reason)
+        write_atomically(self._own / BROKEN_FILE, "".join(broken.to_line() for broken in self.broken.values()))
+
+    def leave(self) -> None:
+        """End without finishing: what was prepared waits for those who prepare other shares."""
+        self._own_lock.close()
+        self._lock.close()
 
     def finish(self) -> PreparedSet | None:
         """Move everything prepared into shards, write the index, tidy up; None when the folder holds no scene."""
-        notes = self._notes()
+        notes = [note for note in self._notes() if note.video == self.reports[note.video.sha256]]
+        notes = list({note.video.sha256: note for note in notes}.values())
         if notes:
-            self._commit(self._assemble(notes), [note["video"] for note in notes])
+            self._commit(self._assemble(notes), [note.video for note in notes])
+        if (self.out / DATASET_FILE).is_file() and (self.broken or (self.out / BROKEN_FILE).is_file()):
+            lines = [broken.to_line() for broken in sorted(self.broken.values())]
+            write_atomically(self.out / BROKEN_FILE, "".join(lines))
         shutil.rmtree(self.work)
-        self._lock.close()
+        self.leave()
         return PreparedSet(self.out) if (self.out / DATASET_FILE).is_file() else None
 
     @property
     def _begin_again(self) -> str:
         return f"delete the folder {self.work} (what was finished lies outside it and stays), or {FINISH_OR_FRESH}"
 
+    def _take_lock(self, folder: Path, kind: int) -> IO[str]:
+        """A lock on the whole folder, or a share of it; several may hold a shared one."""
+        file = (folder / "lock").open("a+")
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+        except OSError as error:
+            file.close()
+            which = "" if folder == self.work else f" (share {folder.name})"
+            raise DatasetError(
+                f"{self.out}: another scripts/prepare.py is writing here{which}; wait until it ends"
+            ) from error
+        return file
+
     def _check_settings(self) -> None:
-        dataset, begun = self.out / DATASET_FILE, self.work / "settings.json"
+        dataset, begun = self.out / DATASET_FILE, self.work / SETTINGS_FILE
         if dataset.is_file():
             info = asdict(read_info(self.out))
             found = {name: info[name] for name in asdict(self.settings)}
@@ -238,39 +190,52 @@ class Preparation:
         if dataset.is_file() and not (self.work.is_dir() and (self.out / INDEX_FILE).is_file()):
             PreparedSet(self.out)  # nothing is added to a damaged folder
 
-    def _notes(self) -> list[dict[str, Any]]:
-        """What each finished part holds, in the order in which it goes into the shards."""
+    def _notes(self) -> list[Note]:
+        """What each finished part holds, in the order in which it goes into the shards; of all shares."""
         notes = []
-        for path in self.work.glob("*.json"):
-            if path.name == "settings.json":
+        for path in [*self.work.glob("*.json"), *self.work.glob("*-of-*/*.json")]:
+            if path.name == SETTINGS_FILE:
                 continue
             with _reading(path, self._begin_again) as content:
-                note = parse_json(content)
-                scenes = [SceneEntry.from_line(line) for line in note["scenes"]]
-                notes.append({"video": VideoReport.from_values(note["video"]), "scenes": scenes})
-        return sorted(notes, key=lambda note: (note["video"].source, note["video"].sha256))
+                notes.append(Note.from_json(content, path.parent))
+        return sorted(notes, key=lambda note: (note.video.source, note.video.sha256))
 
-    def _assemble(self, notes: list[dict[str, Any]]) -> list[SceneEntry]:
+    def _read_broken(self) -> dict[str, Broken]:
+        """What could not be prepared so far, in this run or an earlier one, by sha256."""
+        broken = {}
+        for path in [self.out / BROKEN_FILE, *self.work.glob(BROKEN_FILE), *self.work.glob(f"*-of-*/{BROKEN_FILE}")]:
+            with _reading(path, FINISH_OR_FRESH if path.parent == self.out else self._begin_again) as lines:
+                found = [Broken.from_values(parse_json(line)) for line in lines.splitlines()]
+            broken.update((entry.sha256, entry) for entry in found if entry.sha256 not in self.reports)
+        return broken
+
+    def _empty_context(self) -> Path | None:
+        """Where the embedding of the empty prompt waits; those of all shares are the same."""
+        paths = [self.work / EMPTY_FILE, *sorted(self.work.glob(f"*-of-*/{EMPTY_FILE}"))]
+        return next((path for path in paths if path.is_file()), None)
+
+    def _assemble(self, notes: list[Note]) -> list[SceneEntry]:
         """Copy the scenes of all parts into new shards; returns the whole index, old entries first."""
         index = _read_lines(self.out / INDEX_FILE)
         keys = {entry.key for entry in index}
         for journal in sorted(self.work.glob("shard-*.jsonl")):  # of a run that was killed while assembling
             index += [entry for entry in _read_lines(journal) if entry.key not in keys]
         keys.update(entry.key for entry in index)
-        parts = ShardReader(self.work)
+        readers = {folder: ShardReader(folder) for folder in {note.folder for note in notes}}
+        parts = {entry.key: readers[note.folder] for note in notes for entry in note.scenes}
         numbers = (_NUMBERED.fullmatch(entry.shard) for entry in index)
         number = max((int(found[1]) for found in numbers if found), default=-1) + 1
-        pending = [entry for note in notes for entry in note["scenes"] if entry.key not in keys]
+        pending = [entry for note in notes for entry in note.scenes if entry.key not in keys]
         for group in _shard_loads(pending, self._shard_bytes):
             name = f"shard-{number:06d}.tar"
             with replacing(self.out / name) as partial, ShardWriter(partial, name) as shard:
-                written = [_copy(parts, entry, shard) for entry in group]
+                written = [_copy(parts[entry.key], entry, shard) for entry in group]
             write_atomically(self.work / f"{name[:-4]}.jsonl", "".join(entry.to_line() for entry in written))
             index += written
             keys.update(entry.key for entry in written)
             for note in notes:
-                if all(entry.key in keys for entry in note["scenes"]):
-                    (self.work / f"{note['video'].sha256}.tar").unlink(missing_ok=True)
+                if all(entry.key in keys for entry in note.scenes):
+                    (note.folder / f"{note.video.sha256}.tar").unlink(missing_ok=True)
             number += 1
         return index
 
@@ -283,7 +248,7 @@ class Preparation:
         lines = "".join(entry.to_line() for entry in index).encode()
         write_atomically(self.out / INDEX_FILE, lines)
         if not (self.out / DATASET_FILE).is_file():
-            write_atomically(self.out / EMPTY_FILE, (self.work / EMPTY_FILE).read_bytes())
+            write_atomically(self.out / EMPTY_FILE, self._empty_context().read_bytes())
         empty = (self.out / EMPTY_FILE).read_bytes()
         info = DatasetInfo(
             schema_version=SCHEMA_VERSION,
@@ -306,9 +271,9 @@ class Preparation:
             return list(np.lib.format.read_array_header_1_0(file)[0])
 
 
-def _copy(parts: ShardReader, entry: SceneEntry, shard: ShardWriter) -> SceneEntry:
-    latents = parts.read_span(entry, entry.latents)
-    return shard.copy(entry, latents, [parts.read_span(entry, span) for span in entry.contexts])
+def _copy(part: ShardReader, entry: SceneEntry, shard: ShardWriter) -> SceneEntry:
+    latents = part.read_span(entry, entry.latents)
+    return shard.copy(entry, latents, [part.read_span(entry, span) for span in entry.contexts])
 
 
 def _shard_loads(entries: Iterable[SceneEntry], max_bytes: int) -> Iterator[list[SceneEntry]]:

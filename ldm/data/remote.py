@@ -108,7 +108,7 @@ class Address:
     def begin_range(self, start: int, length: int, attempts: int | None = None) -> Future:
         """The same without waiting; None: as many attempts as it takes. Only in the process that waits for it."""
         what = f"{length:,} bytes at {start:,}"
-        return connection().begin(_patiently(self, what, lambda: _range(self, start, length), attempts))
+        return connection().begin(patiently(self, what, lambda: _range(self, start, length), attempts))
 
     def sizes(self, names: Iterable[str]) -> dict[str, int]:
         """Bytes of the files of these names in it, -1 for one that is not there."""
@@ -162,7 +162,7 @@ class Connection:
         async with self._opening:
             if address.scheme not in self._systems:
                 kind = fsspec.get_filesystem_class(address.scheme)
-                words: dict[str, Any] = {"skip_instance_cache": True}
+                words: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
                 if kind.async_impl:
                     words |= {"asynchronous": True, "loop": self.loop}
                 if address.is_http:
@@ -219,24 +219,32 @@ os.register_at_fork(before=_before_fork, after_in_parent=_making.release, after_
 atexit.register(_at_exit)
 
 
-async def _patiently(
-    address: Address, what: str, attempt: Callable[[], Awaitable[Any]], attempts: int | None = None
+async def patiently(
+    address: Address,
+    what: str,
+    attempt: Callable[[], Awaitable[Any]],
+    attempts: int | None = None,
+    within: float | None = None,
 ) -> Any:
-    """Make an attempt until one succeeds. FileNotFoundError passes; all else that is final becomes a DatasetError."""
+    """Make an attempt, each for so many seconds, until one succeeds.
+
+    FileNotFoundError passes; all else that is final becomes a DatasetError.
+    """
     begin, reason = time.monotonic(), ""
     attempts = ATTEMPTS if attempts is None else attempts
+    within = ANSWER_WITHIN if within is None else within
     for number in range(attempts):
         if number:
             pause = min(LONGEST_WAIT, FIRST_WAIT * 2 ** (number - 1))
             await asyncio.sleep(pause * _CHANCE.uniform(0.5, 1))
         try:
-            return await asyncio.wait_for(attempt(), ANSWER_WITHIN)
+            return await asyncio.wait_for(attempt(), within)
         except FileNotFoundError:
             raise
         except (PermissionError, RefusedError, ImportError) as error:
             raise DatasetError(f"{address}: {_final_words(error)}") from error
         except TimeoutError:
-            reason = f"no answer within {ANSWER_WITHIN:g} s"
+            reason = f"no answer within {within:g} s"
         except Exception as error:  # whatever a library calls a connection that breaks
             if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
                 raise DatasetError(f"{address}: {_final_words(error)}") from error
@@ -297,7 +305,7 @@ async def _http_range(system: AbstractFileSystem, address: Address, start: int, 
 def _size(address: Address) -> int | None:
     """Bytes of a file, None when there is none."""
     try:
-        return connection().begin(_patiently(address, "a file", lambda: _ask_size(address))).result()
+        return connection().begin(patiently(address, "a file", lambda: _ask_size(address))).result()
     except FileNotFoundError:
         return None
 
@@ -316,7 +324,7 @@ async def _sizes(folder: Address, names: list[str]) -> dict[str, int]:
     """By one listing where the file system has listings, else file by file."""
     if not folder.is_http:
         try:
-            found = await _patiently(folder, "a list of its files", lambda: _listing(folder))
+            found = await patiently(folder, "a list of its files", lambda: _listing(folder))
         except FileNotFoundError:
             found = {}
         return {name: found.get(name, -1) for name in names}
@@ -325,7 +333,7 @@ async def _sizes(folder: Address, names: list[str]) -> dict[str, int]:
     async def one(name: str) -> int:
         async with places:
             try:
-                return await _patiently(folder / name, "a file", lambda: _ask_size(folder / name))
+                return await patiently(folder / name, "a file", lambda: _ask_size(folder / name))
             except FileNotFoundError:
                 return -1
 

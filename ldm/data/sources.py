@@ -17,7 +17,8 @@ import numpy as np
 from ldm.data.captions import THREE_WAYS
 from ldm.data.encoding import Encoders
 from ldm.data.footage import FootageError, find_scenes, probe, read_frames
-from ldm.data.preparation import Preparation, Settings, VideoReport, hash_file
+from ldm.data.parts import PartFolder, Settings, VideoReport, hash_file
+from ldm.data.preparation import Preparation
 
 CHUNK_PIXELS = 2 * 512 * 512  # encoded at a time
 MAX_SCENE_FRAMES = 600  # longer scenes are stored in pieces, so that memory stays bounded
@@ -79,10 +80,19 @@ class Plan:
             self.done.append(report)
 
 
-def plan_videos(names: Iterable[tuple[Path, str]], captions: dict[Path, list[str]], preparation: Preparation) -> Plan:
-    """Look at every file; `names` are pairs of path and name in the data set."""
+def plan_videos(
+    names: Iterable[tuple[Path, str]],
+    captions: dict[Path, list[str]],
+    preparation: Preparation,
+    retry_broken: bool = False,
+) -> Plan:
+    """Look at every file; `names` are pairs of path and name in the data set.
+
+    What an earlier run could not prepare is left out, unless `retry_broken`.
+    """
     plan = Plan()
-    seen: dict[str, str] = {}
+    found: dict[str, VideoSource] = {}
+    twins: dict[str, list[str]] = {}
     for path, name in names:
         try:
             info = probe(path)
@@ -93,18 +103,23 @@ def plan_videos(names: Iterable[tuple[Path, str]], captions: dict[Path, list[str
             plan.unusable[name] = f"no caption: {THREE_WAYS}"
             continue
         sha256 = hash_file(path)
-        if sha256 in seen:
-            plan.unusable[name] = f"the same bytes as {seen[sha256]}"
+        if sha256 in found:
+            plan.unusable[name] = f"the same bytes as {found[sha256].name}"
+            twins.setdefault(sha256, []).append(name)
             continue
-        seen[sha256] = name
         num_frames = int(info.duration * preparation.settings.fps)
-        source = VideoSource(name, sha256, num_frames, path, captions[path])
-        plan.add(source, preparation.done(sha256, name, captions[path]))
+        found[sha256] = VideoSource(name, sha256, num_frames, path, captions[path])
+    for sha256, source in found.items():
+        if sha256 in preparation.broken and not retry_broken:
+            reason = preparation.broken[sha256].reason
+            plan.unusable[source.name] = f"{reason} (an earlier run found this; --retry-broken tries again)"
+        else:
+            plan.add(source, preparation.done(sha256, source.name, source.captions, twins.get(sha256, [])))
     return plan
 
 
 def prepare_source(
-    source: Source, preparation: Preparation, encoders: Encoders, advance: Callable[[int], None]
+    source: Source, preparation: Preparation | PartFolder, encoders: Encoders, advance: Callable[[int], None]
 ) -> VideoReport:
     """Store all scenes of one source; `advance` is told of frames as they are encoded.
 

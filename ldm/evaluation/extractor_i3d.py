@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from ldm.data.preparation import hash_file
+from ldm.data.parts import hash_file
 from ldm.errors import UserError
 from ldm.evaluation.extractors import Extractor
 from ldm.evaluation.flow import Motion
