@@ -20,7 +20,7 @@ from ldm.data.shared_ring import Placed, PlacingCollate, SharedRing, num_bytes
 from ldm.errors import UserError
 
 ROOM = 4  # places for batches so many times as large as the first: they may be of different kinds
-LINGER = 120  # seconds that a reading process stays after SIGTERM
+LINGER = 3600  # seconds that a reading process stays after SIGTERM: what is under way may be long
 
 
 class StreamOrder:
