@@ -14,7 +14,7 @@ import pytorch_lightning as pl
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ldm.callbacks import ProgressBar
+from ldm.callbacks import ProgressBar, SkipBadSteps, WeightAverage, guard
 from ldm.models.diffusion.known_mixture import Known
 from tests.test_ddpm import make_batch, make_model
 
@@ -85,13 +85,25 @@ class WatchTheSecondStep(pl.Callback):
         self.open.close()
 
 
-def test_a_step_of_the_trainer_with_its_bar_reads_nothing(tmp_path, monkeypatch):
+def test_a_step_of_the_trainer_with_its_callbacks_reads_nothing(tmp_path, monkeypatch):
+    """The guard and the average do what they do on a card: the verdict on a step stays there."""
     monkeypatch.setattr(ProgressBar, "seconds_between_readings", 1e9)
+    monkeypatch.setattr(guard, "must_wait", lambda optimizer: False)
     model, watch = make_model(), WatchTheSecondStep(Watch())
+    make = model.configure_optimizers
+
+    def fused():
+        made = make()
+        for group in made["optimizer"].param_groups:
+            group.update(fused=True, foreach=False)
+        return made
+
+    monkeypatch.setattr(model, "configure_optimizers", fused)
     monkeypatch.setattr(type(model), "setup", lambda self, stage: None)
     trainer = pl.Trainer(
         max_steps=3, accelerator="cpu", logger=False, enable_checkpointing=False, enable_model_summary=False,
-        gradient_clip_val=1.0, callbacks=[ProgressBar(), watch], default_root_dir=tmp_path, log_every_n_steps=1000,
+        gradient_clip_val=1.0, callbacks=[ProgressBar(), SkipBadSteps(str(tmp_path)), WeightAverage(), watch],
+        default_root_dir=tmp_path, log_every_n_steps=1000,
     )  # fmt: skip
     batches = torch.utils.data.DataLoader([make_batch([0, 1])] * 3, batch_size=None)
     with watch.open:

@@ -98,7 +98,7 @@ class SkipBadSteps(pl.Callback):
         self._step_seen = 0
         self._stop: BadStepsError | None = None
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._step_seen = trainer.global_step
         if not pl_module.automatic_optimization:
             return

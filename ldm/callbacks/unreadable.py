@@ -46,7 +46,7 @@ class UnreadableClips(pl.Callback):
         """The file of a process."""
         return self.folder / (f"unreadable-{rank}.jsonl" if rank else FILE)
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._step_seen = trainer.global_step
         path = self.path(trainer.global_rank)
         if path.exists():  # lines that this run is going to write again
@@ -84,7 +84,7 @@ class UnreadableClips(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if not isinstance(batch, Batch):
+        if not isinstance(batch, Batch) or trainer.sanity_checking:
             return
         new = [clip for clip in batch.all_unreadable() if clip.position not in self._held_out]
         if new:
