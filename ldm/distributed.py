@@ -22,12 +22,14 @@ WORDS = ("auto", "ddp", "ddp_find_unused_parameters_true", "fsdp")
 
 
 class Replicas(DDPStrategy):
-    """DDP in which no process sends its buffers to the others: all are made from the same numbers."""
+    """DDP in which no process sends its buffers to the others: all are made from the same numbers.
+
+    Among them are the lower bits of split weights, 16-bit integers, which NCCL could not send at all.
+    """
 
     def _setup_model(self, model: torch.nn.Module) -> DistributedDataParallel:
-        # Lower bits of split weights: NCCL has no 16-bit integers, and the weights' first broadcast would take them.
-        kept = [name for name, buffer in model.named_buffers() if buffer.dtype == torch.int16]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, kept)
+        names = [name for name, _ in model.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
         return super()._setup_model(model)
 
 
@@ -128,11 +130,7 @@ def strategy_words(
     accumulates = arguments.get("accumulate_grad_batches", 1) != 1
     is_static = getattr(model, "has_static_graph", False) and not some_unused and not accumulates
     unused = some_unused or (not is_static and getattr(data, "frames", 2) == 1)
-    return {
-        "strategy": Replicas(
-            static_graph=is_static, find_unused_parameters=unused, gradient_as_bucket_view=True, broadcast_buffers=False
-        )
-    }
+    return {"strategy": Replicas(static_graph=is_static, find_unused_parameters=unused, gradient_as_bucket_view=True)}
 
 
 def launch_plugins() -> list[Any]:

@@ -21,6 +21,7 @@ from ldm.callbacks.sampling import Recipe, averaged, decode_clips, sample_latent
 from ldm.checkpoint import load_text_encoder_of
 from ldm.data.batch import SceneRange
 from ldm.data.clips import ClipDataModule, HeldOutClips
+from ldm.distributed_tensors import is_divided
 from ldm.errors import UserError
 from ldm.evaluation.agreement import agreement_by
 from ldm.evaluation.instruments import OUR_JUDGE, Instruments
@@ -98,7 +99,7 @@ class MotionLogger(pl.Callback):
         self.recipe.check(pl_module, "MotionLogger")
         if self.judge is not None or OUR_JUDGE.is_file():
             self._instruments = Instruments(agreement_by(load_judge(self.judge or OUR_JUDGE)))
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero and not is_divided(pl_module.unet):
             return
         data = trainer.datamodule
         self.frames = data.frames if self.frames is None else self.frames
@@ -110,8 +111,13 @@ class MotionLogger(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._step_seen = trainer.global_step
-        if not trainer.is_global_zero:
-            return
+        if trainer.is_global_zero:
+            self._begin_record(trainer, pl_module)
+        if self.at_start and trainer.global_step == 0:
+            self._log_motion(trainer, pl_module)
+
+    def _begin_record(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """What was measured before, and the data's own clips, measured once."""
         self._record = _begin(self.path, self._settings(), trainer.global_step)
         measures = self._instruments.measures
         if set(self._record.get("data", {}).get("values", ())) != set(measures):
@@ -122,8 +128,6 @@ class MotionLogger(pl.Callback):
         self._record["measures"] = {
             name: {word: getattr(measure, word) for word in words} for name, measure in measures.items()
         }
-        if self.at_start and trainer.global_step == 0:
-            self._log_motion(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -146,6 +150,8 @@ class MotionLogger(pl.Callback):
 
     def _log_motion(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.is_global_zero:
+            if is_divided(pl_module.unet):
+                self._sample(trainer, pl_module)
             return
         begin, step = time.monotonic(), trainer.global_step
         tflop = next((callback.tflop for callback in trainer.callbacks if isinstance(callback, ComputeCount)), None)

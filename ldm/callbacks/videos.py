@@ -17,6 +17,7 @@ from torch import Tensor
 from ldm.atomic import replacing
 from ldm.callbacks.sampling import Recipe, averaged, decode_clips, sample_latents
 from ldm.checkpoint import load_text_encoder_of
+from ldm.distributed_tensors import is_divided
 from ldm.errors import UserError
 from ldm.models.diffusion.sampling import initial_noise
 from ldm.video import contact_sheet, write_gif
@@ -68,14 +69,15 @@ class VideoLogger(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Encode the prompts and try the sampler's settings: mistakes show before the first step."""
         self.recipe.check(pl_module, "VideoLogger")
-        if not trainer.is_global_zero:
-            return
-        text_encoder = load_text_encoder_of(self.config)
-        for prompt in self.prompts:
-            if lost := text_encoder.truncated(prompt):
-                log.warning("the prompt '%.40s...' is longer than the text encoder holds; cut: '%s'", prompt, lost)
-        with torch.no_grad():
-            self._context = text_encoder.encode(self.prompts).cpu()
+        if trainer.is_global_zero:
+            text_encoder = load_text_encoder_of(self.config)
+            for prompt in self.prompts:
+                if lost := text_encoder.truncated(prompt):
+                    log.warning("the prompt '%.40s...' is longer than the text encoder holds; cut: '%s'", prompt, lost)
+            with torch.no_grad():
+                self._context = text_encoder.encode(self.prompts).cpu()
+        if is_divided(pl_module.unet):
+            self._context = trainer.strategy.broadcast(self._context)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._step_seen = trainer.global_step
@@ -92,6 +94,8 @@ class VideoLogger(pl.Callback):
 
     def _log_videos(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch_idx: int) -> None:
         if not trainer.is_global_zero:
+            if is_divided(pl_module.unet):
+                self._sample_latents(trainer, pl_module)
             return
         videos, fps = self.sample(trainer, pl_module)
         name = f"gs-{trainer.global_step:06}_e-{trainer.current_epoch:06}_b-{batch_idx:06}"
@@ -109,6 +113,11 @@ class VideoLogger(pl.Callback):
 
     def sample(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[list[np.ndarray], float]:
         """A video per prompt, uint8 `t h w 3`, and their frame rate; the module is left as it was."""
+        latents, fps = self._sample_latents(trainer, pl_module)
+        return decode_clips(self.config, pl_module, latents), fps
+
+    def _sample_latents(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[Tensor, float]:
+        """`b t c h w` and their frame rate; all processes are needed where weights are divided among them."""
         clips = trainer.datamodule.train_clips
         info, fps = clips.prepared.info, clips.prepared.info.fps / min(clips.strides)
         shape = (1, self.frames or clips.frames, info.latent_channels, *info.moments_shape[1:])
@@ -117,7 +126,7 @@ class VideoLogger(pl.Callback):
             for index, context in enumerate(self._context.split(1)):
                 noise = initial_noise(*shape, torch.Generator().manual_seed(self.seed + index), pl_module.noise)
                 latents.append(sample_latents(trainer, pl_module, self.recipe, noise, context, fps))
-        return decode_clips(self.config, pl_module, torch.cat(latents)), fps
+        return torch.cat(latents), fps
 
 
 def _add_gif(logger: TensorBoardLogger, tag: str, gif: bytes, size: tuple[int, int], step: int) -> None:
