@@ -13,11 +13,13 @@ import io
 import mmap
 import pickle
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 MAX_RECORDS = 200_000
 SLACK = 2**20
+OBJECTS = 24 * 2**20  # bytes of Python objects that any file may unpickle to, and six times its size more
 END, DIRECTORY, LOCAL = b"PK\x05\x06", b"PK\x01\x02", b"PK\x03\x04"
 END64_LOCATOR, END64 = b"PK\x06\x07", b"PK\x06\x06"
 WORD = 0xFFFFFFFF
@@ -39,6 +41,12 @@ OPERATIONS = (
     pickle.SHORT_BINSTRING, pickle.BINPERSID, pickle.BINGET, pickle.LONG_BINGET, pickle.BINPUT, pickle.LONG_BINPUT,
     pickle.LONG1,
 )  # fmt: skip
+# About the bytes that an operation takes, here or when the pickle is loaded: an object and its place in a list.
+COSTS = {
+    **dict.fromkeys(OPERATIONS, 40), pickle.EMPTY_SET: 224, pickle.EMPTY_DICT: 72, pickle.EMPTY_LIST: 64,
+    pickle.MARK: 72, pickle.TUPLE: 64, pickle.TUPLE1: 64, pickle.TUPLE2: 64, pickle.TUPLE3: 72, pickle.LONG_BINPUT: 110,
+    pickle.SETITEM: 110, pickle.REDUCE: 500, pickle.NEWOBJ: 500,
+}  # fmt: skip
 
 
 class HeaderError(ValueError):
@@ -58,7 +66,7 @@ def check_zip(path: Path) -> set[str]:
         if f"{folder}/data.pkl" not in records:
             raise HeaderError(f"no {folder[:80]}/data.pkl in the zip")
         content = _content(file, *records[f"{folder}/data.pkl"])
-    machine = _Machine(io.BytesIO(content), len(content))
+    machine = _Machine(io.BytesIO(content), len(content), OBJECTS + 6 * path.stat().st_size)
     machine.run()
     for key, size in machine.storages.items():
         place = records.get(f"{folder}/data/{key}")
@@ -73,10 +81,11 @@ def check_old(path: Path) -> set[str]:
     names: set[str] = set()
     size = path.stat().st_size
     with path.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as file:
-        needed = 0
+        needed, room = 0, OBJECTS + 6 * size
         for _ in range(5):  # a number, the protocol, the machine, the contents, the names of the storages
-            machine = _Machine(file, size)
+            machine = _Machine(file, size, room)
             machine.run()
+            room = machine.room
             names |= machine.names
             needed += sum(machine.storages.values())
         if needed > size - file.tell():
@@ -190,12 +199,16 @@ class _Stand(dict):
 
 
 class _Machine(pickle._Unpickler):  # the one in Python: the one in C allocates before it looks
-    """Reads one pickle; `names` are those it wants to call, `storages` the bytes of each of its storages."""
+    """Reads one pickle; `names` are those it wants to call, `storages` the bytes of each of its storages.
+
+    room: bytes of objects that it may make; a pickle is a program, and one byte of it makes a set of 200.
+    """
 
     dispatch = {code[0]: pickle._Unpickler.dispatch[code[0]] for code in OPERATIONS}  # noqa: RUF012 - as its parent's
 
-    def __init__(self, file: Any, size: int) -> None:
+    def __init__(self, file: Any, size: int, room: int) -> None:
         super().__init__(file, encoding="bytes")
+        self.room = room
         self.names: set[str] = set()
         self.storages: dict[str, int] = {}
         self._budget = 16 * size + SLACK  # values that calls may copy, all together
@@ -252,7 +265,14 @@ class _Machine(pickle._Unpickler):  # the one in Python: the one in C allocates 
 
     def load_setitems(self) -> None:
         self._check_keys(self.stack[::2])
+        self.take(len(self.stack) // 2 * COSTS[pickle.SETITEM])
         super().load_setitems()
+
+    def take(self, num_bytes: int) -> None:
+        """Count the bytes of objects that are about to be made."""
+        self.room -= num_bytes
+        if self.room < 0:
+            raise HeaderError("a pickle of more objects than a file of this size has any use for")
 
     def _call(self, function: Any, arguments: Any) -> None:
         if not isinstance(function, str | _Stand) or not isinstance(arguments, tuple):
@@ -291,3 +311,16 @@ for _code, _own in (
     (pickle.SETITEM, _Machine.load_setitem), (pickle.SETITEMS, _Machine.load_setitems),
 ):  # fmt: skip
     _Machine.dispatch[_code[0]] = _own
+
+
+def _counted(operation: Callable[[_Machine], None], cost: int) -> Callable[[_Machine], None]:
+    def run(machine: _Machine) -> None:
+        machine.take(cost)
+        operation(machine)
+
+    return run
+
+
+for _code, _cost in COSTS.items():
+    if _code != pickle.STOP:
+        _Machine.dispatch[_code[0]] = _counted(_Machine.dispatch[_code[0]], _cost)

@@ -117,6 +117,9 @@ OLD = saved({"state_dict": {NAME: torch.ones(4, 2)}}, _use_new_zipfile_serializa
         (zipped(COPIES), "OrderedDict made of a list, which only copies"),
         (zipped(STRINGS), "a pickle that copies the same things again and again"),
         (zipped(HASHED), "a key that is a tuple"),
+        (zipped(pickle.EMPTY_SET * 600_000 + b"}"), "more objects than a file of this size has any use for"),
+        (zipped(b"ccollections\nOrderedDict\nq\0" + b"h\0)R" * 150_000 + b"}"), "more objects than a file of this"),
+        (OLD.replace(b"}", b"}" * 600_000, 1), "more objects than a file of this size"),
         (zipped(pickle.MARK * 9), "expected a dict of tensors|a damaged pickle"),
         (zipped(b"h\x09"), "a damaged pickle"),
         (zipped(b"]"), "expected a dict of tensors, found list"),
@@ -270,5 +273,8 @@ def test_sound_files_pass(tmp_path):
     contents = {"state_dict": state, "bytes": b"x" * 300, "set": {1, 2}, "generator": torch.get_rng_state()}
     torch.save(contents, tmp_path / "sound.ckpt")
     assert check_header(tmp_path / "sound.ckpt")
+    many = {number: {"step": torch.ones(1), "words": [{}]} for number in range(5000)}  # as of optimisers' states
+    torch.save({"state": many}, tmp_path / "x")
+    assert check_header(tmp_path / "x")
     unet = load_unet(write_zip(image_state(), tmp_path / "sound.ckpt"), UNET)
     assert torch.isfinite(next(unet.parameters())).all()
