@@ -42,3 +42,8 @@ def fill(out: Path, videos=range(3), settings=SETTINGS, shard_bytes=6000) -> Pre
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def the_set(folder: Path) -> dict[str, bytes]:
+    """What a prepared folder is made of. In the list of broken videos stands how far ffmpeg got, which varies."""
+    return {name: content for name, content in contents(folder).items() if name != "broken.jsonl"}
