@@ -2,12 +2,14 @@
 
     python scripts/plan.py --base configs/video-sd.yaml
     python scripts/plan.py --base configs/video-sd.yaml --vram 8 data.params.frames=16
+    python scripts/plan.py --base configs/video-sd.yaml --processes 8,64,512
 
 One step of the config - forward, backward, optimiser - is taken on tensors without values, and every byte followed: how
 much is in use at its most, when, and at which layer, how many operations it is, and how fast it can be at best. With
 --vram the gentlest switches that make it fit are looked for and printed, as overrides and as YAML to paste. At the size
 of Stable Diffusion a count takes a quarter of a minute of one core, one with `feed_forward_frames` and many frames a
-minute or two, and a search makes up to a dozen counts.
+minute or two, and a search makes up to a dozen counts. With --processes what so many of them read, send and save is
+reckoned from the count of one (docs/scaling.md).
 """
 
 from __future__ import annotations
@@ -23,8 +25,10 @@ from rich.console import Console
 from ldm.command_line import Parser
 from ldm.config import check, load_config, to_container
 from ldm.errors import UserError, run_command
+from ldm.planning.cards import CARDS
 from ldm.planning.ladder import check_switches, needed, propose
 from ldm.planning.report import proposal_lines, table
+from ldm.planning.scaling import Machines, scaling_lines
 from ldm.planning.training_step import CARD, PROCESSOR, Count, Shape, count_step, shape_of
 from ldm.video import parse_size
 
@@ -38,6 +42,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--on", choices=(CARD, PROCESSOR), default=CARD, help="where the run would be; a processor casts less"
     )
+    parser.add_argument("--processes", metavar="N,N,...", help="of a run on many cards: what they read, send and save")
+    names = [card.name for card in CARDS]
+    parser.add_argument("--card", choices=names, default="H100", help="of those processes (default: H100)")
+    parser.add_argument("--link", type=float, default=50.0, metavar="GB/S", help="of each card to the others (50)")
+    parser.add_argument("--disk", type=float, default=2.0, metavar="GB/S", help="for checkpoints (2)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any value of the config")
     options = parser.parse_args(arguments)
     options.overrides += [word for word in options.base if "=" in word]
@@ -46,6 +55,14 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         raise UserError(f"--vram: expected the memory of a card in GB, found {options.vram:g}")
     if options.vram is not None and options.on != CARD:
         raise UserError(f"--vram and --on {PROCESSOR} exclude each other: it is the memory of a card; leave out one")
+    if options.processes is not None:
+        numbers = options.processes.split(",")
+        if not all(number.isdecimal() and int(number) for number in numbers) or options.on != CARD:
+            raise UserError(f"--processes: expected numbers from 1, as 8,64,512, on cards, found {options.processes!r}")
+        options.processes = [int(number) for number in numbers]
+    for name in ("link", "disk"):
+        if not 0 < getattr(options, name) < float("inf"):
+            raise UserError(f"--{name}: expected GB a second above 0, found {getattr(options, name):g}")
     return options
 
 
@@ -62,6 +79,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{' + '.join([*options.base, *options.overrides])}: a step of {shape}, on a {options.on}")
     print(f"counted on tensors without values, in {counter.seconds:.0f} s of one core; nothing was measured\n")
     print("\n".join(table(count, options.on)))
+    if options.processes is not None:
+        card = next(card for card in CARDS if card.name == options.card)
+        machines = Machines(card, options.link, options.disk)
+        print("\n".join(["", *scaling_lines(config, counter, options.processes, machines)]))
     if options.vram is None:
         return
     print()

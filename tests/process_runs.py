@@ -11,6 +11,7 @@ import traceback
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -18,7 +19,7 @@ import pytorch_lightning as pl
 import torch
 
 import main as command
-from ldm.callbacks import AtomicCheckpointIO, LastCheckpoint, SkipBadSteps, WeightAverage
+from ldm.callbacks import AtomicCheckpointIO, LastCheckpoint, SkipBadSteps, VideoLogger, WeightAverage, videos
 from ldm.checkpoint_names import UNET_PREFIX
 from ldm.config_targets import trusting
 from ldm.data.batch import Batch
@@ -26,6 +27,7 @@ from ldm.data.clips import ClipDataModule
 from ldm.distributed import strategy_words
 from ldm.distributed_tensors import own_part
 from ldm.models.diffusion import ddpm
+from ldm.video import to_uint8
 from tests.test_ddpm import NOT_BUILT, REFERENCE, UNET
 from tests.toy_run import ToyModel
 
@@ -47,6 +49,7 @@ class Job:
     unet: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
     average: bool = True
+    videos: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,9 @@ def work(rank: int, size: int, port: int, end: Connection) -> None:
         os.environ[name] = str(value)
     ddpm.encoder_tensors = lambda config: {}
     ddpm.check_prepared = lambda *_, **__: None
+    text_encoder = SimpleNamespace(truncated=lambda prompt: "", encode=lambda prompts: torch.ones(len(prompts), 7, 16))
+    videos.load_text_encoder_of = lambda config: text_encoder
+    videos.decode_clips = lambda config, module, latents: [to_uint8(latents[0, :, :3].clamp(-1, 1))]
     while True:
         try:
             job = end.recv()
@@ -191,11 +197,13 @@ def carry_out(job: Job, size: int) -> Result:
     model, data, watch, average = build(job), TameClips(job.root, job.batch_size), Watch(), WeightAverage(decay=0.9)
     words = {"precision": "32-true", "num_sanity_val_steps": 0, **job.trainer}
     words |= strategy_words(words, size, model, data)
+    beside = [average] if job.average else []
+    beside += [VideoLogger({}, job.folder, ["a road"], 2, steps=2, scale=1.0)] if job.videos else []
     saving = LastCheckpoint(job.folder, {"model": {"params": {}}}, 1000)
     trainer = pl.Trainer(
         accelerator="cpu", devices=size, max_steps=job.steps, logger=False, enable_progress_bar=False,
         enable_model_summary=False, plugins=[AtomicCheckpointIO()],
-        callbacks=[SkipBadSteps(job.folder), *([average] if job.average else []), watch, saving],
+        callbacks=[SkipBadSteps(job.folder), *beside, watch, saving],
         **words,
     )  # fmt: skip
     trainer.fit(model, data, ckpt_path=job.resume, weights_only=True)

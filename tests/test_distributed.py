@@ -87,11 +87,14 @@ def test_two_processes_are_one_with_twice_the_batch(root, teams, tmp_path, strai
 
 
 def test_parts_are_parts(root, teams, tmp_path):
-    """Weights, optimiser states and averages take half as much in each of two processes, and a norm bounds gradients of
-    them all together."""
-    clipped = {"gradient_clip_val": 0.01}
-    whole, _ = teams(2).run(Job(root, str(tmp_path / "whole"), steps=3, trainer=clipped))
-    parts = teams(2).run(Job(root, str(tmp_path / "parts"), steps=3, trainer=FSDP | clipped))
+    """Weights, optimiser states and averages take half as much in each of two processes; a norm bounds gradients of
+    them all together; and sample videos, which the first one writes, take them all."""
+    whole_job = Job(root, str(tmp_path / "whole"), steps=3, trainer={"gradient_clip_val": 0.01}, videos=True)
+    parts_job = replace(whole_job, folder=str(tmp_path / "parts"), trainer=FSDP | whole_job.trainer)
+    (whole, _), parts = teams(2).run(whole_job), teams(2).run(parts_job)
+    found = [sorted((tmp_path / kind / "images" / "samples").glob("*.gif")) for kind in ("whole", "parts")]
+    assert [path.name[:12] for path in found[0]] == ["00_gs-000000", "00_gs-000002"]
+    assert [path.read_bytes() for path in found[0]] == [path.read_bytes() for path in found[1]]
     for result in parts:
         assert max(differences(whole.losses, result.losses)) < 1e-5
         shares = [own / all_of_it for own, all_of_it in zip(result.kept, whole.kept, strict=True)]
