@@ -51,7 +51,7 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "drop":
             self.close_connection = True
             return
-        if fault in ("500", "503"):
+        if fault.isdecimal():
             self.answer(int(fault), b"out of order")
             return
         if not path.is_file():

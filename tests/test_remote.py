@@ -22,6 +22,7 @@ from ldm.data.clips import ClipDataModule
 from ldm.data.remote import Address, place_of
 from ldm.data.remote_shards import RemoteShardReader
 from ldm.data.shards import DatasetError, PreparedSet
+from ldm.data.uploading import upload
 from ldm.errors import UserError
 from tests.made_server import serving
 from tests.toy_run import ToyModel
@@ -253,6 +254,41 @@ def test_a_server_without_ranges_is_refused_at_once(original):
         with pytest.raises(DatasetError, match=r"expected a server that answers range requests, found one that does"):
             PreparedSet(server.address)
         assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("403", r"set/dataset.json: not allowed \(403 Forbidden\); give the credentials"),
+        ("400", r"set/dataset.json: the server refuses: 400 Bad Request; correct the address"),
+    ],
+)
+def test_a_server_that_refuses_is_believed_at_once(original, fault, message):
+    with serving(original, share=1, faults=(fault,)) as server:
+        with pytest.raises(DatasetError, match=message):
+            PreparedSet(server.address)
+        assert len(server.asked) == 1
+
+
+def test_packages_that_are_missing_and_kinds_that_nobody_knows(monkeypatch):
+    with trusting(), pytest.raises(DatasetError, match=r"strange://x/dataset.json: expected an address of a kind that"):
+        PreparedSet("strange://x")
+
+    def missing(scheme):
+        raise ImportError(f"Install gcsfs to access {scheme}")
+
+    monkeypatch.setattr(remote.fsspec, "get_filesystem_class", missing)
+    with pytest.raises(DatasetError, match=r'a package for such addresses is missing .*gcsfs.*; pip install -e "'):
+        PreparedSet("gs://bucket/set")
+
+
+def test_a_file_system_that_knows_no_waiting(original):
+    """fsspec's own in memory: written and read from threads."""
+    there = Address("memory://set")
+    upload(PreparedSet(original), there, lambda count: None)
+    assert_same(everything(PreparedSet("memory://set")), everything(PreparedSet(original)))
+    with pytest.raises(DatasetError, match=r"memory://nothing: expected dataset.json in it, found none"):
+        PreparedSet("memory://nothing")
 
 
 def test_a_description_without_end_takes_no_memory(folder):

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from concurrent.futures import Future, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -161,6 +161,8 @@ class Connection:
         """The file system of an address, made once. Raises RefusedError where a package is missing."""
         async with self._opening:
             if address.scheme not in self._systems:
+                if address.scheme not in fsspec.available_protocols():
+                    raise RefusedError(f"expected an address of a kind that fsspec knows, found {address.scheme}")
                 kind = fsspec.get_filesystem_class(address.scheme)
                 words: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
                 if kind.async_impl:
@@ -184,10 +186,8 @@ class Connection:
             for session in self._sessions:
                 await session.close()
 
-        try:
+        with suppress(Exception):  # what is left ends with the process
             asyncio.run_coroutine_threadsafe(end(), self.loop).result(timeout=2)
-        except Exception:  # what is left ends with the process
-            return
 
 
 _connections: dict[int, Connection] = {}  # by process; those of the one that forked are kept and never touched
