@@ -26,6 +26,17 @@ from ldm.devices import set_up_card
 from ldm.distributed import launch_plugins, strategy_words
 from ldm.distributed_launch import is_first_process
 from ldm.errors import UserError, run_command
+from ldm.run_identity import (
+    allow,
+    check_record,
+    config_changes,
+    data_identity,
+    model_identity,
+    read_record,
+    taken_from,
+    weight_paths,
+    write_record,
+)
 from ldm.training_run import Run, check_places, find_run, num_devices, parse_arguments, trainer_arguments
 
 log = logging.getLogger("ldm.main")
@@ -58,13 +69,21 @@ def carry_out(options: Namespace) -> None:
     for section in ("model", "data"):
         if not run.config.get(section):
             raise ConfigError(f"{section}: the config has no such section, which training needs")
+    if run.saved is not None:
+        changes = config_changes(to_container(run.saved), to_container(run.config))
+        run.changes += allow("config", changes, options.allow, run.folder)
+        if before := read_record(run.folder):  # the run's own, should it begin again
+            command = before["sessions"][-1] if before["sessions"] else {}
+            options.seed = command.get("seed", options.seed)
+            options.scale_lr = command.get("scale_lr", options.scale_lr)
     flags = trainer_arguments(run.config)
     pl.seed_everything(options.seed, workers=True, verbose=False)
     config = to_container(run.config)
+    run.sources = {**config, "model": still_there(run, config["model"])}
     data = build_with(config["data"], "data", config=config)
     data.setup("fit")
     rate, reckoning = learning_rate(config, flags, options)
-    model = build_with(config["model"], "model", config=config, learning_rate=rate)
+    model = build_with(run.sources["model"], "model", config=run.sources, learning_rate=rate)
     log.info("%s", parameter_summary(model))
     for line in (reckoning, getattr(data, "summary", "")):
         if line:
@@ -88,16 +107,16 @@ def train(
     set_up_card(exact=str(flags.get("precision", "32-true")) in FULL_PRECISION, repeatable=False)
     trainer = build_trainer(run, config, flags, strategy_words(flags, num_devices(flags), model, data))
     if trainer.is_global_zero:
-        run.save_config()
+        write_down(run, config, data, options)
     log.info("run folder: %s", run.folder)
     try:
         trainer.fit(model, data, ckpt_path=run.checkpoint, weights_only=True)
     except StopRequested as stop:
         log.info("%s. Go on with: python main.py -r %s -t", stop, run.folder)
+        if stop.signal != signal.SIGINT:
+            raise SystemExit(128 + stop.signal) from None
         return
-    except SIGTERMException:  # after the step; what it reached is saved
-        step = trainer.global_step
-        log.info("stopped by SIGTERM after step %d. Go on with: python main.py -r %s -t", step, run.folder)
+    except SIGTERMException:  # before the first step, where nothing is lost
         raise SystemExit(128 + signal.SIGTERM) from None
     except SystemExit:  # how Lightning ends after a second Ctrl-C
         raise KeyboardInterrupt from None
@@ -109,6 +128,31 @@ def train(
         raise
     if is_overridden("test_step", model) and not (options.no_test or trainer.fast_dev_run):
         trainer.test(model, data)
+
+
+def write_down(run: Run, config: dict[str, Any], data: pl.LightningDataModule, options: Namespace) -> None:
+    """Write what the run is into its folder; raises UserError where data or base model are not what they were."""
+    before = read_record(run.folder) if run.saved is not None else None
+    identity = {
+        "config": config,
+        "data": data_identity(data, config["data"].get("params") or {}),
+        "model": model_identity(config["model"], before and before["model"]),
+    }
+    if before is not None:
+        run.changes += check_record(run.folder, before, identity, options.allow)
+    run.save_config()
+    origin = None if run.checkpoint is None else str(run.checkpoint)
+    command = {"seed": options.seed, "scale_lr": bool(options.scale_lr)}
+    session = {"began": run.now, "from": origin, "changed": run.changes, **command}
+    write_record(run.folder, identity, session, before)
+
+
+def still_there(run: Run, model: dict[str, Any]) -> dict[str, Any]:
+    """The config's model; a run that is taken up again has the weights it began with, and needs their files no more."""
+    if run.checkpoint is None:
+        return model
+    began_with = dict(weight_paths(to_container(run.saved).get("model") or {}))
+    return taken_from(model, run.checkpoint, began_with)
 
 
 def build_trainer(run: Run, config: dict[str, Any], flags: dict[str, Any], strategy: dict[str, Any]) -> pl.Trainer:
@@ -142,7 +186,8 @@ def build_callbacks(run: Run, config: dict[str, Any], has_bar: bool) -> list[pl.
     for name, node in nodes.items():
         if node is not None:
             path = f"lightning.callbacks.{name}"
-            callbacks.append(build_with(node, path, config=config, folder=str(run.folder)))
+            kept_or_read = config if name == "last_checkpoint" else run.sources or config
+            callbacks.append(build_with(node, path, config=kept_or_read, folder=str(run.folder)))
     if lightning.get("modelcheckpoint"):
         node = lightning["modelcheckpoint"]
         defaults = {"dirpath": str(run.folder / "checkpoints"), "filename": "{epoch:06}"}

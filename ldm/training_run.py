@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,10 @@ from ldm.config import load_config, nearest, to_container
 from ldm.config_targets import FLAG, is_trusted
 from ldm.distributed_launch import agreed, as_launched, find_launch
 from ldm.errors import UserError
+from ldm.last_checkpoints import LAST, damage, kept
+from ldm.run_identity import ALLOWED
+
+log = logging.getLogger(__name__)
 
 TRAINER_FLAGS = (
     "accelerator", "devices", "num_nodes", "strategy", "precision", "max_steps", "max_epochs", "max_time", "min_steps",
@@ -38,17 +43,24 @@ _OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+|\[\d+\])*=")
 
 @dataclass
 class Run:
-    """A run's folder, its start time, its merged config and, when it is taken up again, the checkpoint."""
+    """A run's folder, its start time, its merged config and, when it is taken up again, the checkpoint.
+
+    saved: the config as it was before the command line's changes. changes: what is allowed to have changed, in words.
+    sources: the config as weights are read by it, from the checkpoint where their own files are gone.
+    """
 
     folder: Path
     now: str
     config: DictConfig
     checkpoint: Path | None = None
+    saved: DictConfig | None = None
+    changes: list[str] = field(default_factory=list)
+    sources: dict[str, Any] | None = None
 
     def save_config(self) -> None:
         """Make the folder and write `configs/<now>-project.yaml` (model and data) and `<now>-lightning.yaml`."""
         try:
-            self.folder.mkdir(parents=True, exist_ok=self.checkpoint is not None)
+            self.folder.mkdir(parents=True, exist_ok=self.saved is not None)
         except FileExistsError as error:
             raise UserError(
                 f"{self.folder}: another run of this name has begun in this second; start again, or give it a --name"
@@ -80,6 +92,10 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("-n", "--name", default="", help="of the run: logs/<time>_<name>; default: the first config's")
     parser.add_argument("-r", "--resume", default="", metavar="DIR|FILE", help="go on with this run, in its own folder")
+    parser.add_argument(
+        "--allow", default="", metavar="WHAT,...",
+        help=f"let a resumed run go on though it has changed: {', '.join(ALLOWED)}",
+    )  # fmt: skip
     parser.add_argument("-f", "--postfix", default="", help="appended to the run's name")
     parser.add_argument("-l", "--logdir", default="logs", help="where run folders are made")
     parser.add_argument("-s", "--seed", type=int, default=23, help="of everything that is not seeded in the config")
@@ -107,7 +123,18 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     names = (*TRAINER_FLAGS, *TRAINER_SWITCHES, "gpus")
     options.trainer = {name: vars(options).pop(name) for name in names if name in options}
     options.overrides = overrides
+    options.allow = _allowed(options)
     return options
+
+
+def _allowed(options: argparse.Namespace) -> list[str]:
+    names = [name.strip() for name in options.allow.split(",")] if options.allow else []
+    if names and not options.resume:
+        raise UserError("--allow: expected with -r/--resume, found without it; a new run may be anything, leave it out")
+    for name in names:
+        if name not in ALLOWED:
+            raise UserError(f"--allow: expected some of {', '.join(ALLOWED)}, found {name!r}; {nearest(name, ALLOWED)}")
+    return names
 
 
 def find_run(options: argparse.Namespace) -> Run:
@@ -118,10 +145,13 @@ def find_run(options: argparse.Namespace) -> Run:
             raise UserError("-n/--name and -r/--resume exclude each other: a resumed run keeps its name and folder")
         folder, checkpoint = _find_checkpoint(Path(options.resume))
         saved = sorted((folder / "configs").glob("*.yaml"))
+        if checkpoint is None and not saved:
+            wanted = folder / "checkpoints" / LAST
+            raise UserError(f"-r {options.resume}: expected {wanted} of a run, or its configs, found neither")
         if not saved:
             raise UserError(f"{folder}: expected the run's configs in {folder / 'configs'}, found none")
-        config = load_config([*saved, *options.base], options.overrides)
-        return Run(folder, now, _with_flags(config, options.trainer), checkpoint)
+        config = _with_flags(load_config([*saved, *options.base], options.overrides), options.trainer)
+        return Run(folder, now, config, checkpoint, load_config(saved))
     if not options.base:
         raise UserError("expected --base CONFIG.yaml to start a run or -r RUN_FOLDER to go on with one, found neither")
     config = load_config(options.base, options.overrides)
@@ -244,20 +274,38 @@ def _require_cards(wish: str, needed: int) -> None:
     )
 
 
-def _find_checkpoint(path: Path) -> tuple[Path, Path]:
-    """Run folder and checkpoint from what -r was given."""
+def _find_checkpoint(path: Path) -> tuple[Path, Path | None]:
+    """Run folder and checkpoint from what -r was given; None where a run ended before it saved."""
     if path.is_dir():
         folder = path.parent if path.name == "checkpoints" else path
-        checkpoint = folder / "checkpoints" / "last.ckpt"
-        if not checkpoint.is_file():
-            raise UserError(f"-r {path}: expected {checkpoint}, found no such file; was it stopped before it saved?")
-        return folder, checkpoint
+        return folder, _last_whole(path, folder / "checkpoints")
     if not path.is_file():
         raise UserError(f"-r {path}: expected a run folder or a checkpoint file, found nothing there")
     for parent in path.resolve().parents:
         if parent.name == "checkpoints":
             return parent.parent, path
     raise UserError(f"-r {path}: expected a file in the checkpoints folder of a run, so that its configs can be found")
+
+
+def _last_whole(path: Path, folder: Path) -> Path | None:
+    """The newest of the last checkpoints that is whole; says which ones are not. None where there never was one."""
+    candidates = kept(folder)
+    if not candidates:
+        log.warning("%s has no checkpoint: the run ended before it saved, and begins again", folder)
+        return None
+    torn = {}
+    for candidate in candidates:
+        torn[candidate.name] = reason = damage(candidate)
+        if reason is None:
+            if candidate.name != LAST:
+                log.warning("%s is used: it is the newest whole checkpoint", candidate)
+            return candidate
+        log.warning("%s is damaged or half written: %s", candidate, reason)
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in torn.items())
+    raise UserError(
+        f"-r {path}: expected a whole checkpoint in {folder}, found none ({reasons}); give another file of that "
+        "folder, if there is one, or begin the run again"
+    )
 
 
 def _value(text: str) -> Any:

@@ -136,7 +136,8 @@ class DriveTraining:
         seconds = max(1, round(60 * minutes))
         clock = f"00:{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}"
         limits = [f"--max_time={clock}", f"--max_steps={max_steps}", *words]
-        command = ["main.py", *(start if folder is None else ["-r", str(folder)]), "-t", *self._machine()]
+        go_on = ["-r", str(folder), "--allow", "config"]  # the learning rate falls later
+        command = ["main.py", *(start if folder is None else go_on), "-t", *self._machine()]
         self._do([*command, *limits, *self._words(name)])
 
     def _prepare(self, name: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
+import yaml
 
 from ldm.callbacks import AtomicCheckpointIO, LastCheckpoint
 from ldm.data.clips import Batch, ClipDataModule
@@ -153,3 +154,20 @@ def last(folder):
 
 def read(path):
     return torch.load(path, weights_only=True)
+
+
+def toy_config(folder):
+    """A config that trains the toy model on a prepared folder, written into `folder`; both lie there."""
+    make_prepared(folder / "set")
+    params = {"root": str(folder / "set"), "frames": 3, "batch_size": 2, "num_workers": 0, "val_share": 0.2}
+    config = {
+        "model": {"base_learning_rate": 0.001, "target": "tests.toy_run.ToyModel"},
+        "data": {"target": "ldm.data.clips.ClipDataModule", "params": params},
+        "lightning": {
+            "trainer": {"max_steps": 4, "num_sanity_val_steps": 0, "accelerator": "cpu"},
+            "callbacks": {"average": {"params": {"decay": 0.9}}, "progress": {"params": {"every_seconds": 0}}},
+        },
+    }
+    path = folder / "toy.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path

@@ -24,7 +24,7 @@ MIB = 2**20
 
 class MemoryReport(pl.Callback):
     """Logs the bytes of weights, gradients, optimiser states and averages, and the peak, at the start and after the
-    first optimiser step: one line each, and scalars `memory/*` in MiB.
+    first optimiser step: one line each, and scalars `memory/*` in MiB. A resumed run only has the lines.
 
     Weights are as they are stored, the lower bits of split ones included. Of gradients that are dropped in the backward
     pass the largest counts. `in host memory` is what of the states and averages a card does not hold.
@@ -33,9 +33,11 @@ class MemoryReport(pl.Callback):
     def __init__(self) -> None:
         self._gradients = 0
         self._first_step: int | None = None
+        self._is_new_run = True
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._first_step = trainer.global_step + 1
+        self._is_new_run = trainer.global_step == 0
         self._report(trainer, pl_module, "before the first step")
 
     def on_before_optimizer_step(
@@ -73,7 +75,7 @@ class MemoryReport(pl.Callback):
         kind = "on the card" if pl_module.device.type == "cuda" else "of the process"
         words = ", ".join(f"{name.replace('_', ' ')} {size / MIB:,.0f}" for name, size in sizes.items())
         log.info("memory %s, MiB: %s %s", when, words, kind)
-        for logger in trainer.loggers:
+        for logger in trainer.loggers if self._is_new_run else ():
             logger.log_metrics({f"memory/{name}": size / MIB for name, size in sizes.items()}, step=trainer.global_step)
 
 

@@ -45,6 +45,13 @@ def forget_unfinished_step(trainer: pl.Trainer, checkpoint: dict[str, Any], has_
         counts["completed"] = counts["processed"] - at_step_end
     if not is_ending:
         progress["is_last_batch"] = False
+    for tracker in loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"].values():
+        for counts in tracker.values():
+            counts.update(dict.fromkeys(counts, counts["completed"]))
+    validation = loop["epoch_loop.val_loop.batch_progress"]
+    validation["is_last_batch"] = False
+    for counts in (validation["total"], validation["current"]):  # it is over, or not begun
+        counts.update(dict.fromkeys(counts, 0))
     for counts in (loop["epoch_progress"]["total"], loop["epoch_progress"]["current"]):
         counts["processed"] -= int(has_ended or counts["processed"] > counts["completed"])
         counts["completed"] = counts["processed"]
@@ -85,8 +92,11 @@ def of_all_processes(trainer: pl.Trainer, value: Any) -> list[Any]:
     return values
 
 
-def settled_logs(trainer: pl.Trainer, folder: Path) -> dict[str, int]:
-    """Write out all that has been logged until now; the log files of a run folder and their bytes."""
+def settled_logs(trainer: pl.Trainer, folder: Path, for_good: bool = True) -> dict[str, int]:
+    """Write out all that has been logged until now; the log files of a run folder and their bytes.
+
+    for_good: also for the case that the machine stops.
+    """
     if not trainer.is_global_zero:
         return {}
     for logger in trainer.loggers:
@@ -94,7 +104,8 @@ def settled_logs(trainer: pl.Trainer, folder: Path) -> dict[str, int]:
     sizes = {}
     for path in _log_files(folder):
         with path.open("rb") as file:
-            os.fsync(file.fileno())
+            if for_good:
+                os.fsync(file.fileno())
             sizes[path.relative_to(folder).as_posix()] = os.fstat(file.fileno()).st_size
     return sizes
 

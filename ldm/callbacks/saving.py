@@ -87,7 +87,9 @@ class LastCheckpoint(Checkpoint):
                 log.info("logs after step %d, which come again: %d bytes taken away", step, num_bytes)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if hasattr(pl_module, "config"):  # which may name other files now, those that it was taken up from
+        if trainer.ckpt_path is None and trainer.is_global_zero and not trainer.fast_dev_run:
+            cut_logs(self.folder, {}, self._began)  # of a run that was killed before it saved
+        if hasattr(pl_module, "config") and "model" in self.config:  # its own names the files that it was taken up from
             pl_module.config = self.config
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -109,7 +111,7 @@ class LastCheckpoint(Checkpoint):
             self._stop_if_asked()
         self._before = {"generators": generators()}
         if trainer.log_every_n_steps and (trainer.global_step + 1) % trainer.log_every_n_steps == 0:
-            self._before["logs"] = settled_logs(trainer, self.folder)  # the next step's are about to be written
+            self._before["logs"] = settled_logs(trainer, self.folder, for_good=False)  # the next are about to come
         self._is_step_over = False
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: torch.Tensor) -> None:
