@@ -243,8 +243,10 @@ def set_up_logging() -> None:
     warnings.filterwarnings("ignore", category=PossibleUserWarning)
     warnings.filterwarnings("ignore", message=".*LeafSpec", module="pytorch_lightning")
     warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")  # nothing is held out
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket")  # kernels of one pixel: either way
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # nothing writes into it
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    for name in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     logger = logging.getLogger("ldm")
     logger.setLevel(logging.INFO if is_first_process() else logging.WARNING)
     if not logger.handlers:

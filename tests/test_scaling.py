@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -10,8 +13,11 @@ from ldm.planning.cards import Card
 from ldm.planning.live_tensors import Peak
 from ldm.planning.scaling import Machines, checkpoint_bytes, clip_bytes, in_parts, largest_block, scale
 from ldm.planning.training_step import ALLOWANCE, AVERAGE, FROZEN, GRADIENTS, STATES, TRAINED, Count, Shape
+from ldm.training_run import parse_arguments
 from scripts import plan
 from tests.test_plan import config
+
+ROOT = Path(__file__).parents[1]
 
 OTHERS = "activations and buffers"
 
@@ -69,6 +75,17 @@ def test_the_command_prints_it(tmp_path, capsys):
     assert table["processes"] == ["1", "8"] and table["clips a step"] == ["3", "24"]
     assert table["ms at 25 GB a second"] is not None and table["ddp: sent by each, GB a step"][0] == "0.00"
     assert any(line.startswith("A100: a step of 3 x 2 frames of 8x8 latents takes") for line in lines)
+
+
+def test_the_commands_of_the_page_are_understood():
+    lines = (ROOT / "docs" / "scaling.md").read_text().splitlines()
+    commands = [line for line in lines if "main.py --base" in line]
+    assert len(commands) == 5
+    for line in commands:
+        options = parse_arguments(shlex.split(line.partition("main.py ")[2]))
+        assert options.train and options.base == ["configs/video-sd.yaml"]
+    plans = [line for line in lines if line.startswith("python scripts/plan.py")]
+    assert [plan.parse_arguments(shlex.split(line)[2:]).processes for line in plans] == [[8, 64, 512], [8]]
 
 
 @pytest.mark.parametrize(
