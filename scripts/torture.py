@@ -18,7 +18,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,18 +39,21 @@ from ldm.last_checkpoints import damage, kept
 from scripts.torture_runs import ROOT, Death, Session
 
 CONFIG = str(ROOT / "configs" / "tiny" / "video.yaml")
-STEPS_A_KILL = 3  # the run has so many steps for each kill, so that none comes after its end
-CLIPS_A_KILL = 2
+STEPS_A_KILL = 4  # the run has so many steps for each kill, so that none comes after its end
+CLIPS_A_KILL = 1
 OPTIMIZERS = ("adamw", "adamw8bit", "adamw4bit")
 # What is measured with a clock or of a process is another number each time: its steps have to be the same.
 MEASURED = ("memory/", "train/data_wait")
-# Phase -> the entries to choose from and the most seconds, or None: before one of the changes of files' names. Without
-# a phase, at any time: the seconds are a share of those that the straight one takes.
+# What a kill is called -> the phase it waits for, the entries to choose from and the most seconds from then on; None:
+# before one of the next changes of files' names. Seconds without a phase count from the start of the process.
 TRAINING = {
-    "step": (2, 2 * STEPS_A_KILL, 0.03), "checkpoint": (1, 2, 0.01), "renaming": (1, 2, None),
-    "validation": (1, 2, 0.05), "sampling": (1, 1, 0.1), "cutting logs": (1, 1, None), None: (1, 1, 0.15),
+    "step": ("step", 2, 2 * STEPS_A_KILL, 0.03), "checkpoint": ("checkpoint", 1, 2, 0.01),
+    "renaming": ("renaming", 1, 2, None), "validation": ("validation", 1, 2, 0.05),
+    "sampling": ("sampling", 1, 1, 0.1), "at any time": ("step", 1, 1, 3.0),
+    "while logs are cut": ("cutting logs", 1, 1, None), "starting": (None, 1, 1, 3.0),
 }  # fmt: skip
-PREPARING = {"encoding": (1, CLIPS_A_KILL, 0.05), "shards": (1, 1, None), "index": (1, 1, None), None: (1, 1, 0.9)}
+ENCODING = {"encoding": ("encoding", 1, 2, 0.05), "at any time": ("encoding", 1, 1, 1.0), "start": (None, 1, 1, 2.0)}
+FINISHING = {"shards": ("shards", 1, 1, None), "index": ("index", 1, 1, None)}  # come when all is encoded
 
 
 def tiny(folder: Path, optimizer: str) -> list[str]:
@@ -90,12 +92,11 @@ def write_first_stage(folder: Path) -> None:
     save_file(tensors, folder / "first_stage.safetensors")
 
 
-def deaths(kinds: Mapping[str | None, tuple], kills: int, seed: int) -> list[Death]:
+def deaths(kinds: Mapping[str, tuple], kills: int, seed: int) -> list[Death]:
     """When each process dies, every kind of moment in turn."""
     chance, found = random.Random(seed), []
     for number in range(kills):
-        phase = list(kinds)[number % len(kinds)]
-        first, last, seconds = kinds[phase]
+        phase, first, last, seconds = list(kinds.values())[number % len(kinds)]
         call = chance.randint(1, 6) if seconds is None else None
         found.append(Death(phase, chance.randint(first, last), chance.uniform(0, seconds or 0), call))
     return found
@@ -257,15 +258,13 @@ def torture(part: Training | Preparing, name: str, moments: Sequence[Death], con
     """Kill one of the two again and again; prints a table, and says for each kill whether it left no trace."""
     begin = time.monotonic()
     part.straight()
-    seconds = time.monotonic() - begin
-    console.print(f"{name}: the straight one took {seconds:.0f} s", highlight=False)
+    console.print(f"{name}: the straight one took {time.monotonic() - begin:.0f} s", highlight=False)
     table = Table(title=name)
     for column in ("kill", "killed in", "whole on disk", "as in the straight one"):
         table.add_column(column, overflow="fold")
     good = []
     for number, death in enumerate(moments, 1):
-        at_any_time = replace(death, seconds=seconds * death.seconds)
-        phase, state, difference = part.killed(at_any_time if death.phase is None else death)
+        phase, state, difference = part.killed(death)
         was_killed = phase != "after its end"
         good.append(was_killed and difference is None)
         table.add_row(str(number), phase, state, difference or ("identical" if was_killed else "not killed"))
@@ -294,7 +293,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_first_stage(folder)
         preparing = Preparing(folder, given.optimizer, given.kills)
-        prepared = torture(preparing, "preparing", deaths(PREPARING, given.kills, given.seed), console)
+        half = given.kills // 2
+        moments = deaths(ENCODING, half, given.seed) + deaths(FINISHING, given.kills - half, given.seed)
+        prepared = torture(preparing, "preparing", moments, console)
         training = Training(folder, given.optimizer, given.workers, given.kills)
         trained = torture(training, "training", deaths(TRAINING, given.kills, given.seed), console)
     both = sum(first and second for first, second in zip(prepared, trained, strict=True))

@@ -181,19 +181,31 @@ class LastCheckpoint(Checkpoint):
         self._is_due = False
         if trainer.fast_dev_run:
             return
-        fresh = self.path.with_name(FRESH)
-        try:
-            trainer.save_checkpoint(fresh)
-            if trainer.is_global_zero:
-                publish(fresh, self.path.parent, self.keep_last)
-        except (OSError, RuntimeError, UserError) as error:
+        problem = self._write(trainer)
+        if trainer.world_size > 1 and not trainer.strategy.reduce_boolean_decision(problem is None) and problem is None:
+            return  # the first process says why
+        if problem is not None:
             if is_last or self._stop_signal is not None:
-                raise
-            log.error("step %d is not saved: %s. %s", trainer.global_step, error, self._last_good())
-            trainer.strategy.barrier("Trainer.save_checkpoint")  # where the other processes wait
+                raise problem
+            log.error("step %d is not saved: %s. %s", trainer.global_step, problem, self._last_good())
             return
         self._saved_step = trainer.global_step
         log.info("saved %s at step %d", self.path, trainer.global_step)
+
+    def _write(self, trainer: pl.Trainer) -> Exception | None:
+        """Write and publish; what went wrong, if anything did."""
+        fresh = self.path.with_name(FRESH)
+        try:
+            trainer.save_checkpoint(fresh)
+        except (OSError, RuntimeError, UserError) as error:
+            trainer.strategy.barrier("Trainer.save_checkpoint")  # where the other processes wait
+            return error
+        try:
+            if trainer.is_global_zero:
+                publish(fresh, self.path.parent, self.keep_last)
+        except OSError as error:
+            return error
+        return None
 
     def _last_good(self) -> str:
         return f"The last good one is of step {self._saved_step}" if self._saved_step else "There is none before it"
