@@ -13,7 +13,7 @@ LEARNING_RATE = 1e-5
 
 
 class TrainingStep:
-    """Calling it takes one step with all weights trained: float32 weights, autocast for bf16, torch's AdamW."""
+    """Calling it takes one step with all weights trained: float32 weights, autocast for bf16, torch's fused AdamW."""
 
     def __init__(self, name: str, case: Case, device: torch.device) -> None:
         self.contestant, self.device = CONTESTANTS[name], device
@@ -21,7 +21,7 @@ class TrainingStep:
         with torch.device(device):
             self.network = self.contestant.build(case).train()
         self.inputs = Inputs.draw(case, device)
-        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=LEARNING_RATE)
+        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=LEARNING_RATE, fused=True)
         self.dtype = PRECISIONS[case.precision]
 
     def __call__(self) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ldm.modules.attention_backends import attend
 from ldm.modules.chunks import in_chunks
-from ldm.modules.nn import GroupNorm32, zeroed
+from ldm.modules.nn import GroupNorm32, at_each_pixel, zeroed
 from ldm.modules.projections import AttentionProjections
 from ldm.modules.recomputing import Run, run_directly
 from ldm.modules.temporal import TemporalAttention
@@ -173,7 +173,7 @@ class SpatialTransformer(nn.Module):
         return self.run_part(self._to_pixels, x, height) + residual
 
     def _to_tokens(self, x: Tensor) -> Tensor:
-        return rearrange(self.proj_in(self.norm(x)), "bt c h w -> bt (h w) c")
+        return rearrange(at_each_pixel(self.proj_in, self.norm(x)), "bt c h w -> bt (h w) c")
 
     def _to_pixels(self, x: Tensor, height: int) -> Tensor:
-        return self.proj_out(rearrange(x, "bt (h w) c -> bt c h w", h=height))
+        return at_each_pixel(self.proj_out, rearrange(x, "bt (h w) c -> bt c h w", h=height))

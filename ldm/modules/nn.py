@@ -55,6 +55,20 @@ class GroupNorm32(nn.GroupNorm):
         return repeat(means, "b g -> b (g c) 1 1", c=self.num_channels // self.num_groups)
 
 
+def at_each_pixel(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """A convolution of one pixel as the linear layer it is: `b c h w` -> `b c' h w`, channels last if `x` is."""
+    out = F.linear(rearrange(x, "b c h w -> b h w c"), conv.weight.flatten(1), conv.bias)
+    return rearrange(out, "b h w c -> b c h w")
+
+
+def is_smaller_than_kernel(x: Tensor, kernel: Tensor) -> bool:
+    """Whether activations that lie channels last had better be copied to lie like the kernel, and the result back.
+
+    On a processor a convolution else copies the kernel, and its gradient, which for small maps is more.
+    """
+    return not x.is_cuda and kernel.is_contiguous() and kernel.numel() > x.numel()
+
+
 def lay_channels_last(network: nn.Module) -> None:
     """Lay the kernels of `network` in memory as its activations lie, channels last: names, shapes, values stay.
 
@@ -65,6 +79,12 @@ def lay_channels_last(network: nn.Module) -> None:
         if isinstance(layer, nn.Conv1d | nn.Conv2d) and layer.weight[0, 0].numel() > 1:
             rows = rearrange(layer.weight.data, "o i ... -> o ... i").contiguous()
             layer.weight.data = rearrange(rows, "o ... i -> o i ...")
+
+
+def lay_for_this_machine(network: nn.Module) -> None:
+    """Lay kernels channels last where there is a card; a processor does as `is_smaller_than_kernel` says."""
+    if torch.cuda.is_available():
+        lay_channels_last(network)
 
 
 def zeroed(module: nn.Module) -> nn.Module:

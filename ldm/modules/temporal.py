@@ -22,7 +22,7 @@ from ldm.errors import UserError
 from ldm.modules.attention_backends import attend
 from ldm.modules.fused_attention import check_fused, temporal_attention, why_not
 from ldm.modules.local_attention import attend_locally, check_window
-from ldm.modules.nn import zeroed
+from ldm.modules.nn import at_each_pixel, is_smaller_than_kernel, zeroed
 from ldm.modules.projections import AttentionProjections
 
 MAX_PERIOD = 10000.0  # of the slowest rotation by position, in frames over 2 pi
@@ -59,8 +59,10 @@ class TemporalConv(nn.Conv1d):
             weight = weight - surplus[..., None] / weight.shape[-1]
             first, last = (x[:, :, end].expand(-1, -1, padding, -1) for end in (slice(None, 1), slice(-1, None)))
             x, padding = torch.cat([first, x, last], dim=2), 0
-        x = F.conv2d(x, weight.unsqueeze(-1), self.bias, padding=(padding, 0))
-        return rearrange(x, "b c t (h w) -> (b t) c h w", h=height)
+        is_small = is_smaller_than_kernel(x, weight)
+        x = F.conv2d(x.contiguous() if is_small else x, weight.unsqueeze(-1), self.bias, padding=(padding, 0))
+        x = rearrange(x, "b c t (h w) -> (b t) c h w", h=height)
+        return x.contiguous(memory_format=torch.channels_last) if is_small else x
 
 
 class PseudoConv3d(nn.Conv2d):
@@ -85,10 +87,17 @@ class PseudoConv3d(nn.Conv2d):
         self.temporal = None if temporal_kernel_size is None else TemporalConv(out_channels, temporal_kernel_size)
 
     def forward(self, x: Tensor, num_frames: int | None = None) -> Tensor:
-        x = super().forward(x)
+        x = self._within_frames(x)
         if num_frames is None or self.temporal is None:
             return x
         return self.temporal(x, num_frames)
+
+    def _within_frames(self, x: Tensor) -> Tensor:
+        if self.kernel_size == (1, 1) and self.stride == (1, 1):
+            return at_each_pixel(self, x)
+        if is_smaller_than_kernel(x, self.weight):
+            return super().forward(x.contiguous()).contiguous(memory_format=torch.channels_last)
+        return super().forward(x)
 
 
 def rotate_by_position(x: Tensor, max_period: float = MAX_PERIOD) -> Tensor:
@@ -101,7 +110,8 @@ def rotate_by_position(x: Tensor, max_period: float = MAX_PERIOD) -> Tensor:
     angles = torch.arange(num_frames, dtype=torch.float32, device=x.device)[:, None] * frequencies
     cosine, sine = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cosine - second * sine, first * sine + second * cosine], dim=-1)
+    rotated = torch.addcmul(first * cosine, second, sine, value=-1), torch.addcmul(second * cosine, first, sine)
+    return torch.cat(rotated, dim=-1)
 
 
 def see_changes_only(network: nn.Module, wanted: bool = True) -> None:

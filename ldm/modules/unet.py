@@ -20,7 +20,7 @@ from ldm.errors import UserError
 from ldm.modules.attention import SpatialTransformer
 from ldm.modules.attention_backends import check_backend
 from ldm.modules.conditioning import build_conditioning
-from ldm.modules.nn import GroupNorm32, lay_channels_last, timestep_embedding
+from ldm.modules.nn import GroupNorm32, lay_for_this_machine, timestep_embedding
 from ldm.modules.recomputing import check_memory_words, chosen_runs, run_directly
 from ldm.modules.temporal import PseudoConv3d, see_changes_only
 
@@ -236,7 +236,7 @@ class UNetModel(nn.Module):
         self.conditioning = build_conditioning(
             known, model_channels, emb_channels, fps_embedding, known_level_embedding
         )
-        lay_channels_last(self)
+        lay_for_this_machine(self)
 
     def forward(
         self,
