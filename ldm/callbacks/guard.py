@@ -164,7 +164,7 @@ class SkipBadSteps(pl.Callback):
         norm = gradient_norm(gradients)
         if hasattr(pl_module, "gradient_norm"):
             pl_module.gradient_norm = norm  # which clipping wants too
-        return norm
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
     def _apply(self, pl_module: pl.LightningModule, verdict: Tensor) -> None:
         if not self._waits:

@@ -68,9 +68,8 @@ class ClipsByKnownNorm:
 
 
 def gradient_norm(gradients: Iterable[Tensor]) -> Tensor:
-    """The norm of all gradients together, a number on their device; of those that lie in parts, over all parts."""
-    norm = torch.nn.utils.get_total_norm(list(gradients))
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    """The norm of all gradients together, a number on their device; of gradients in parts, a number in parts."""
+    return torch.nn.utils.get_total_norm(list(gradients))
 
 
 def skips_by_itself(optimizer: torch.optim.Optimizer) -> bool:
