@@ -31,7 +31,7 @@ from ldm.video import to_uint8
 from tests.test_ddpm import NOT_BUILT, REFERENCE, UNET
 from tests.toy_run import ToyModel
 
-PATIENCE = 120  # seconds; a team that takes longer is stopped
+PATIENCE = 200  # seconds; a team that takes longer is stopped
 SET = {"moments_shape": [8, 8, 8], "context_shape": [7, 16]}
 SMALL = {"channel_mult": [1], "attention_resolutions": [1], "use_checkpoint": False}
 
