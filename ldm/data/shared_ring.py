@@ -50,7 +50,7 @@ class SharedRing:
     def take(self, placed: Placed, pinned: bool = False) -> Any:
         """A copy of the batch, for the caller to keep; in pinned memory if wanted."""
         room = self._room[placed.worker, placed.place]
-        return _TensorsBack(io.BytesIO(placed.content), room, Tensor.pin_memory if pinned else Tensor.clone).load()
+        return _TensorsBack(io.BytesIO(placed.content), room, Tensor.pin_memory if pinned else _copied).load()
 
 
 @dataclass(frozen=True)
@@ -125,4 +125,9 @@ class _TensorsBack(pickle.Unpickler):
     def persistent_load(self, pid: tuple[int, torch.dtype, tuple[int, ...]]) -> Tensor:
         begin, dtype, shape = pid
         end = begin + math.prod(shape) * dtype.itemsize
-        return self._copy(self._room[begin:end].view(dtype).view(shape))
+        return self._copy(self._room[begin:end]).view(dtype).view(shape)
+
+
+def _copied(content: Tensor) -> Tensor:
+    """By one thread: several would wait for each other while reading processes have the other cores."""
+    return torch.from_numpy(content.numpy().copy())
