@@ -53,7 +53,7 @@ TRAINING = {
     "while logs are cut": ("cutting logs", 1, 1, None), "starting": (None, 1, 1, 3.0),
 }  # fmt: skip
 ENCODING = {"encoding": ("encoding", 1, 2, 0.05), "at any time": ("encoding", 1, 1, 1.0), "start": (None, 1, 1, 2.0)}
-FINISHING = {"shards": ("shards", 1, 1, None), "index": ("index", 1, 1, None)}  # come when all is encoded
+SHARDS, INDEX = {"shards": ("shards", 1, 1, None)}, {"index": ("index", 1, 1, None)}  # come when all is encoded
 
 
 def tiny(folder: Path, optimizer: str) -> list[str]:
@@ -293,8 +293,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_first_stage(folder)
         preparing = Preparing(folder, given.optimizer, given.kills)
-        half = given.kills // 2
-        moments = deaths(ENCODING, half, given.seed) + deaths(FINISHING, given.kills - half, given.seed)
+        half, quarter = given.kills // 2, (given.kills + 1) // 4
+        parts = ((ENCODING, half), (SHARDS, given.kills - half - quarter), (INDEX, quarter))
+        moments = [death for kinds, kills in parts for death in deaths(kinds, kills, given.seed)]
         prepared = torture(preparing, "preparing", moments, console)
         training = Training(folder, given.optimizer, given.workers, given.kills)
         trained = torture(training, "training", deaths(TRAINING, given.kills, given.seed), console)

@@ -74,11 +74,14 @@ class ComputeCount(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._stop()
 
-    def state_dict(self) -> dict[str, int]:
-        return {"flop": self._flop}
+    def state_dict(self) -> dict[str, Any]:
+        return {"flop": self._flop, "num_batches": self._num_batches, "costs": list(self._costs.items())}
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Also what each kind costs: a step that is counted may round otherwise, so that the same ones have to be."""
         self._flop = state_dict["flop"]
+        self._num_batches = state_dict.get("num_batches", 0)
+        self._costs = dict(state_dict.get("costs", ()))
 
     def _take(self, trainer: pl.Trainer) -> None:
         counter = self._stop()

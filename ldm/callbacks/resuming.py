@@ -56,6 +56,7 @@ def forget_unfinished_step(trainer: pl.Trainer, checkpoint: dict[str, Any], has_
         counts["processed"] -= int(has_ended or counts["processed"] > counts["completed"])
         counts["completed"] = counts["processed"]
         counts["ready"] = counts["started"] = counts["processed"] + 1
+    checkpoint["epoch"] = loop["epoch_progress"]["current"]["processed"]
     state["_batches_that_stepped"] = num_steps - at_step_end
     return num_steps
 
