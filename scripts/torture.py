@@ -39,7 +39,7 @@ from ldm.last_checkpoints import damage, kept
 from scripts.torture_runs import ROOT, Death, Session
 
 CONFIG = str(ROOT / "configs" / "tiny" / "video.yaml")
-STEPS_A_KILL = 4  # the run has so many steps for each kill, so that none comes after its end
+STEPS_A_KILL = 2  # the run has so many steps for each kill, so that none comes after its end
 CLIPS_A_KILL = 1
 OPTIMIZERS = ("adamw", "adamw8bit", "adamw4bit")
 # What is measured with a clock or of a process is another number each time: its steps have to be the same.
