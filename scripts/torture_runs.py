@@ -35,6 +35,11 @@ PHASES = {
     },
 }
 CALLS = ("replace", "link", "unlink", "fsync", "truncate")  # of files: a kill before each of them is a case of its own
+# What a session imports sooner or later.
+PRELOADED = [
+    "main", "scripts.prepare", "ldm.models.diffusion.ddpm", "ldm.callbacks.plan", "ldm.modules.unet", "torch._dynamo",
+    "ldm.modules.encoders", "ldm.data.clips", "transformers.models.clip.modeling_clip", "torch.utils.tensorboard",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,7 @@ class Session:
     context = multiprocessing.get_context("forkserver")
 
     def __init__(self, module: str, words: Sequence[str], folder: Path, settings: dict[str, Any]) -> None:
-        self.context.set_forkserver_preload(["main", "scripts.prepare"])
+        self.context.set_forkserver_preload(PRELOADED)
         self.board = Board(folder / f"{module}.phase", module)
         self.board.phase = STARTING
         self._arguments = (module, list(words), folder, settings)
