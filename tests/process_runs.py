@@ -179,7 +179,7 @@ def build(job: Job) -> pl.LightningModule:
         return ToyModel(learning_rate=0.05, width=8)
     torch.manual_seed(0)
     unet = {**UNET, "params": {**UNET["params"], **SMALL, **job.unet}}
-    words = {"trainable": REFERENCE, "learning_rate": 1e-3, **job.model}
+    words = {"trainable": REFERENCE, "learning_rate": 1e-4, **job.model}
     model = ddpm.LatentVideoDiffusion(unet, NOT_BUILT, NOT_BUILT, **words)
     generator = torch.Generator().manual_seed(0)
     state = {name: weight.float() for name, weight in model.unet.state_dict().items()}
