@@ -31,6 +31,12 @@ def test_a_batch_comes_back_as_it_was():
     assert len(placed.content) < 1000, "the tensors went the long way"
 
 
+def test_a_batch_without_clips_comes_back():
+    ring = SharedRing(workers=1, places=1, size=4096)
+    found = ring.place(batch_of(1.0, clips=0), 0).take()
+    assert found.moments.shape == (0, 3, 4, 2, 2) and found.moments.dtype == torch.float16
+
+
 def test_what_was_taken_stays_when_its_place_is_used_again():
     ring = SharedRing(workers=1, places=2, size=4096)
     placed = [ring.place(batch_of(value), 0) for value in (1.0, 2.0)]
