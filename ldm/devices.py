@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import resource
+import sys
+from pathlib import Path
 
 import torch
 
@@ -46,3 +49,13 @@ def set_up_card(exact: bool, repeatable: bool) -> None:
     torch.backends.cudnn.allow_tf32 = not exact
     torch.backends.cudnn.deterministic = repeatable
     torch.backends.cudnn.benchmark = not repeatable
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes ever in use: by PyTorch on a card, resident of this process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():  # the kernel's other number begins with what the process had that started this one
+        return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text(encoding="ascii", errors="replace"))[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -6,7 +6,6 @@ Its memory is its own and, on a card, can be capped. What goes wrong comes back 
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import torch
 from ldm.benchmarking.contestants import Case
 from ldm.benchmarking.steps import TrainingStep
 from ldm.benchmarking.timing import wait_for
+from ldm.devices import peak_memory
 from ldm.errors import UserError, is_lack_of_memory
 
 MARK = "RESULT "
@@ -59,8 +59,8 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     except Exception as error:
         if not is_lack_of_memory(error):
             raise
-        return {"error": "out of memory", "is_lack_of_memory": True, "peak_bytes": peak_bytes(device)}
-    return {**found, "peak_bytes": peak_bytes(device)}
+        return {"error": "out of memory", "is_lack_of_memory": True, "peak_bytes": peak_memory(device)}
+    return {**found, "peak_bytes": peak_memory(device)}
 
 
 def cap_memory(cap: float | None, device: torch.device) -> None:
@@ -68,13 +68,6 @@ def cap_memory(cap: float | None, device: torch.device) -> None:
     if cap is not None:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, (cap * 2**30 - CONTEXT_BYTES) / total), device)
-
-
-def peak_bytes(device: torch.device) -> int:
-    """Most bytes in use so far: allocated on a card, resident of this process elsewhere."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 if __name__ == "__main__":

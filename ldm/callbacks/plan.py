@@ -10,7 +10,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
-from ldm.callbacks.reports import peak_memory
+from ldm.devices import peak_memory
 from ldm.errors import UserError, is_lack_of_memory
 from ldm.planning.ladder import propose
 from ldm.planning.report import gib, proposal_lines, table

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import resource
-import sys
 import time
 from datetime import timedelta
 from typing import Any
@@ -15,6 +13,7 @@ from pytorch_lightning.callbacks import RichProgressBar
 
 from ldm.callbacks.average import WeightAverage
 from ldm.callbacks.waiting import DataWait
+from ldm.devices import peak_memory
 from ldm.errors import UserError
 from ldm.models.diffusion.weight_by_weight import WeightByWeight, state_bytes
 
@@ -77,14 +76,6 @@ class MemoryReport(pl.Callback):
         log.info("memory %s, MiB: %s %s", when, words, kind)
         for logger in trainer.loggers if self._is_new_run else ():
             logger.log_metrics({f"memory/{name}": size / MIB for name, size in sizes.items()}, step=trainer.global_step)
-
-
-def peak_memory(device: torch.device) -> int:
-    """Most bytes ever in use: by PyTorch on a card, by this process elsewhere."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 class ProgressLines(pl.Callback):
