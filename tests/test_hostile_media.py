@@ -46,6 +46,9 @@ def saved(form: str) -> bytes:
 
 
 BOMB = png(9000, 9000, bytes(9000 * 1126))  # 12 kB; 243 MB as RGB
+GIF_BOMB = bytes.fromhex(  # found by scripts/fuzz.py; 97 MB
+    "4749463837610907008000000000000000002c000000000900070000080f0001081c48b0a0c18308132a441810003b"
+)
 
 
 @pytest.mark.parametrize(
@@ -55,6 +58,7 @@ BOMB = png(9000, 9000, bytes(9000 * 1126))  # 12 kB; 243 MB as RGB
         (png(2**31 - 1, 2**31 - 1), "expected a picture"),
         (png(0, 5), "expected a picture"),
         (BOMB, "expected at most 67,108,864 pixels in a picture, found 9000x9000"),
+        (GIF_BOMB, "expected a byte for every 128 pixels of a large picture, found 1801x32768 in 47 bytes"),
         (b"BM" + struct.pack("<LLLLllHH", 90, 0, 54, 40, 50_000, 50_000, 1, 24) + bytes(40), "expected .*a picture"),
         (saved("PNG")[:60], "found a damaged one"),
         (saved("JPEG")[:300], "found a damaged one"),

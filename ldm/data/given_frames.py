@@ -25,6 +25,7 @@ from ldm.errors import UserError
 from ldm.video import MAX_PIXELS, check_pixels
 
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM")  # others start programs (EPS) or are no pictures
+FEW_PIXELS, PIXELS_A_BYTE = 2**22, 128  # a picture with more pixels than either allows is a bomb
 MAX_FRAMES = 10_000  # of a clip
 FACTORS = range(2, 65)  # by which the frames of a video can be multiplied
 MADE = 128  # grey levels from here on are to be made, so that a mask survives JPEG and H.264
@@ -44,7 +45,7 @@ def read_picture(path: Path | str) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is amiss is either an error or no matter
             with Image.open(path, formats=FORMATS) as opened:
-                check_pixels(*opened.size, path)
+                _check_size(*opened.size, Path(path))
                 upright = ImageOps.exif_transpose(opened)
     except FileNotFoundError as error:
         raise UserError(f"{path}: expected a picture, found no such file") from error
@@ -66,6 +67,17 @@ def read_picture(path: Path | str) -> Image.Image:
             f"{path}: expected a picture, found a damaged one ({error}); copy or download it again"
         ) from error
     return _as_rgb(upright, path)
+
+
+def _check_size(width: int, height: int, path: Path) -> None:
+    """Raise UserError for more pixels than `MAX_PIXELS`, and for many in a file of few bytes, which takes memory alone."""
+    check_pixels(width, height, path)
+    num_bytes = path.stat().st_size
+    if width * height > max(FEW_PIXELS, PIXELS_A_BYTE * num_bytes):
+        raise UserError(
+            f"{path}: expected a byte for every {PIXELS_A_BYTE} pixels of a large picture, found {width}x{height} in "
+            f"{num_bytes:,} bytes; make it smaller"
+        )
 
 
 def _as_rgb(picture: Image.Image, path: Path | str) -> Image.Image:
@@ -194,7 +206,7 @@ def _grey_frames(path: Path, num_frames: int) -> Iterator[Image.Image]:
     """The picture in a file or the frames of a video, as they are, one more than `num_frames` at most."""
     try:
         with Image.open(path, formats=FORMATS) as opened:
-            check_pixels(*opened.size, path)
+            _check_size(*opened.size, Path(path))
             is_picture = _is_single(opened)
     except UserError:
         raise
