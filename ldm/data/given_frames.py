@@ -70,7 +70,7 @@ def read_picture(path: Path | str) -> Image.Image:
 
 
 def _check_size(width: int, height: int, path: Path) -> None:
-    """Raise UserError for more pixels than `MAX_PIXELS`, and for many in a file of few bytes, which takes memory alone."""
+    """Raise UserError for more pixels than `MAX_PIXELS`, and for many in a file of few bytes."""
     check_pixels(width, height, path)
     num_bytes = path.stat().st_size
     if width * height > max(FEW_PIXELS, PIXELS_A_BYTE * num_bytes):
