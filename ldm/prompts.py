@@ -90,4 +90,4 @@ def odd_part(prompt: str) -> str | None:
 def _part(part: str) -> tuple[int, str] | None:
     """Frame and prompt; None for what does not begin with a frame and a colon."""
     number, colon, text = part.partition(":")
-    return (int(number), text.strip()) if colon and _NUMBER.fullmatch(number.strip()) else None
+    return (int(number.strip()), text.strip()) if colon and _NUMBER.fullmatch(number.strip()) else None

@@ -26,6 +26,7 @@ def test_prompts_take_over_at_their_frames_and_blend_between():
 def test_one_part_from_frame_0_is_a_schedule_of_one_prompt():
     assert prompts_in("0: a road", 5) == ("a road",)
     assert read_schedule("0:", 5).prompts == ("",)
+    assert read_schedule("\x1d00: dawn", 5).prompts == ("dawn",)  # a space to strip, but not to int
 
 
 @pytest.mark.parametrize(
