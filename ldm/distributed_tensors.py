@@ -79,4 +79,14 @@ def with_own_part(part: Tensor, like: Tensor) -> Tensor:
 
 def whole(tensor: Tensor) -> Tensor:
     """All of a divided tensor, in host memory; any other is returned as it is. All processes must ask for it."""
-    return tensor.detach().full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    # Every process but the last ones has as many rows; those are filled up, and the surplus is cut off at the end.
+    group, part = tensor.device_mesh.get_group(), tensor.detach().to_local()
+    rows = -(-tensor.shape[0] // group.size())
+    padded = part.new_zeros(rows, *tensor.shape[1:])
+    padded[: len(part)] = part
+    full = part.new_empty(rows * group.size(), *tensor.shape[1:])
+    dist.all_gather_into_tensor(full, padded, group=group)
+    surplus = len(full) > len(tensor)
+    return (full[: len(tensor)].clone() if surplus else full).cpu()

@@ -11,7 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ldm.config_targets import trusting
+from ldm.training_run import RUN_TIME_VARIABLE
 from tests.made_clips import contents, fill
+from tests.toy_run import toy_config
 
 GOLDENS = Path(__file__).parent / "goldens"
 HIGHWAY = Path(__file__).parents[2] / "shared" / "data" / "highway.mp4"
@@ -90,3 +93,11 @@ def folder(original, tmp_path) -> Path:
     for name, content in contents(original).items():
         (copy / name).write_bytes(content)
     return copy
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    """A config that trains the toy model on a prepared folder; both lie in the temporary folder."""
+    monkeypatch.delenv(RUN_TIME_VARIABLE, raising=False)
+    with trusting():
+        yield toy_config(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import multiprocessing
 import os
@@ -100,11 +101,20 @@ class Team:
                 self.stop()
                 raise TimeoutError(f"{self.size} processes took more than {PATIENCE} s")
             for end in ready:
-                results[self.ends.index(end)] = found = end.recv()
+                results[self.ends.index(end)] = found = self._from(end)
                 if isinstance(found, str):
                     self.stop()
                     raise RuntimeError(found)
         return results
+
+    def _from(self, end: Connection) -> Any:
+        """What a process says; or, where it has died, of what."""
+        try:
+            return end.recv()
+        except EOFError:
+            time.sleep(1)  # what the others saw of it is on stderr
+            codes = [process.exitcode for process in self.processes]
+            return f"one of {self.size} processes has died; their exit codes: {codes} (negative: a signal)"
 
     def stop(self) -> None:
         self.is_stopped = True
@@ -122,6 +132,7 @@ def free_port() -> int:
 
 def work(rank: int, size: int, port: int, end: Connection) -> None:
     """Carry out what comes, as process `rank` of `size`."""
+    faulthandler.enable()  # a process that dies says where
     torch.set_num_threads(1)
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     for name, value in {

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import yaml
 
 from ldm import distributed_launch
 from ldm.data.stream import HeldOutSampler
@@ -19,7 +18,7 @@ from ldm.errors import UserError
 from ldm.models.diffusion.memory_switches import MemorySwitches
 from tests.conftest import relative_error
 from tests.process_runs import SET, Command, Job, Team, free_port, last
-from tests.toy_run import ToyModel, make_prepared
+from tests.toy_run import ToyModel, make_prepared, toy_config
 
 FSDP = {"strategy": "fsdp"}
 
@@ -102,6 +101,19 @@ def test_parts_are_parts(root, teams, tmp_path):
     moments = [last(tmp_path / kind)["optimizer_states"][0]["state"] for kind in ("whole", "parts")]
     norms = [joined({place: state["exp_avg"] for place, state in states.items()}).norm().item() for states in moments]
     assert norms[0] == pytest.approx(norms[1], rel=1e-4) and norms[0] <= 0.01 * (1 - 0.9**3) * 1.001
+
+
+def test_parts_need_not_be_equal(root, teams, tmp_path):
+    """Of 32 rows three processes have 11, 11 and 10, of one row only the first has any; a checkpoint has them all."""
+    teams(3).run(Job(root, str(tmp_path / "three"), steps=1, trainer=FSDP, average=False))
+    teams(1).run(Job(root, str(tmp_path / "one"), steps=1, batch_size=3, average=False))
+    found, wanted = (last(tmp_path / name) for name in ("three", "one"))
+    for name, weight in wanted["state_dict"].items():
+        assert found["state_dict"][name].shape == weight.shape
+        assert found["state_dict"][name].untyped_storage().nbytes() == weight.nbytes, "nothing that was filled up"
+    states = [tree["optimizer_states"][0]["state"] for tree in (found, wanted)]
+    moments = [joined({place: state["exp_avg"] for place, state in tree.items()}) for tree in states]
+    assert relative_error(*moments) < 1e-4
 
 
 KNOWN = {"known_frames": {"mixture": {"nothing": 1, "first": 1, "every": 1}, "max_noise": 200}}
@@ -197,18 +209,8 @@ def on_two_machines(starter):
 
 @pytest.mark.parametrize("starter", ["torchrun", "srun", "by hand"])
 def test_started_on_two_machines(tmp_path, teams, starter):
-    make_prepared(tmp_path / "set")
-    params = {"root": str(tmp_path / "set"), "frames": 3, "batch_size": 1, "num_workers": 0, "val_share": 0.2}
-    config = {
-        "model": {"base_learning_rate": 0.001, "target": "tests.toy_run.ToyModel"},
-        "data": {"target": "ldm.data.clips.ClipDataModule", "params": params},
-        "lightning": {
-            "trainer": {"max_steps": 3, "num_sanity_val_steps": 0, "accelerator": "cpu"},
-            "callbacks": {"average": {"params": {"decay": 0.9}}},
-        },
-    }
-    (tmp_path / "toy.yaml").write_text(yaml.safe_dump(config))
-    arguments = ["-b", str(tmp_path / "toy.yaml"), "-t", "-l", str(tmp_path / "logs")]
+    arguments = ["-b", str(toy_config(tmp_path)), "-t", "-l", str(tmp_path / "logs"), "--max_steps", "3"]
+    arguments += ["data.params.batch_size=1"]
     arguments += ["--num_nodes", "2"] if starter == "by hand" else []
     levels = teams(2).run(Command(arguments, on_two_machines(starter)))
     assert levels == [logging.INFO, logging.WARNING], "one of them talks"

@@ -17,41 +17,19 @@ from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main as command
-from ldm import training_run
 from ldm.checkpoint import identity, load_unet, read_checkpoint
 from ldm.config import ConfigError, build, load_config, to_container
-from ldm.config_targets import trusting
 from ldm.data.shards import DatasetError
 from ldm.errors import UserError
 from ldm.training_run import find_run, parse_arguments
-from tests.toy_run import ToyModel, make_prepared, toy_config
+from tests.toy_command import last, run
+from tests.toy_run import ToyModel, make_prepared
 
 ROOT = Path(__file__).parents[1]
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:You're resuming from a checkpoint that ended before", "ignore:The number of training batches"
 )
-
-
-@pytest.fixture
-def toy(tmp_path, monkeypatch):
-    """A config that trains the toy model on a prepared folder; logs go to the temporary folder too."""
-    monkeypatch.delenv(training_run.RUN_TIME_VARIABLE, raising=False)
-    path = toy_config(tmp_path)
-    with trusting():
-        yield path
-
-
-def run(toy, *arguments):
-    """Train in this process; returns the run folder."""
-    logs = toy.parent / "logs"
-    before = set(logs.glob("*"))
-    command.main([*arguments, "-l", str(logs)])
-    return next(iter(set(logs.glob("*")) - before), None)
-
-
-def last(folder):
-    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
 
 
 def test_a_run_and_its_folder(toy, caplog):

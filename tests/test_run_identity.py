@@ -12,35 +12,16 @@ import torch
 import yaml
 
 import main as command
-from ldm import run_identity, training_run
-from ldm.config_targets import trusting
+from ldm import run_identity
 from ldm.errors import UserError
 from ldm.run_identity import config_changes, data_identity, git_revision, model_identity, taken_from
 from ldm.training_run import find_run, parse_arguments
-from tests.toy_run import make_prepared, toy_config
+from tests.toy_command import last, run
+from tests.toy_run import make_prepared
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:You're resuming from a checkpoint that ended before", "ignore:The number of training batches"
 )
-
-
-@pytest.fixture
-def toy(tmp_path, monkeypatch):
-    monkeypatch.delenv(training_run.RUN_TIME_VARIABLE, raising=False)
-    with trusting():
-        yield toy_config(tmp_path)
-
-
-def run(toy, *arguments):
-    """Train in this process; returns the run folder."""
-    logs = toy.parent / "logs"
-    before = set(logs.glob("*"))
-    command.main([*arguments, "-l", str(logs)])
-    return next(iter(set(logs.glob("*")) - before), None)
-
-
-def last(folder):
-    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
 
 
 def test_folders_that_cannot_be_resumed(toy, tmp_path):
