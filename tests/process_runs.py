@@ -90,9 +90,9 @@ class Team:
 
     def run(self, job: Job | Command) -> list[Any]:
         """What each process saw; an error of one ends the team."""
+        results: list[Any] = [None] * self.size
         for end in self.ends:
             end.send(job)
-        results: list[Any] = [None] * self.size
         deadline = time.monotonic() + PATIENCE
         while any(result is None for result in results):
             waiting = [end for end, result in zip(self.ends, results, strict=True) if result is None]
@@ -111,7 +111,7 @@ class Team:
         """What a process says; or, where it has died, of what."""
         try:
             return end.recv()
-        except EOFError:
+        except (EOFError, OSError):
             time.sleep(1)  # what the others saw of it is on stderr
             codes = [process.exitcode for process in self.processes]
             return f"one of {self.size} processes has died; their exit codes: {codes} (negative: a signal)"

@@ -6,8 +6,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.errors import UserError
 from ldm.modules.attention_backends import attend
+from ldm.modules.group_norm import GroupNorm32
 from ldm.modules.local_attention import Window, attend_locally
-from ldm.modules.nn import GroupNorm32
 from ldm.modules.temporal import TemporalAttention
 from ldm.modules.unet import UNetModel
 from tests.conftest import fill_by_rule, relative_error

@@ -148,7 +148,8 @@ def test_a_kernel_that_is_not_installed_is_refused_at_once(monkeypatch):
 
 def test_auto_takes_mathematics_for_short_rows_and_never_the_interpreter(monkeypatch):
     assert for_rows("cpu", torch.float32, 5, 5) == for_rows("cpu", torch.bfloat16, 1280, 77) == "math"
-    assert for_rows("cpu", torch.float32, 256, 256) == for_rows("cpu", torch.bfloat16, 256, 256) == "sdpa"
+    assert for_rows("cpu", torch.float32, 256, 256) == for_rows("cpu", torch.bfloat16, 1024, 1024) == "sdpa"
+    assert for_rows("cpu", torch.bfloat16, 256, 256) == "math"
     assert for_rows("cpu", torch.bfloat16, 20_480, 77) == "sdpa"  # too many weights to hold
     assert for_rows("cuda", torch.bfloat16, 5, 5) == "math"
     assert for_rows("cuda", torch.bfloat16, 20_480, 77) == "sdpa"

@@ -25,6 +25,7 @@ BACKENDS = ("sdpa", "math", "flash_attn", "xformers", "triton", "auto")
 MASKED_BACKENDS = ("sdpa", "math", "triton", "auto")  # those that can leave keys out
 _MODULES = {"flash_attn": "flash_attn", "xformers": "xformers.ops"}
 _MOST_CUDA_ROWS = 65_535  # the fused CUDA kernels launch one block row per (batch, head)
+_MOST_CPU_WEIGHTS = 2**22  # in float32 16 MiB: of larger blocks the system takes and clears the pages anew each time
 
 
 def check_backend(name: str) -> None:
@@ -44,11 +45,11 @@ def for_rows(device: str, dtype: torch.dtype, num_queries: int, num_keys: int) -
     """What "auto" takes for rows of `num_keys` weights on a kind of device: "math" where they are short, else "sdpa".
 
     On a CPU, measured forward and backward: in float32 the two are alike at 16 keys and fused attention wins beyond 32;
-    in bfloat16 it takes 2 to 12 times as long up to 77 keys, and is level at 256. Weights that are many go to sdpa,
-    which never holds them. On a GPU fused attention works on tiles of 64 and more, whatever the row's length.
+    in bfloat16 it takes 2 to 12 times as long up to 256 keys. Weights that are many go to sdpa, which never holds them.
+    On a GPU fused attention works on tiles of 64 and more, whatever the row's length.
     """
     if device == "cpu":
-        is_short = num_keys <= (32 if dtype in (torch.float32, torch.float64) else 128)
+        is_short = num_keys <= (32 if dtype in (torch.float32, torch.float64) else 256)
         return "math" if is_short and num_queries * num_keys <= 2**18 else "sdpa"
     return "math" if max(num_queries, num_keys) <= 16 else "sdpa"
 
@@ -62,7 +63,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, backend: str = "sdpa", mask: Tensor 
     """
     if backend in ("auto", "triton"):
         backend = for_rows(q.device.type, q.dtype, q.shape[-2], k.shape[-2])
-    num_parts = num_launches(q.shape[0], q.shape[1]) if q.is_cuda else 1
+    if q.is_cuda:
+        num_parts = num_launches(q.shape[0], q.shape[1])
+    else:
+        num_weights = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
+        num_parts = min(q.shape[0], math.ceil(num_weights / _MOST_CPU_WEIGHTS)) if backend == "math" else 1
     return attend_in_parts(q, k, v, backend, mask, num_parts)
 
 

@@ -1,4 +1,4 @@
-"""The small parts every block of the UNet is made of: timestep embedding, group norm, zero start."""
+"""The small parts every block of the UNet is made of: timestep embedding, zero start, convolutions laid in memory."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, reduce, repeat
+from einops import rearrange
 from torch import Tensor, nn
 
 
@@ -19,40 +19,6 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000) -
     halves = torch.arange(half, dtype=torch.float32, device=timesteps.device)  # from the CPU they would be waited for
     angles = timesteps[:, None].float() * torch.exp(-math.log(max_period) * halves / half)
     return F.pad(torch.cat([angles.cos(), angles.sin()], dim=-1), (0, dim % 2))
-
-
-class GroupNorm32(nn.GroupNorm):
-    """Group norm over 32 groups whose statistics are taken in float32 for half-precision inputs: `b c h w` -> same."""
-
-    def __init__(self, channels: int, eps: float = 1e-5) -> None:
-        super().__init__(32, channels, eps=eps)
-
-    def forward(self, x: Tensor, num_frames: int | None = None) -> Tensor:
-        """`num_frames`: take the statistics over that many images at a time, the frames of a clip; None: over each."""
-        if num_frames is not None:
-            height = x.shape[-2]
-            over_clip = self._normalised(rearrange(x, "(b t) c h w -> b c (t h) w", t=num_frames))
-            return rearrange(over_clip, "b c (t h) w -> (b t) c h w", h=height)
-        return self._normalised(x)
-
-    def _normalised(self, x: Tensor) -> Tensor:
-        half = x.dtype in (torch.float16, torch.bfloat16)
-        out = x.float() if half else x
-        if x.device.type == "cpu":
-            out = out - self._group_means(out)
-        weight, bias = (self.weight.float(), self.bias.float()) if half else (self.weight, self.bias)
-        return F.group_norm(out, self.num_groups, weight, bias, self.eps).to(x.dtype)
-
-    @torch.no_grad()
-    def _group_means(self, x: Tensor) -> Tensor:
-        """Means per clip and group, `b c 1 1`, to take off first: group norm does not depend on them.
-
-        torch's channels-last kernel for CPUs computes the variance as E[x^2] - E[x]^2, which loses four digits on a
-        group whose values are nearly alike.
-        """
-        means = reduce(x, "b c h w -> b c", "mean")  # over pixels first, the fast direction in channels-last memory
-        means = reduce(means, "b (g c) -> b g", "mean", g=self.num_groups)
-        return repeat(means, "b g -> b (g c) 1 1", c=self.num_channels // self.num_groups)
 
 
 def at_each_pixel(conv: nn.Conv2d, x: Tensor) -> Tensor:

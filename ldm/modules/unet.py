@@ -20,7 +20,8 @@ from ldm.errors import UserError
 from ldm.modules.attention import SpatialTransformer
 from ldm.modules.attention_backends import check_backend
 from ldm.modules.conditioning import build_conditioning
-from ldm.modules.nn import GroupNorm32, lay_for_this_machine, timestep_embedding
+from ldm.modules.group_norm import GroupNorm32
+from ldm.modules.nn import lay_for_this_machine, timestep_embedding
 from ldm.modules.recomputing import check_memory_words, chosen_runs, run_directly
 from ldm.modules.temporal import PseudoConv3d, see_changes_only
 
