@@ -16,9 +16,10 @@ $(READY): setup.py constraints.txt Makefile
 	$(PY) -m pip install --quiet --no-deps "open_clip_torch==3.3.0"
 	touch $(READY)
 
+# Two files of tests side by side; each test computes with one thread.
 test: $(READY)
 	$(PY) -m ruff check .
-	$(PY) -m pytest tests
+	$(PY) -m pytest tests -n 2 --dist loadfile
 
 lint: $(READY)
 	$(PY) -m ruff check .
