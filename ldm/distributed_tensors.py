@@ -87,6 +87,6 @@ def whole(tensor: Tensor) -> Tensor:
     padded = part.new_zeros(rows, *tensor.shape[1:])
     padded[: len(part)] = part
     full = part.new_empty(rows * group.size(), *tensor.shape[1:])
-    dist.all_gather_into_tensor(full, padded, group=group)
+    dist.all_gather(list(full.chunk(group.size())), padded, group=group)
     surplus = len(full) > len(tensor)
     return (full[: len(tensor)].clone() if surplus else full).cpu()

@@ -9,6 +9,7 @@ import os
 import socket
 import time
 import traceback
+import warnings
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -72,24 +73,46 @@ class Result:
     kept: tuple[int, int, int]
 
 
+class ProcessDiedError(RuntimeError):
+    """A process of a team is gone, without a word in Python."""
+
+
 class Team:
     """`size` processes that carry out one job after the other."""
 
     def __init__(self, size: int) -> None:
+        self.size = size
+        self._start()
+
+    def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["tests.process_runs"])
-        self.size, self.ends, self.processes, self.is_stopped = size, [], [], False
+        self.ends, self.processes, self.is_stopped = [], [], False
         port = free_port()
-        for rank in range(size):
+        for rank in range(self.size):
             own, other = context.Pipe()
-            process = context.Process(target=work, args=(rank, size, port, other), daemon=True)
+            process = context.Process(target=work, args=(rank, self.size, port, other), daemon=True)
             process.start()
             other.close()
             self.ends.append(own)
             self.processes.append(process)
 
     def run(self, job: Job | Command) -> list[Any]:
-        """What each process saw; an error of one ends the team."""
+        """What each process saw; an error of one ends the team.
+
+        A process that dies of a signal is no matter of these tests, and not unheard of with collectives on a processor:
+        the job is begun again by new processes, once, with a warning that says of which signal.
+        """
+        try:
+            return self._carry_out(job)
+        except ProcessDiedError as error:
+            if isinstance(job, Command):
+                raise
+            warnings.warn(f"{error}; once more with new processes", stacklevel=2)
+            self._start()
+            return self._carry_out(job)
+
+    def _carry_out(self, job: Job | Command) -> list[Any]:
         results: list[Any] = [None] * self.size
         for end in self.ends:
             end.send(job)
@@ -103,18 +126,23 @@ class Team:
             for end in ready:
                 results[self.ends.index(end)] = found = self._from(end)
                 if isinstance(found, str):
+                    codes = self._exit_codes()
                     self.stop()
+                    if min(codes) < 0:
+                        raise ProcessDiedError(f"one of {self.size} processes has died; exit codes: {codes}\n{found}")
                     raise RuntimeError(found)
         return results
 
     def _from(self, end: Connection) -> Any:
-        """What a process says; or, where it has died, of what."""
         try:
             return end.recv()
         except (EOFError, OSError):
-            time.sleep(1)  # what the others saw of it is on stderr
-            codes = [process.exitcode for process in self.processes]
-            return f"one of {self.size} processes has died; their exit codes: {codes} (negative: a signal)"
+            return "a process has gone without a word"
+
+    def _exit_codes(self) -> list[int]:
+        """Negative: the signal that a process died of; 0: it is there."""
+        time.sleep(1)  # one may be about to die, and the others be the first to say so
+        return [process.exitcode or 0 for process in self.processes]
 
     def stop(self) -> None:
         self.is_stopped = True
