@@ -4,6 +4,7 @@ import copy
 import math
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -224,6 +225,33 @@ def test_the_learning_rate_rises_stays_and_falls_where_it_is_told_to(steps: tupl
         optimizer.step()
         schedule.step()
     assert rates == expected
+
+
+@pytest.mark.parametrize("options", [{}, {"name": "adamw8bit"}, {"states_on": "host"}], ids=str)
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_run_taken_up_again_has_the_rates_of_its_config(options: dict[str, Any], changed: bool):
+    def start(rate: float, total: int, **words: Any) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+        weights = [torch.nn.Parameter(torch.ones(4096)) for _ in range(2)]
+        groups = [{"params": [weights[0]], "lr": rate}, {"params": [weights[1]], "lr": rate / 4}]
+        optimizer = build_optimizer(groups, **options, **words)
+        return optimizer, rate_schedule(optimizer, 4, 2, total)
+
+    optimizer, schedule = start(0.5, 6, weight_decay=0.1)
+    for _ in range(5):
+        for group in optimizer.param_groups:
+            group["params"][0].grad = torch.ones(4096)
+        optimizer.step()
+        schedule.step()
+    assert [float(group["lr"]) for group in optimizer.param_groups] == [0.25, 0.0625], "one step from the end"
+    later, rates = start(2.0, 12, weight_decay=0.3, betas=(0.5, 0.9)) if changed else start(0.5, 6, weight_decay=0.1)
+    later.load_state_dict(optimizer.state_dict())
+    rates.load_state_dict(schedule.state_dict())
+    found = [tuple(float(value) for value in (g["lr"], g["weight_decay"], *g["betas"])) for g in later.param_groups]
+    words = (0.3, 0.5, 0.9) if changed else (0.1, 0.9, 0.999)
+    assert found == [(rate, *words) for rate in ((2.0, 0.5) if changed else (0.25, 0.0625))]
+    assert rates.get_last_lr() == [rate for rate, *_ in found]
+    rates.step()
+    assert float(later.param_groups[0]["lr"]) == (2.0 if changed else 0.0)
 
 
 def test_a_cooldown_longer_than_the_run_is_refused():

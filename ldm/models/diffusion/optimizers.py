@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from ldm.models.diffusion.weight_by_weight import MakeOptimizer, WeightByWeight,
 OPTIMIZERS = {"adamw": (), "adamw8bit": ("torchao", "bitsandbytes"), "adamw4bit": ("torchao",)}
 STATES_ON = ("card", "host")
 FUSED = ("cuda", "cpu")  # devices for which torch has AdamW in one pass
+OWN = ("weight_decay", "betas")  # of the config, whatever a checkpoint says
 OPTIONS = ("name", "weight_decay", "betas", "library", "states_on")
 
 
@@ -65,13 +67,32 @@ def build_optimizer(
     groups = [dict(group) for group in groups]
     make = _maker(name, library, weight_decay, tuple(betas))
     if weights is None and not in_backward and states_on == "card":
-        return make(groups)
+        optimizer = make(groups)
+        words = {word: optimizer.defaults[word] for word in OWN}
+        optimizer.register_load_state_dict_post_hook(partial(_keep_words, words=words))
+        return optimizer
     return WeightByWeight(groups, make, weights, in_backward, on_host=states_on == "host")
+
+
+class RateSchedule(LambdaLR):
+    """A schedule that a checkpoint tells the step alone: rates are those that it was built with, of the config."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        kept = {"base_lrs": self.base_lrs}
+        super().load_state_dict({**state_dict, **kept})
+        shares = [share(self.last_epoch) for share in self.lr_lambdas]
+        self._last_lr = [float(rate) * share for rate, share in zip(self.base_lrs, shares, strict=True)]
+        for group, base, rate in zip(self.optimizer.param_groups, self.base_lrs, self._last_lr, strict=True):
+            group["initial_lr"] = base
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
 
 
 def rate_schedule(
     optimizer: torch.optim.Optimizer, warmup_steps: int, cooldown_steps: int = 0, total_steps: int = -1
-) -> LambdaLR:
+) -> RateSchedule:
     """A schedule that raises the learning rate linearly over the first steps, keeps it, and lowers it over the last.
 
     The last of `total_steps` optimiser steps is made at 1 / cooldown_steps of the rate (Haegele et al. 2024, "Scaling
@@ -89,7 +110,7 @@ def rate_schedule(
         fall = (total_steps - step) / cooldown_steps if cooldown_steps else 1.0
         return max(0.0, min(1.0, rise, fall))
 
-    return LambdaLR(optimizer, share)
+    return RateSchedule(optimizer, share)
 
 
 def _maker(name: str, library: str | None, weight_decay: float, betas: tuple[float, float]) -> MakeOptimizer:
@@ -128,6 +149,12 @@ def _adamw(groups: list[dict[str, Any]], words: dict[str, Any]) -> torch.optim.A
     optimizer.register_load_state_dict_post_hook(_lay_states)
     optimizer._step_supports_amp_scaling = False  # or Lightning refuses to clip, though no gradient is scaled in bf16
     return optimizer
+
+
+def _keep_words(optimizer: torch.optim.Optimizer, words: Mapping[str, Any]) -> None:
+    """What a checkpoint has of them is what its run was told; this one may have been told otherwise."""
+    for group in optimizer.param_groups:
+        group.update(words)
 
 
 def _lay_states(optimizer: torch.optim.Optimizer) -> None:

@@ -118,6 +118,7 @@ class WeightByWeight(torch.optim.Optimizer):
             )
         for group, old in zip(self.param_groups, saved, strict=True):
             own = {"params", "fused", "foreach", "capturable"}  # where the weights are, not where they were
+            own |= {"weight_decay", "betas"}  # what the config says, not what it said
             group.update({name: value for name, value in old.items() if name in group and name not in own})
             group["lr"] = float(group["lr"])
         self.state = defaultdict(dict)
