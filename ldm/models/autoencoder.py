@@ -16,12 +16,12 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
 
 from ldm.checkpoint import read_checkpoint
 from ldm.data.frames import FrameBatch
 from ldm.errors import UserError
 from ldm.models.autoencoder_loss import AutoencoderLoss
+from ldm.models.diffusion.optimizers import RateSchedule
 from ldm.models.equivariance import draw_windows, look_through
 from ldm.modules.encoders import KLFirstStage
 from ldm.modules.posterior import posterior_mean, sample_posterior
@@ -182,7 +182,8 @@ class AutoencoderKL(pl.LightningModule):
             for network in networks
         ]
         total = self.trainer.max_steps if self.trainer.max_steps > 0 else self.trainer.estimated_stepping_batches
-        return optimizers, [LambdaLR(optimizer, _rise_and_fall(self.warmup_steps, total)) for optimizer in optimizers]
+        share = _rise_and_fall(self.warmup_steps, total)
+        return optimizers, [RateSchedule(optimizer, share) for optimizer in optimizers]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """CompVis's names for the network; the rest beside it."""

@@ -52,8 +52,7 @@ def group_means(x: Tensor, num_groups: int) -> Tensor:
     group whose values are nearly alike.
     """
     means = reduce(x, "b c h w -> b c", "mean")  # over pixels first, the fast direction in channels-last memory
-    means = reduce(means, "b (g c) -> b g", "mean", g=num_groups)
-    return repeat(means, "b g -> b (g c) 1 1", c=x.shape[1] // num_groups)
+    return rearrange(_over_groups(means, num_groups, "mean"), "b c -> b c 1 1")
 
 
 class NarrowGroups(torch.autograd.Function):
@@ -67,10 +66,10 @@ class NarrowGroups(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float) -> Tensor:
         rows = rearrange(x, "b c h w -> b (h w) c")
         num_values = _values(rows, num_groups)
-        centred = rows - _group_sums(rows.sum(1, keepdim=True), num_groups) / num_values
-        centred -= _group_sums(centred.sum(1, keepdim=True), num_groups) / num_values  # what rounding has left
+        centred = rows - _over_groups(rows.sum(1, keepdim=True), num_groups) / num_values
+        centred -= _over_groups(centred.sum(1, keepdim=True), num_groups) / num_values  # what rounding has left
         squares = torch.linalg.vector_norm(centred, dim=1, keepdim=True).square()
-        inverse = (_group_sums(squares, num_groups) / num_values + eps).rsqrt()
+        inverse = (_over_groups(squares, num_groups) / num_values + eps).rsqrt()
         ctx.save_for_backward(centred, inverse, weight)
         ctx.num_groups = num_groups
         out = torch.addcmul(bias, centred, inverse * weight)
@@ -82,7 +81,7 @@ class NarrowGroups(torch.autograd.Function):
         centred, inverse, weight = ctx.saved_tensors
         rows = rearrange(gradient, "b c h w -> b (h w) c")
         sums, products = (value.sum(1, keepdim=True) for value in (rows, rows * centred))  # `b 1 c`
-        mean, slope = (_group_sums(value * weight, ctx.num_groups) for value in (sums, products))
+        mean, slope = (_over_groups(value * weight, ctx.num_groups) for value in (sums, products))
         num_values = _values(rows, ctx.num_groups)
         constant, factor = -inverse * mean / num_values, -(inverse**3) * slope / num_values
         of_input = torch.addcmul(constant, rows, inverse * weight).addcmul_(centred, factor)
@@ -90,10 +89,10 @@ class NarrowGroups(torch.autograd.Function):
         return rearrange(of_input, "b (h w) c -> b c h w", h=gradient.shape[2]), of_weight, of_bias, None, None
 
 
-def _group_sums(by_channel: Tensor, num_groups: int) -> Tensor:
-    """Sums over the channels of each group, at each of them: `b 1 c` -> same."""
-    sums = reduce(by_channel, "b 1 (g c) -> b 1 g", "sum", g=num_groups)
-    return repeat(sums, "b 1 g -> b 1 (g c)", c=by_channel.shape[2] // num_groups)
+def _over_groups(by_channel: Tensor, num_groups: int, how: str = "sum") -> Tensor:
+    """Sum or mean over the channels of each group, at each of them: `... c` -> same."""
+    of_group = reduce(by_channel, "... (g c) -> ... g", how, g=num_groups)
+    return repeat(of_group, "... g -> ... (g c)", c=by_channel.shape[-1] // num_groups)
 
 
 def _values(rows: Tensor, num_groups: int) -> int:

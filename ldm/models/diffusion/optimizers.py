@@ -18,13 +18,12 @@ from ldm.config import nearest
 from ldm.errors import UserError
 from ldm.models.diffusion.quantised_step import step_unless
 from ldm.models.diffusion.stored_weights import StoredWeights
-from ldm.models.diffusion.weight_by_weight import MakeOptimizer, WeightByWeight, laid_like
+from ldm.models.diffusion.weight_by_weight import OWN_WORDS, MakeOptimizer, WeightByWeight, laid_like
 
 # What each name may be computed by, the first that is installed.
 OPTIMIZERS = {"adamw": (), "adamw8bit": ("torchao", "bitsandbytes"), "adamw4bit": ("torchao",)}
 STATES_ON = ("card", "host")
 FUSED = ("cuda", "cpu")  # devices for which torch has AdamW in one pass
-OWN = ("weight_decay", "betas")  # of the config, whatever a checkpoint says
 OPTIONS = ("name", "weight_decay", "betas", "library", "states_on")
 
 
@@ -68,7 +67,7 @@ def build_optimizer(
     make = _maker(name, library, weight_decay, tuple(betas))
     if weights is None and not in_backward and states_on == "card":
         optimizer = make(groups)
-        words = {word: optimizer.defaults[word] for word in OWN}
+        words = {word: optimizer.defaults[word] for word in OWN_WORDS}
         optimizer.register_load_state_dict_post_hook(partial(_keep_words, words=words))
         return optimizer
     return WeightByWeight(groups, make, weights, in_backward, on_host=states_on == "host")

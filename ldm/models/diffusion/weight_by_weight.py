@@ -20,6 +20,7 @@ from ldm.errors import UserError
 from ldm.models.diffusion.host_states import HostStates, plain_parts, rebuilt
 from ldm.models.diffusion.stored_weights import StoredWeights
 
+OWN_WORDS = ("weight_decay", "betas")  # of the config, whatever a checkpoint says
 MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
 
@@ -118,7 +119,7 @@ class WeightByWeight(torch.optim.Optimizer):
             )
         for group, old in zip(self.param_groups, saved, strict=True):
             own = {"params", "fused", "foreach", "capturable"}  # where the weights are, not where they were
-            own |= {"weight_decay", "betas"}  # what the config says, not what it said
+            own.update(OWN_WORDS)
             group.update({name: value for name, value in old.items() if name in group and name not in own})
             group["lr"] = float(group["lr"])
         self.state = defaultdict(dict)
