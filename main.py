@@ -22,7 +22,7 @@ from rich.logging import RichHandler
 from ldm.callbacks import AtomicCheckpointIO, ProgressBar, StopRequested
 from ldm.config import ConfigError, accepted_names, build, check, to_container
 from ldm.config_targets import trusting
-from ldm.devices import set_up_card
+from ldm.devices import keep_freed_memory, set_up_card
 from ldm.distributed import launch_plugins, strategy_words
 from ldm.distributed_launch import is_first_process
 from ldm.errors import UserError, run_command
@@ -105,6 +105,7 @@ def train(
 ) -> None:
     """Fit, and test if the model has a test; a stop that was asked for is a normal end."""
     set_up_card(exact=str(flags.get("precision", "32-true")) in FULL_PRECISION, repeatable=False)
+    keep_freed_memory()
     trainer = build_trainer(run, config, flags, strategy_words(flags, num_devices(flags), model, data))
     if trainer.is_global_zero:
         write_down(run, config, data, options)

@@ -30,7 +30,7 @@ from ldm.benchmarking.rows import Row, goal_rows, record, table_rows
 from ldm.benchmarking.timing import Budget
 from ldm.command_line import Parser
 from ldm.config import check, load_config
-from ldm.devices import choose_device, set_up_card
+from ldm.devices import choose_device, keep_freed_memory, set_up_card
 from ldm.errors import UserError, run_command
 from ldm.markdown_tables import markdown
 from ldm.measuring import describe_machine
@@ -106,6 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows = plan.outline()
     else:
         set_up_card(exact=False, repeatable=False)
+        keep_freed_memory()
         for row in plan.run():
             rows.append(row)
             print(f"{row.section:8} {' | '.join(cell for cell in table_rows([row])[1] if cell)}", flush=True)

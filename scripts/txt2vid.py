@@ -27,7 +27,7 @@ from ldm.checkpoint_temporal import Merged, load_with_temporal
 from ldm.clip_requests import ClipRequest, notes, read_request, repeat_request
 from ldm.config import check, load_config, to_container
 from ldm.config_targets import trusting
-from ldm.devices import choose_device, choose_precision, set_up_card
+from ldm.devices import choose_device, choose_precision, keep_freed_memory, set_up_card
 from ldm.errors import UserError, printable, run_command
 from ldm.generation import ClipGenerator
 from ldm.provenance import (
@@ -162,6 +162,7 @@ def carry_out(options: argparse.Namespace, words: Sequence[str]) -> None:
         config = confined(record["config"], str(options.replay))
     precision = choose_precision(options.precision, device)
     set_up_card(exact=precision == "full", repeatable=True)
+    keep_freed_memory()
     merged = Merged(read_checkpoint(path), None) if temporal is None else load_with_temporal(path, temporal)
     generator = ClipGenerator(merged.checkpoint, config, device, precision, options.compile, options.cuda_graphs)
     with console.status("reading what is given"):

@@ -147,13 +147,14 @@ def test_a_kernel_that_is_not_installed_is_refused_at_once(monkeypatch):
 
 
 def test_auto_takes_mathematics_for_short_rows_and_never_the_interpreter(monkeypatch):
-    assert for_rows("cpu", torch.float32, 5, 5) == for_rows("cpu", torch.bfloat16, 1280, 77) == "math"
-    assert for_rows("cpu", torch.float32, 256, 256) == for_rows("cpu", torch.bfloat16, 1024, 1024) == "sdpa"
-    assert for_rows("cpu", torch.bfloat16, 256, 256) == "math"
-    assert for_rows("cpu", torch.bfloat16, 20_480, 77) == "sdpa"  # too many weights to hold
-    assert for_rows("cuda", torch.bfloat16, 5, 5) == "math"
-    assert for_rows("cuda", torch.bfloat16, 20_480, 77) == "sdpa"
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    full, half = torch.float32, torch.bfloat16
+    assert for_rows("cpu", full, 5, 5, 40) == for_rows("cpu", half, 1280, 77, 40) == "math"
+    assert for_rows("cpu", full, 256, 256, 40) == for_rows("cpu", half, 1024, 1024, 40) == "sdpa"
+    assert for_rows("cpu", full, 256, 256, 8) == for_rows("cpu", half, 256, 256, 40) == "math"
+    assert for_rows("cpu", half, 20_480, 77, 40) == for_rows("cpu", full, 20_480, 77, 8) == "sdpa"  # many to hold
+    assert for_rows("cuda", half, 5, 5, 40) == "math"
+    assert for_rows("cuda", half, 20_480, 77, 40) == "sdpa"
+
     layer = TemporalAttention(16, backend="auto")
     assert not layer._is_fused(torch.zeros(5, 1, 16), 5)
 

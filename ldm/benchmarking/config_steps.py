@@ -13,7 +13,7 @@ from ldm.benchmarking.timing import wait_for
 from ldm.callbacks import ComputeCount
 from ldm.config import build, load_config, to_container
 from ldm.data.batch import Batch
-from ldm.devices import set_up_card
+from ldm.devices import keep_freed_memory, set_up_card
 from ldm.models.diffusion.ddpm import LatentVideoDiffusion
 
 TRAINER_WORDS = ("precision", "gradient_clip_val", "accumulate_grad_batches")
@@ -71,6 +71,7 @@ class StepClock(pl.Callback):
 def take_steps(request: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Seconds of each of `steps` steps of the configs `base` with `overrides`, operations of one, and the last loss."""
     set_up_card(exact=False, repeatable=False)
+    keep_freed_memory()
     without_files = ["model.params.ckpt_path=null", "model.params.scale_factor=1.0"]
     config = to_container(load_config(request["base"], [*request["overrides"], *without_files]))
     model_node, data, lightning = config["model"], config["data"]["params"], config.get("lightning") or {}

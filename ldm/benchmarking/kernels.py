@@ -18,17 +18,22 @@ from ldm.errors import UserError
 from ldm.modules.temporal import TemporalAttention, TemporalConv
 
 WARM_UPS, NUM_SHARES = 3, 3
+TURN_FLOP = 4e9  # small layers are called so often in a turn on a processor that they compute this
 
 
 def compare_convolutions(
-    channels: int, batch: int, frames: int, side: int, precision: str, device: torch.device, rounds: int, budget: Budget
+    case: Case, device: torch.device, rounds: int, budget: Budget, trained: bool, goal: str | None = None
 ) -> Iterator[Row]:
-    """The convolution over frames, forward, as a view on channels-last memory, as a folded Conv1d and as a Conv3d."""
-    dtype = PRECISIONS[precision]
-    layer = TemporalConv(channels).to(device, dtype).requires_grad_(False)
-    x = torch.randn(batch * frames, channels, side, side, device=device).to(dtype)
-    x = x.contiguous(memory_format=torch.channels_last)
+    """The convolution over frames as a view on channels-last memory, as a folded Conv1d and as a Conv3d.
+
+    Its channels are the first of the case. trained: forward and backward, as in training; else forward, as in sampling.
+    goal: key in `GOALS` of what our way wins over the folded one.
+    """
+    frames, side, channels, dtype = case.frames, case.side, case.widths[0], PRECISIONS[case.precision]
+    layer = TemporalConv(channels).to(device, dtype).requires_grad_(trained)
     torch.nn.init.normal_(layer.weight, std=channels**-0.5)
+    x, gradient = (torch.randn(case.batch * frames, channels, side, side, device=device).to(dtype) for _ in range(2))
+    x, gradient = (each.contiguous(memory_format=torch.channels_last) for each in (x, gradient))
 
     def folded() -> Tensor:
         rows = rearrange(x, "(b t) c h w -> (b h w) c t", t=frames)
@@ -42,26 +47,32 @@ def compare_convolutions(
         out = rearrange(clip, "b c t h w -> (b t) c h w")
         return out.contiguous(memory_format=torch.channels_last)
 
-    ways = {"ours": lambda: layer(x, frames), "folded": folded, "conv3d": conv3d}
+    forward = {"ours": lambda: layer(x, frames), "folded": folded, "conv3d": conv3d}
     titles = {"ours": "ours, a view", "folded": "pixels folded into a Conv1d", "conv3d": "Conv3d"}
-    flop = 2 * 3 * channels**2 * batch * frames * side**2
-    size = f"{batch} x {frames} frames, {channels} channels, {side}x{side}, {precision}"
-    case = f"convolution over frames, forward, {size}"
     with torch.no_grad():
-        reference = ways["ours"]()
+        reference = forward["ours"]()
         for name in ("folded", "conv3d"):
-            _check_alike(reference, ways[name](), name)
-        rows = list(_rows(case, ways, titles, flop, device, rounds, budget))
-    key = f"{device.type} convolution {precision}"
-    if key in GOALS:
-        rows[1].found = {key: 1 / rows[1].ratio}
+            _check_alike(reference, forward[name](), name)
+    x.requires_grad_(trained)
+    wanted = [x, *layer.parameters()]
+    backward = {name: lambda way=way: torch.autograd.grad(way(), wanted, gradient) for name, way in forward.items()}
+    flop = 2 * 3 * channels**2 * case.batch * frames * side**2 * (3 if trained else 1)
+    what = "forward and backward" if trained else "forward"
+    title = f"convolution over frames, {what}, {_size(case)}"
+    with torch.set_grad_enabled(trained):
+        rows = list(_rows(title, backward if trained else forward, titles, flop, device, rounds, budget))
+    if goal in GOALS:
+        rows[1].found = {goal: 1 / rows[1].ratio}
     yield from rows
 
 
-def compare_attentions(
-    channels: int, batch: int, frames: int, side: int, precision: str, device: torch.device, rounds: int, budget: Budget
-) -> Iterator[Row]:
+def _size(case: Case) -> str:
+    return f"{case.batch} x {case.frames} frames, {case.widths[0]} channels, {case.side}x{case.side}, {case.precision}"
+
+
+def compare_attentions(case: Case, device: torch.device, rounds: int, budget: Budget) -> Iterator[Row]:
     """Attention over frames, forward and backward, by what it chooses itself and by torch's SDPA and plain products."""
+    batch, frames, side, channels, precision = case.batch, case.frames, case.side, case.widths[0], case.precision
     dtype = PRECISIONS[precision]
     x = torch.randn(batch * frames, side**2, channels, device=device).to(dtype).requires_grad_()
     torch.manual_seed(42)
@@ -78,9 +89,8 @@ def compare_attentions(
     titles = {"ours": "ours", "sdpa": "torch's SDPA", "math": "products and a softmax"}
     rows = 8 * batch * side**2
     flop = 3 * (2 * 2 * rows * frames**2 * channels // 8 + 4 * 2 * batch * frames * side**2 * channels**2)
-    size = f"{batch} x {frames} frames, {channels} channels, {side}x{side}, {precision}"
-    case = f"attention over frames, forward and backward, {size}"
-    yield from _rows(case, ways, titles, flop, device, rounds, budget)
+    title = f"attention over frames, forward and backward, {_size(case)}"
+    yield from _rows(title, ways, titles, flop, device, rounds, budget)
 
 
 def _backends(device: torch.device) -> dict[str, str]:
@@ -96,10 +106,17 @@ def _rows(
     case: str, ways: dict[str, Callable[[], Tensor]], titles: dict[str, str], flop: float, device: torch.device,
     rounds: int, budget: Budget,
 ) -> Iterator[Row]:  # fmt: skip
-    for _ in range(WARM_UPS):
-        for way in ways.values():
+    times = max(1, round(TURN_FLOP / flop)) if device.type == "cpu" else 1
+
+    def repeated(way: Callable[[], object]) -> None:
+        for _ in range(times):
             way()
-    seconds = take_turns(ways, rounds, device, budget)
+
+    for way in ways.values():
+        repeated(way)
+    turns = {name: lambda way=way: repeated(way) for name, way in ways.items()}
+    taken = take_turns(turns, rounds, device, budget)
+    seconds = {name: [each / times for each in turn] for name, turn in taken.items()}
     found = ratios(seconds, "ours")
     for name, title in titles.items():
         yield Row("kernels", case, title, Seconds.of(seconds[name]), found.get(name), flop)

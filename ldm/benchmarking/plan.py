@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -89,14 +89,9 @@ class Plan:
         cases = {word: Case(it.widths, 2, 5, it.side, word) for word in it.precisions}
         jobs = [self._compare(case, 60) for case in cases.values()]
         jobs += [
-            Job("kernels", f"convolution over frames, {word}", 20, lambda word=word: compare_convolutions(
-                it.widths[0] * 5, 2, 5, 2 * it.side, word, device, it.rounds, budget))
-            for word in it.precisions
-        ] + [
-            Job("kernels", f"attention over frames, {word}", 20, lambda word=word: compare_attentions(
-                it.widths[0] * 5, 2, 5, 2 * it.side, word, device, it.rounds, budget))
-            for word in it.precisions
-        ]  # fmt: skip
+            Job("kernels", f"layers over time, {word}", 40, lambda case=case: self._kernels(case))
+            for word, case in cases.items()
+        ]
         jobs.append(self._loader())
         jobs += [
             Job("memory", f"{case}, {word}", 60, lambda case=case: peaks_apart(case, it.names, device, budget))
@@ -125,9 +120,7 @@ class Plan:
             for steps in SAMPLERS
         ]  # fmt: skip
         kernels = [
-            Job("kernels", f"convolution and attention over frames, 2 x {frames}", 15, lambda frames=frames: (
-                row for compare in (compare_convolutions, compare_attentions)
-                for row in compare(320, 2, frames, FULL_SIDE, "bf16", device, 3 * it.rounds, budget)))
+            Job("kernels", f"layers over time, 2 x {frames}", 15, lambda frames=frames: self._kernels(cases[frames]))
             for frames in cases
         ]  # fmt: skip
         return [
@@ -140,6 +133,19 @@ class Plan:
         it = self.settings
         return Job("train", f"{case}, {case.precision}", seconds, lambda: compare_steps(
             case, it.names, it.device, it.rounds, self.budget, self._peak(case.precision)))  # fmt: skip
+
+    def _kernels(self, case: Case) -> Iterator[Row]:
+        """The layers over time of the first level, and on a processor those of the full-sized network too."""
+        device, rounds, budget = self.settings.device, 3 * self.settings.rounds, self.budget
+        yield from compare_convolutions(
+            case, device, rounds, budget, trained=True, goal=f"{device.type} convolution {case.precision}"
+        )
+        yield from compare_convolutions(case, device, rounds, budget, trained=False)
+        yield from compare_attentions(case, device, rounds, budget)
+        if device.type == "cpu" and self.settings.widths == SMALL:
+            full = replace(case, widths=FULL, side=FULL_SIDE)
+            yield from compare_convolutions(full, device, self.settings.rounds, budget, trained=True)
+            yield from compare_attentions(replace(full, side=FULL_SIDE // 2), device, self.settings.rounds, budget)
 
     def _loader(self) -> Job:
         it = self.settings

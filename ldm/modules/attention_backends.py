@@ -5,7 +5,8 @@ math        two matrix products and a softmax; the fastest on a CPU and for the 
 flash_attn  the flash-attn package: NVIDIA GPU, float16 or bfloat16
 xformers    the xformers package: NVIDIA GPU
 triton      over frames our own kernel, see `fused_attention`: NVIDIA GPU, up to 64 frames; elsewhere as auto
-auto        over frames our kernel where it can be used; else math where rows are short (see `for_rows`), and sdpa
+auto        over frames our kernel where it can be used, on a processor `few_frames` where they are few; else math where
+            rows are short (see `for_rows`), and sdpa
 """
 
 from __future__ import annotations
@@ -41,17 +42,21 @@ def check_backend(name: str) -> None:
         )
 
 
-def for_rows(device: str, dtype: torch.dtype, num_queries: int, num_keys: int) -> str:
-    """What "auto" takes for rows of `num_keys` weights on a kind of device: "math" where they are short, else "sdpa".
+def for_rows(device: str, dtype: torch.dtype, num_queries: int, num_keys: int, dim: int) -> str:
+    """What "auto" takes for rows of `num_keys` weights and heads of `dim` on a kind of device: "math" or "sdpa".
 
-    On a CPU, measured forward and backward: in float32 the two are alike at 16 keys and fused attention wins beyond 32;
-    in bfloat16 it takes 2 to 12 times as long up to 256 keys. Weights that are many go to sdpa, which never holds them.
+    On a CPU, as measured forward and backward with one thread and two: in bfloat16 fused attention takes 2 to 12 times
+    as long up to 256 keys; in float32 1 to 1.6 times for heads narrower than a register, 16 numbers, and for others
+    about as long or longer up to 80. Weights that are many go to sdpa, which never holds them.
     On a GPU fused attention works on tiles of 64 and more, whatever the row's length.
     """
-    if device == "cpu":
-        is_short = num_keys <= (32 if dtype in (torch.float32, torch.float64) else 256)
-        return "math" if is_short and num_queries * num_keys <= 2**18 else "sdpa"
-    return "math" if max(num_queries, num_keys) <= 16 else "sdpa"
+    if device != "cpu":
+        return "math" if max(num_queries, num_keys) <= 16 else "sdpa"
+    if dtype not in (torch.float32, torch.float64):
+        most_keys, most_weights = 256, 2**18
+    else:
+        most_keys, most_weights = (256, 2**17) if dim < 16 else (80, 2**15)
+    return "math" if num_keys <= most_keys and num_queries * num_keys <= most_weights else "sdpa"
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, backend: str = "sdpa", mask: Tensor | None = None) -> Tensor:
@@ -62,7 +67,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, backend: str = "sdpa", mask: Tensor 
     Raises `UserError` when the back end cannot run on these tensors.
     """
     if backend in ("auto", "triton"):
-        backend = for_rows(q.device.type, q.dtype, q.shape[-2], k.shape[-2])
+        backend = for_rows(q.device.type, q.dtype, q.shape[-2], k.shape[-2], q.shape[-1])
     if q.is_cuda:
         num_parts = num_launches(q.shape[0], q.shape[1])
     else:

@@ -23,8 +23,7 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000) -
 
 def at_each_pixel(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """A convolution of one pixel as the linear layer it is: `b c h w` -> `b c' h w`, channels last if `x` is."""
-    out = F.linear(rearrange(x, "b c h w -> b h w c"), conv.weight.flatten(1), conv.bias)
-    return rearrange(out, "b h w c -> b c h w")
+    return F.linear(x.permute(0, 2, 3, 1), conv.weight.flatten(1), conv.bias).permute(0, 3, 1, 2)
 
 
 def is_smaller_than_kernel(x: Tensor, kernel: Tensor) -> bool:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ldm.errors import UserError
 from ldm.modules.attention_backends import attend
+from ldm.modules.few_frames import attend_over_few_frames, is_suited
 from ldm.modules.fused_attention import check_fused, temporal_attention, why_not
 from ldm.modules.local_attention import attend_locally, check_window
 from ldm.modules.nn import at_each_pixel, is_smaller_than_kernel, zeroed
@@ -52,7 +53,7 @@ class TemporalConv(nn.Conv1d):
     def forward(self, x: Tensor, num_frames: int) -> Tensor:
         # In channels-last memory both rearrangements are views, and the kernel a 2-D one that spans frames only.
         height = x.shape[-2]
-        x = rearrange(x, "(b t) c h w -> b c t (h w)", t=num_frames)
+        x = x.unflatten(0, (-1, num_frames)).transpose(1, 2).flatten(3)  # b c t (h w)
         weight, padding = self.weight, self.padding[0]
         if self.changes_only:
             surplus = weight.sum(-1) - torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
@@ -61,7 +62,7 @@ class TemporalConv(nn.Conv1d):
             x, padding = torch.cat([first, x, last], dim=2), 0
         is_small = is_smaller_than_kernel(x, weight)
         x = F.conv2d(x.contiguous() if is_small else x, weight.unsqueeze(-1), self.bias, padding=(padding, 0))
-        x = rearrange(x, "b c t (h w) -> (b t) c h w", h=height)
+        x = x.transpose(1, 2).flatten(0, 1).unflatten(2, (height, -1))  # (b t) c h w
         return x.contiguous(memory_format=torch.channels_last) if is_small else x
 
 
@@ -169,9 +170,17 @@ class TemporalAttention(AttentionProjections):
     def forward(self, x: Tensor, num_frames: int) -> Tensor:
         q, k, v = self.project(self.norm(x))
         is_local = self.window is not None and num_frames > self.window.num_frames // 2 + 1
-        attend_frames = self._attend_fused if self._is_fused(q, num_frames) else self._attend_rows
-        x = attend_frames(q, k, v, num_frames, is_local)
+        if self._is_fused(q, num_frames):
+            x = self._attend_fused(q, k, v, num_frames, is_local)
+        elif self.backend in ("auto", "triton") and not is_local and is_suited(q, num_frames, self.num_heads):
+            x = attend_over_few_frames(q, k, v, num_frames, self.num_heads, self._period)
+        else:
+            x = self._attend_rows(q, k, v, num_frames, is_local)
         return self.to_out(x - v if self.changes_only else x)
+
+    @property
+    def _period(self) -> float:
+        return MAX_PERIOD if self.positions else 0.0
 
     def _is_fused(self, q: Tensor, num_frames: int) -> bool:
         what = (q.device, q.dtype, num_frames, q.shape[-1] // self.num_heads)
@@ -181,8 +190,7 @@ class TemporalAttention(AttentionProjections):
 
     def _attend_fused(self, q: Tensor, k: Tensor, v: Tensor, num_frames: int, is_local: bool) -> Tensor:
         window = (self.window.radius, self.window.sees_first) if is_local else (-1, False)
-        period = MAX_PERIOD if self.positions else 0.0
-        return temporal_attention(q, k, v, num_frames, self.num_heads, period, *window)
+        return temporal_attention(q, k, v, num_frames, self.num_heads, self._period, *window)
 
     def _attend_rows(self, q: Tensor, k: Tensor, v: Tensor, num_frames: int, is_local: bool) -> Tensor:
         """Every pixel's frames as a row of their own."""

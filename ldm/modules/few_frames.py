@@ -1,0 +1,102 @@
+"""Attention over few frames on a processor: sums of products of whole maps instead of a matrix product for each pixel.
+
+With 5 frames and heads of 8 numbers the matrices of temporal attention are so small that calling the product takes
+longer than the product. Here the pixels lie last in memory, `b t heads d n`, and every step is one operation over all
+of them: a score is a sum over d of products of maps. The work is that of plain loops and grows with the square of the
+frames; `is_suited` says where it pays. Computed and kept in float32, whatever comes in.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MAX_FRAMES = 8
+MAX_WORK = 160  # frames times numbers of a head; beyond, matrix products catch up
+MIN_ROWS = 512  # pixels times heads, of all clips; of fewer, the steps cost more than what they compute
+
+
+def is_suited(q: Tensor, num_frames: int, num_heads: int) -> bool:
+    """Whether this is the faster way for queries `(b t) n (heads d)`, as measured on processors with AVX-512."""
+    if q.device.type != "cpu" or not 2 <= num_frames <= MAX_FRAMES:
+        return False
+    num_rows = q.shape[0] // num_frames * q.shape[1] * num_heads
+    return num_rows >= MIN_ROWS and num_frames * (q.shape[2] // num_heads) <= MAX_WORK
+
+
+def attend_over_few_frames(
+    q: Tensor, k: Tensor, v: Tensor, num_frames: int, num_heads: int, max_period: float
+) -> Tensor:
+    """Each pixel's frames attend to each other: `(b t) n (heads d)` three times -> the same.
+
+    max_period: of the rotation by position, see `temporal.rotate_by_position`; 0: none.
+    """
+    return _FewFrames.apply(q, k, v, num_frames, num_heads, max_period)
+
+
+class _FewFrames(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, num_frames: int, num_heads: int, max_period: float
+    ) -> Tensor:
+        ctx.dtype = q.dtype
+        q, k, v = (_to_maps(x, num_frames, num_heads) for x in (q, k, v))
+        ctx.angles = _angles(num_frames, q.shape[3], max_period) if max_period else None
+        q, k = (_rotate(x, ctx.angles) for x in (q, k))
+        logits = torch.stack([(q[:, i, None] * k).sum(3) for i in range(num_frames)], dim=1)  # b i j heads n
+        weights = logits.mul_(q.shape[3] ** -0.5).softmax(dim=2)
+        out = torch.empty_like(v)
+        for i in range(num_frames):
+            torch.sum(weights[:, i, :, :, None] * v, 1, out=out[:, i])
+        ctx.save_for_backward(q, k, v, weights)
+        return _to_tokens(out, ctx.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, weights = ctx.saved_tensors
+        num_frames, num_heads, scale = q.shape[1], q.shape[2], q.shape[3] ** -0.5
+        gradient = _to_maps(gradient, num_frames, num_heads)
+        of_q, of_k, of_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for i in range(num_frames):
+            here, weight = gradient[:, i, None], weights[:, i]
+            of_weight = (here * v).sum(3)
+            of_v.addcmul_(weight[:, :, :, None], here)
+            of_logit = (weight * (of_weight - (weight * of_weight).sum(1, keepdim=True))).mul_(scale)[:, :, :, None]
+            torch.sum(of_logit * k, 1, out=of_q[:, i])
+            of_k.addcmul_(of_logit, q[:, i, None])
+        of_q, of_k = (_rotate(x, ctx.angles, back=True) for x in (of_q, of_k))
+        return *(_to_tokens(x, ctx.dtype) for x in (of_q, of_k, of_v)), None, None, None
+
+
+def _to_maps(x: Tensor, num_frames: int, num_heads: int) -> Tensor:
+    """`(b t) n (heads d)` -> float32 `b t heads d n`, contiguous."""
+    num_tokens = x.shape[1]
+    return x.float().transpose(1, 2).contiguous().view(-1, num_frames, num_heads, x.shape[2] // num_heads, num_tokens)
+
+
+def _to_tokens(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`b t heads d n`, contiguous -> `(b t) n (heads d)`, contiguous."""
+    b, num_frames, num_heads, dim, num_tokens = x.shape
+    return x.view(b * num_frames, num_heads * dim, num_tokens).transpose(1, 2).contiguous().to(dtype)
+
+
+def _angles(num_frames: int, dim: int, max_period: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the rotation of each frame and pair of channels, `t 1 d/2 1`."""
+    frequencies = max_period ** (-torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    angles = torch.arange(num_frames, dtype=torch.float32)[:, None, None, None] * frequencies[:, None]
+    return angles.cos(), angles.sin()
+
+
+def _rotate(x: Tensor, angles: tuple[Tensor, Tensor] | None, back: bool = False) -> Tensor:
+    """By position as `temporal.rotate_by_position`, or back: `b t heads d n` -> the same."""
+    if angles is None:
+        return x
+    cosine, sine = angles
+    sign, half = -1 if back else 1, x.shape[3] // 2
+    out = torch.empty_like(x)
+    first, second = x[:, :, :, :half], x[:, :, :, half:]
+    torch.mul(first, cosine, out=out[:, :, :, :half]).addcmul_(second, sine, value=-sign)
+    torch.mul(second, cosine, out=out[:, :, :, half:]).addcmul_(first, sine, value=sign)
+    return out
