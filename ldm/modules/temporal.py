@@ -94,7 +94,8 @@ class PseudoConv3d(nn.Conv2d):
         return self.temporal(x, num_frames)
 
     def _within_frames(self, x: Tensor) -> Tensor:
-        if self.kernel_size == (1, 1) and self.stride == (1, 1):
+        is_linear = self.kernel_size == (1, 1) and self.stride == (1, 1)
+        if is_linear and x.is_contiguous(memory_format=torch.channels_last):  # else it would copy its input
             return at_each_pixel(self, x)
         if is_smaller_than_kernel(x, self.weight):
             return super().forward(x.contiguous()).contiguous(memory_format=torch.channels_last)
