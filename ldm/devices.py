@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 import resource
 import sys
@@ -60,7 +61,10 @@ def keep_freed_memory() -> bool:
 
     Every step of a network frees what it takes and takes it again; given back, each page is cleared by the system
     before it comes again. With glibc, blocks of up to 32 MiB, the most it allows, are then cut from memory that stays.
+    Where the environment says how glibc is to go about it, that holds.
     """
+    if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
+        return False
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):  # another C library has another allocator
