@@ -7,7 +7,7 @@ types. Of OmegaConf's interpolations only references to other values are taken; 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +42,23 @@ def check_yaml(text: str, trusted: bool = False) -> None:
     trusted: interpolations may be other than `${other.key}`.
     """
     counter = _Counter()
-    for event in yaml.parse(text, Loader=_Loader):
+    for event in _events(text):
         try:
             counter.take(event)
             if not trusted and isinstance(event, yaml.ScalarEvent):
                 _check_interpolations(event.value)
         except ValueError as error:
             raise ValueError(f"line {event.start_mark.line + 1}: {error}") from None
+
+
+def _events(text: str) -> Iterator[yaml.Event]:
+    """What the parser finds; newer ones have a bound on nesting of their own, above ours, and look that far ahead."""
+    try:
+        yield from yaml.parse(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        if "nesting depth" not in (error.problem or ""):
+            raise
+        raise ValueError(f"line {error.problem_mark.line + 1}: nested deeper than {MAX_DEPTH}") from None
 
 
 def check_plain(tree: Any) -> None:
