@@ -87,11 +87,11 @@ class Plan:
     def _jobs_on_processor(self) -> list[Job]:
         it, device, budget = self.settings, self.settings.device, self.budget
         cases = {word: Case(it.widths, 2, 5, it.side, word) for word in it.precisions}
-        jobs = [self._compare(case, 60) for case in cases.values()]
-        jobs += [
+        jobs = [  # small layers first: after whole networks the memory that they get lies scattered
             Job("kernels", f"layers over time, {word}", 40, lambda case=case: self._kernels(case))
             for word, case in cases.items()
         ]
+        jobs += [self._compare(case, 60) for case in cases.values()]
         jobs.append(self._loader())
         jobs += [
             Job("memory", f"{case}, {word}", 60, lambda case=case: peaks_apart(case, it.names, device, budget))
