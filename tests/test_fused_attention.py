@@ -154,7 +154,7 @@ def test_auto_takes_mathematics_for_short_rows_and_never_the_interpreter(monkeyp
     assert for_rows("cpu", half, 20_480, 77, 40) == for_rows("cpu", full, 20_480, 77, 8) == "sdpa"  # many to hold
     assert for_rows("cuda", half, 5, 5, 40) == "math"
     assert for_rows("cuda", half, 20_480, 77, 40) == "sdpa"
-
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     layer = TemporalAttention(16, backend="auto")
     assert not layer._is_fused(torch.zeros(5, 1, 16), 5)
 
