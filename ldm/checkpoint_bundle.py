@@ -5,6 +5,7 @@
     text_encoder.safetensors    CLIP's text half
     unet-1.safetensors, ...     the image weights of the UNet, in as many files as they need
     temporal.safetensors        its layers over time
+    temporal_decoder.safetensors   those of the first stage's decoder, where it has some
 
 All tensors have their full CompVis names. Other files beside them, such as a README, are nobody's business here. How
 such folders are written is told in `checkpoint_bundling`.

@@ -18,9 +18,21 @@ from torch import Tensor
 
 from ldm.checkpoint import check_unet, unet_tensors
 from ldm.checkpoint_bundle import CONFIG, WEIGHTS, bundle_files, is_bundle, sha256_of
-from ldm.checkpoint_config import CLASSES
+from ldm.checkpoint_config import CLASSES, DECODER_PLACE
+from ldm.checkpoint_decoder import (
+    has_temporal_decoder,
+    load_temporal_decoder,
+    temporal_decoder_node,
+    temporal_decoder_tensors,
+)
 from ldm.checkpoint_encoders import build_text_encoder, load_first_stage, prefixed
-from ldm.checkpoint_names import FIRST_STAGE_PREFIX, TEXT_PREFIX, UNET_PREFIX, is_temporal
+from ldm.checkpoint_names import (
+    FIRST_STAGE_PREFIX,
+    TEMPORAL_DECODER_PREFIX,
+    TEXT_PREFIX,
+    UNET_PREFIX,
+    is_temporal,
+)
 from ldm.checkpoint_reading import Checkpoint, CheckpointError, first_stage_tensors, text_tensors
 from ldm.checkpoint_temporal import CLIP_WORDS, MODEL, MODEL_WORDS
 from ldm.checkpoint_writing import check_room, full_config, halved, save_tensors
@@ -39,14 +51,16 @@ def bundled(
     sampling: Mapping[str, Any],
     text: Checkpoint | None = None,
     decoder: Checkpoint | None = None,
+    temporal_decoder: Checkpoint | None = None,
 ) -> Checkpoint:
     """What of a checkpoint goes into a bundle: float16 weights, and a config without paths.
 
     sampling: defaults of sampling, on top of those in the checkpoint's config, see `sampling_defaults`.
     text, decoder: checkpoints to take the text encoder and the autoencoder from; None: the same. That autoencoder makes
         the same latents: all but its decoder is what it was.
+    temporal_decoder: a checkpoint to take the layers over time of the decoder from; None: the same, if it has them.
 
-    Raises `CheckpointError` unless every tensor of all three networks is there and fits.
+    Raises `CheckpointError` unless every tensor of all networks is there and fits.
     """
     config = bundle_config(full_config(checkpoint), sampling)
     source = text or checkpoint
@@ -54,9 +68,15 @@ def bundled(
     first_stage = first_stage_tensors(checkpoint)
     tensors |= prefixed(FIRST_STAGE_PREFIX, first_stage if decoder is None else _redecoded(first_stage, decoder))
     tensors |= prefixed(TEXT_PREFIX, text_tensors(source))
+    over_time = temporal_decoder or (checkpoint if has_temporal_decoder(checkpoint) else None)
+    if over_time is not None:
+        tensors |= prefixed(TEMPORAL_DECODER_PREFIX, temporal_decoder_tensors(over_time))
+        config["model"]["params"][DECODER_PLACE] = _without_sources(temporal_decoder_node(over_time))
     result = replace(checkpoint, tensors=halved(tensors, checkpoint.path), own_config=config, kind="ours", metadata={})
     check_unet(result)
     load_first_stage(result)
+    if over_time is not None:
+        load_temporal_decoder(replace(result, path=over_time.path), first_stage_tensors(result))
     build_text_encoder(replace(result, path=source.path))  # whose name the message is to have
     return result
 
@@ -78,13 +98,14 @@ def bundle_config(config: Mapping[str, Any], sampling: Mapping[str, Any]) -> dic
     params = config["model"]["params"]
     words = {word: params.get(word, default) for word, default in MODEL_WORDS.items()}
     for place in CLASSES:
+        if place == DECODER_PLACE:
+            continue  # which comes from a training of its own
         if not isinstance(params.get(place), Mapping):
             raise CheckpointError(
                 f"model.params.{place}: expected a node with target and params in the checkpoint's config, found "
                 "none; a bundle has all three networks. Give a checkpoint of a training run."
             )
-        inner = {word: value for word, value in params[place]["params"].items() if word not in SOURCES}
-        words[place] = {"target": params[place]["target"], "params": inner}
+        words[place] = _without_sources(params[place])
     result: dict[str, Any] = {"model": {"target": MODEL, "params": words}}
     for first, *steps, last in CLIP_WORDS.values():
         found = config.get(first) or {}
@@ -97,6 +118,11 @@ def bundle_config(config: Mapping[str, Any], sampling: Mapping[str, Any]) -> dic
             place[last] = found[last]
     sampling = {**(config.get("sampling") or {}), **sampling}
     return {**result, "sampling": sampling_defaults({"sampling": sampling})}
+
+
+def _without_sources(node: Mapping[str, Any]) -> dict[str, Any]:
+    inner = {word: value for word, value in node["params"].items() if word not in SOURCES}
+    return {"target": node["target"], "params": inner}
 
 
 def write_bundle(checkpoint: Checkpoint, folder: Path) -> None:
@@ -128,12 +154,14 @@ def write_bundle(checkpoint: Checkpoint, folder: Path) -> None:
 
 def _parts(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Names of files, without suffix, and what is in them."""
-    image, others = [{}], {"autoencoder": {}, "text_encoder": {}, "temporal": {}}
+    image, others = [{}], {"autoencoder": {}, "text_encoder": {}, "temporal": {}, "temporal_decoder": {}}
     for name, tensor in tensors.items():
         if name.startswith(FIRST_STAGE_PREFIX):
             others["autoencoder"][name] = tensor
         elif name.startswith(TEXT_PREFIX):
             others["text_encoder"][name] = tensor
+        elif name.startswith(TEMPORAL_DECODER_PREFIX):
+            others["temporal_decoder"][name] = tensor
         elif is_temporal(name):
             others["temporal"][name] = tensor
         else:

@@ -1,8 +1,8 @@
 """Configs that come inside files people exchange, checkpoints and records of clips: what such a config may say.
 
-It may shape three networks, each of a class of ours, and nothing more. It names no other class, so that no file can
-start a program, and no other file: weights come from the checkpoint itself, words from where tokenizers are searched
-for.
+It may shape the networks of a model, each of a class of ours, and nothing more. It names no other class, so that no
+file can start a program, and no other file: weights come from the checkpoint itself, words from where tokenizers are
+searched for.
 """
 
 from __future__ import annotations
@@ -17,7 +17,14 @@ UNET = "ldm.modules.unet.UNetModel"
 FIRST_STAGE = "ldm.modules.encoders.KLFirstStage"
 VQ_FIRST_STAGE = "ldm.modules.encoders.VQFirstStage"
 TEXT = "ldm.modules.encoders.CLIPTextEmbedder"
-CLASSES = {"unet_config": (UNET,), "first_stage_config": (FIRST_STAGE, VQ_FIRST_STAGE), "cond_stage_config": (TEXT,)}
+TEMPORAL_DECODER = "ldm.modules.temporal_decoder.TemporalDecoder"
+DECODER_PLACE = "temporal_decoder_config"  # the one network that a model may do without
+CLASSES = {
+    "unet_config": (UNET,),
+    "first_stage_config": (FIRST_STAGE, VQ_FIRST_STAGE),
+    "cond_stage_config": (TEXT,),
+    DECODER_PLACE: (TEMPORAL_DECODER,),
+}
 PATHS = ("ckpt_path", "tokenizer")
 
 

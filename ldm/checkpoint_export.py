@@ -19,6 +19,7 @@ from transformers import CLIPTokenizer
 from ldm import checkpoint_author
 from ldm.atomic import write_atomically
 from ldm.checkpoint import has_temporal_layers, latent_scale, load_first_stage, unet_node, unet_tensors
+from ldm.checkpoint_decoder import has_temporal_decoder
 from ldm.checkpoint_encoders import SD_V1_SCALE, build_text_encoder
 from ldm.checkpoint_names import FIRST_STAGE_PREFIX, POSITION_IDS, TEXT_PREFIX, is_temporal, unet_to_diffusers
 from ldm.checkpoint_reading import Checkpoint, CheckpointError, account
@@ -154,6 +155,7 @@ def _write_folder(
     own = checkpoint.config
     params = own["model"]["params"] if own else {}
     notes = _notes_of_known_frames(params) if config["in_channels"] != config["out_channels"] else []
+    notes += ["the temporal decoder was left out: diffusers has no place for it"] * has_temporal_decoder(checkpoint)
     with replacing_folder(folder) as partial:
         (partial / "unet").mkdir()
         save_tensors(unet, partial / "unet" / WEIGHTS, {})

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 UNET_PREFIX = "model.diffusion_model."
 FIRST_STAGE_PREFIX = "first_stage_model."
 TEXT_PREFIX = "cond_stage_model.transformer."
+TEMPORAL_DECODER_PREFIX = "temporal_decoder."
 AVERAGE_PREFIX = "model_ema."
 AVERAGE_COUNTERS = ("model_ema.decay", "model_ema.num_updates")
 POSITION_IDS = "text_model.embeddings.position_ids"

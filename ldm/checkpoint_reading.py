@@ -24,6 +24,7 @@ from ldm.checkpoint_names import (
     OPTIONAL_NAMES,
     POSITION_IDS,
     SCHEDULE_NAMES,
+    TEMPORAL_DECODER_PREFIX,
     TEXT_PREFIX,
     UNET_PREFIX,
     text_name,
@@ -191,7 +192,7 @@ def _config_in(metadata: Mapping[str, str]) -> Any:
 
 def _with_prefixes(tensors: dict[str, Tensor], path: Path) -> tuple[dict[str, Tensor], str]:
     """Full CompVis names from those of any file, and its kind; a name of no Stable Diffusion v1 file is an error."""
-    known = (UNET_PREFIX, FIRST_STAGE_PREFIX, "cond_stage_model.", AVERAGE_PREFIX)
+    known = (UNET_PREFIX, FIRST_STAGE_PREFIX, "cond_stage_model.", AVERAGE_PREFIX, TEMPORAL_DECODER_PREFIX)
     if any(name.startswith(known) for name in tensors):
         strangers = [
             name for name in tensors if not name.startswith(known) and name not in SCHEDULE_NAMES + OPTIONAL_NAMES

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 
-from ldm.checkpoint import first_stage_tensors, identity
 from ldm.checkpoint_bundle import is_bundle
 from ldm.clip_settings import PRECISIONS
 from ldm.data.given_frames import MAX_FRAMES
@@ -202,7 +201,7 @@ class EvaluationPlan:
         """The name of each autoencoder's row -> a checkpoint that has it."""
         found: dict[str, SampledRows] = {}
         for maker in self.makers:
-            found.setdefault(identity(first_stage_tensors(maker.generator.checkpoint)), maker)
+            found.setdefault(maker.generator.identity_of_autoencoder(), maker)
         several = len(found) > 1
         return {f"{AUTOENCODED}, {maker.name}" if several else AUTOENCODED: maker for maker in found.values()}
 

@@ -22,6 +22,7 @@ from ldm.checkpoint import (
     SD_V1_SCALE,
     UNET_PATH,
     Checkpoint,
+    first_stage_tensors,
     has_temporal_layers,
     latent_scale,
     load_first_stage,
@@ -32,6 +33,7 @@ from ldm.checkpoint import (
     unet_node,
     unet_tensors,
 )
+from ldm.checkpoint_decoder import has_temporal_decoder, load_temporal_decoder
 from ldm.clip_settings import PRECISIONS, ClipSettings, Training, sampling_defaults
 from ldm.config import build, check_node
 from ldm.config_values import mapping_at
@@ -47,6 +49,7 @@ from ldm.modules.compiling import compile_by_shape
 from ldm.modules.cuda_graphs import check_has_graphs, play_back
 from ldm.modules.posterior import posterior_mean
 from ldm.modules.projections import join_projections
+from ldm.modules.temporal_decoder import TemporalDecoder
 from ldm.prompts import read_schedule
 from ldm.video import from_uint8, to_uint8
 
@@ -70,6 +73,8 @@ class ClipGenerator:
         the image autoencoder always run in float32.
     compiled, played_back: whether the UNet goes through torch.compile, and whether its kernels are recorded and played
         back (on an NVIDIA GPU); see `compiling` and `cuda_graphs`.
+    temporal_decoder: a checkpoint with one, to decode clips with; True: the checkpoint's own, if it has one; False:
+        none, frames are decoded one by one.
 
     The networks are loaded when first needed, so that `check` can refuse settings before anything slow happens. Noise
     schedule, target and noise family are those the checkpoint was trained with. `defaults` are the settings of
@@ -84,6 +89,7 @@ class ClipGenerator:
         precision: str = "full",
         compiled: bool = False,
         played_back: bool = False,
+        temporal_decoder: Checkpoint | bool = True,
     ) -> None:
         self.checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else read_checkpoint(checkpoint)
         self.config, self.device, self.dtype = config, torch.device(device), PRECISIONS[precision]
@@ -110,7 +116,10 @@ class ClipGenerator:
         self.num_channels, self.downsampling = first_stage.num_channels, first_stage.downsampling
         self.size_multiple = self.downsampling * 2 ** (len(self._words.get("channel_mult", (1, 2, 4, 4))) - 1)
         self._contexts: dict[str, Tensor] = {}
-        self._unet = self._first_stage = None
+        self._unet = self._first_stage = self._temporal_decoder = None
+        if temporal_decoder is True:
+            temporal_decoder = self.checkpoint if has_temporal_decoder(self.checkpoint) else False
+        self._decoder_source = temporal_decoder or None
 
     @property
     def is_told_fps(self) -> bool:
@@ -190,6 +199,7 @@ class ClipGenerator:
         read before. progress: called with diffusion steps of all windows and decoded chunks, counted together. Raises
         UserError when the network gives numbers that are not finite.
         """
+        decoder = self.temporal_decoder  # which may be refused, before anything slow
         num_frames = len(seeds) * settings.frames
         num_chunks, num_steps = -(-num_frames // max(1, decode_chunk)), 0
 
@@ -205,14 +215,14 @@ class ClipGenerator:
                 "the network gave numbers that are not finite; expected are finite ones. Try --precision full, a "
                 "smaller --scale, or another checkpoint"
             )
-        flat = rearrange(latents, "b t c h w -> (b t) c h w")
         frames = np.empty((num_frames, settings.height, settings.width, 3), np.uint8)
-        start = 0
-        for index, chunk in enumerate(decode_chunks(self.first_stage, flat, self.scale_factor, decode_chunk)):
-            frames[start : start + len(chunk)] = to_uint8(chunk)
-            start += len(chunk)
-            if progress:
-                progress("decoding", num_steps + index + 1, num_steps + num_chunks)
+        done = 0
+        for part in [rearrange(latents, "b t c h w -> (b t) c h w")] if decoder is None else latents:
+            for chunk in decode_chunks(self.first_stage, part, self.scale_factor, decode_chunk, None, decoder):
+                frames[done : done + len(chunk)] = to_uint8(chunk)
+                done += len(chunk)
+                if progress:
+                    progress("decoding", num_steps + -(-done // decode_chunk), num_steps + num_chunks)
         return list(rearrange(frames, "(b t) h w c -> b t h w c", b=len(seeds)))
 
     @torch.no_grad()
@@ -286,6 +296,14 @@ class ClipGenerator:
             first_stage = load_first_stage(self.checkpoint, self._params.get("first_stage_config"))
             self._first_stage = first_stage.to(self.device)
         return self._first_stage
+
+    @property
+    def temporal_decoder(self) -> TemporalDecoder | None:
+        """The layers over time of the decoder on their device, None where there are none; loaded when first asked."""
+        if self._temporal_decoder is None and self._decoder_source is not None:
+            found = load_temporal_decoder(self._decoder_source, first_stage_tensors(self.checkpoint))
+            self._temporal_decoder = found.to(self.device)
+        return self._temporal_decoder
 
     def _check_channels(self) -> None:
         inputs, outputs = self._words["in_channels"], self._words["out_channels"]

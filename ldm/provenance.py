@@ -2,8 +2,9 @@
 
 A record is a plain dict: `clip` (the settings), `given` (path and sha256 of each file of given frames), `seed`, `batch`
 (all seeds made at once, and which of them this is), `checkpoint` (path, sha256), `temporal` (those of temporal layers
-put into it, or None), `config` (where the checkpoint has none), `precision`, `compiled`, `decode_chunk`, `machine`,
-`versions`, `command`. It holds no time of day, so that the same clip made again is the same file.
+put into it, or None), `temporal_decoder` (those of one given beside it, or None), `config` (where the checkpoint has
+none), `precision`, `compiled`, `decode_chunk`, `machine`, `versions`, `command`. It holds no time of day, so that the
+same clip made again is the same file.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ FILE = {"path": str, "sha256": str}
 PARTS = {
     "": {
         "clip": Mapping, "given": Mapping, "seed": int, "batch": Mapping, "checkpoint": Mapping,
-        "temporal": Mapping | None,
+        "temporal": Mapping | None, "temporal_decoder": Mapping | None,
         "config": Mapping | None, "precision": str, "compiled": bool, "decode_chunk": int, "machine": Mapping,
         "versions": Mapping[str, str], "command": str,
     },
@@ -50,9 +51,10 @@ PARTS = {
     "checkpoint": FILE,
     "machine": {"device": str, "threads": int},
 }  # fmt: skip
+BESIDE = ("temporal", "temporal_decoder")  # files of weights that a clip may be made without
 # Words that records of earlier versions lack, and what was meant by that.
 SINCE = {
-    "": {"given": {}, "temporal": None, "compiled": False},
+    "": {"given": {}, "temporal": None, "temporal_decoder": None, "compiled": False},
     "clip": {"window": None, "overlap": 0, "known_noise": 0, "interpolate": 1},
 }
 
@@ -126,10 +128,10 @@ def _check_record(record: Mapping[str, Any]) -> None:
             raise ConfigError(f"{part or 'record'}: expected the keys {', '.join(words)}, not {', '.join(sorted(odd))}")
         check_values(found, words, part or "record")
     files = {f"given.{kind}": file for kind, file in record["given"].items()}
-    for place, file in (files | {"temporal": record["temporal"]}).items():
-        if place != "temporal" and place.removeprefix("given.") not in get_type_hints(GivenFiles):
+    for place, file in (files | {name: record[name] for name in BESIDE}).items():
+        if place not in BESIDE and place.removeprefix("given.") not in get_type_hints(GivenFiles):
             raise ConfigError(f"{place}: expected one of {', '.join(get_type_hints(GivenFiles))}")
-        if file is not None or place != "temporal":
+        if file is not None or place not in BESIDE:
             if set(mapping_at(place, file)) != set(FILE):
                 raise ConfigError(f"{place}: expected path and sha256, found {file!r}")
             check_values(file, FILE, place)
@@ -147,13 +149,15 @@ def _check_record(record: Mapping[str, Any]) -> None:
 
 
 def check_same_weights(record: dict[str, Any], found: Mapping[str, dict[str, str] | None]) -> None:
-    """Raise UserError unless the files of weights, `checkpoint` and `temporal`, are those a clip was made with."""
+    """Raise UserError unless the files of weights, `checkpoint` and those `BESIDE` it, are those of a clip's record."""
     for kind, file in found.items():
         wanted = record[kind]
         if (file and file["sha256"]) != (wanted and wanted["sha256"]):
-            path, sha256 = (file["path"], f"sha256 {file['sha256']}") if file else (f"--{kind}", "none")
+            option = f"--{kind.replace('_', '-')}"
+            path, sha256 = (file["path"], f"sha256 {file['sha256']}") if file else (option, "none")
             was = f"sha256 {wanted['sha256']} ({wanted['path']})" if wanted else "none"
             options = "--ckpt" if record["temporal"] is None else "--base and --temporal"
+            options = option if kind == "temporal_decoder" else options
             raise UserError(
                 f"{path}: expected the {kind} that the clip was made with, {was}, found {sha256}; give the right one "
                 f"with {options}"

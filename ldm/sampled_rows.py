@@ -78,6 +78,7 @@ class RowGenerator(ClipGenerator):
         """The same networks without the layers over time; frames have nothing in common but their prompt."""
         alone = copy.copy(self)
         alone._unet, alone.noise = ImagesAlone(self.unet), NoiseFamily()
+        alone._decoder_source = alone._temporal_decoder = None
         return alone
 
     @torch.no_grad()
@@ -85,7 +86,14 @@ class RowGenerator(ClipGenerator):
         """Frames uint8 `t h w 3` as the image autoencoder gives them back."""
         pixels = from_uint8(frames).to(self.device).split(DECODE_CHUNK)
         latents = torch.cat([posterior_mean(self.first_stage.encode(part)) for part in pixels])
-        return np.concatenate([to_uint8(part) for part in decode_chunks(self.first_stage, latents, 1.0, DECODE_CHUNK)])
+        decoded = decode_chunks(self.first_stage, latents, 1.0, DECODE_CHUNK, None, self.temporal_decoder)
+        return np.concatenate([to_uint8(part) for part in decoded])
+
+    def identity_of_autoencoder(self) -> str:
+        """The sha256 of its weights, a temporal decoder's among them."""
+        decoder = self.temporal_decoder
+        layers = {} if decoder is None else decoder.state_dict()
+        return identity({**first_stage_tensors(self.checkpoint), **layers})
 
 
 class ImagesAlone(nn.Module):
@@ -148,7 +156,7 @@ class SampledRows:
 
     def autoencoded(self, true: MadeRow, advance: Advance, name: str = AUTOENCODED) -> MadeRow:
         """True clips as the image autoencoder of the checkpoint gives them back."""
-        which = identity(first_stage_tensors(self.generator.checkpoint))
+        which = self.generator.identity_of_autoencoder()
         folder = _row_folder(self.folder, AUTOENCODED, which[:8], self.settings.frames, self.settings.fps)
         for source in true.files:
             record = {**read_metadata(source), "row": AUTOENCODED, "autoencoder": which}

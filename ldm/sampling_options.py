@@ -117,6 +117,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--base", type=Path, metavar="FILE", help="an image model, for --temporal: any fine-tune of SD v1"
     )
     files.add_argument("--temporal", type=Path, metavar="FILE", help="temporal layers alone, to be put into --base")
+    files.add_argument(
+        "--temporal-decoder", type=Path, metavar="FILE", help="layers over time for the decoder of the autoencoder"
+    )
     files.add_argument("--config", type=Path, metavar="YAML", help="for checkpoints that have no config inside")
     files.add_argument(FLAG, action="store_true", help="build whatever class that config names")
     files.add_argument("--outdir", type=Path, default=Path("outputs/txt2vid-samples"), help="default: %(default)s")
@@ -166,5 +169,6 @@ def refuse_beside_replay(options: argparse.Namespace) -> None:
     if given:
         raise UserError(
             f"--replay: takes every setting of the clip from {options.replay}, so --{given[0].replace('_', '-')} "
-            "cannot be given beside it; only --ckpt, --base, --temporal, --device and --outdir can"
+            "cannot be given beside it; only --ckpt, --base, --temporal, --temporal-decoder, --device and --outdir "
+            "can"
         )

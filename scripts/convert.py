@@ -67,6 +67,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--decoder", type=Path, metavar="PATH", help="for a bundle: autoencoder whose decoder learned on alone"
     )
+    parser.add_argument(
+        "--temporal-decoder", type=Path, metavar="PATH", help="for a bundle: layers over time for that decoder"
+    )
     parser.add_argument("--half", action="store_true", help="write float16: half the size, three digits of a number")
     parser.add_argument("--overwrite", action="store_true", help="replace what is at --out")
     return parser.parse_args(arguments)
@@ -113,15 +116,17 @@ def refuse_for_others(options: argparse.Namespace) -> None:
         if options.half:
             raise UserError("--half: a bundle is always float16; leave it out")
         return
-    for name in ("sampling", "text", "decoder"):
+    for name in ("sampling", "text", "decoder", "temporal_decoder"):
         if getattr(options, name):
-            raise UserError(f"--{name}: belongs to --format bundle, found --format {options.format}; leave it out")
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"{option}: belongs to --format bundle, found --format {options.format}; leave it out")
 
 
 def bundle(checkpoint: Checkpoint, options: argparse.Namespace) -> Checkpoint:
     """What goes into a bundle, after a look whether clips can be asked of it; raises UserError."""
-    text, decoder = (None if path is None else read_checkpoint(path) for path in (options.text, options.decoder))
-    result = bundled(checkpoint, read_sampling(options.sampling), text, decoder)
+    paths = options.text, options.decoder, options.temporal_decoder
+    others = (None if path is None else read_checkpoint(path) for path in paths)
+    result = bundled(checkpoint, read_sampling(options.sampling), *others)
     read_request({"prompt": "a road"}, ClipGenerator(result))
     return result
 
@@ -150,7 +155,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     refuse_for_others(options)
     console = Console(highlight=False, soft_wrap=True, markup=False)
-    inputs = [path for path in (options.source, options.base, options.text, options.decoder) if path is not None]
+    inputs = [options.source, options.base, options.text, options.decoder, options.temporal_decoder]
+    inputs = [path for path in inputs if path is not None]
     check_output(options.out, options.format, inputs, options.overwrite)
     with console.status("converting"):
         checkpoint = read_input(options, console)

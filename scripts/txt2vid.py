@@ -164,12 +164,16 @@ def carry_out(options: argparse.Namespace, words: Sequence[str]) -> None:
     set_up_card(exact=precision == "full", repeatable=True)
     keep_freed_memory()
     merged = Merged(read_checkpoint(path), None) if temporal is None else load_with_temporal(path, temporal)
-    generator = ClipGenerator(merged.checkpoint, config, device, precision, options.compile, options.cuda_graphs)
+    over_time = True if options.temporal_decoder is None else read_checkpoint(options.temporal_decoder)
+    generator = ClipGenerator(
+        merged.checkpoint, config, device, precision, options.compile, options.cuda_graphs, over_time
+    )
     with console.status("reading what is given"):
         jobs = [replayed_job(record, generator)] if record else plan(options, generator)
     open_folder(options.outdir)
     with console.status("reading the checkpoint and the prompts"):
-        files = {"checkpoint": hash_weights(path), "temporal": hash_weights(temporal)}
+        files = {"checkpoint": path, "temporal": temporal, "temporal_decoder": options.temporal_decoder}
+        files = {kind: hash_weights(file) for kind, file in files.items()}
         if record:
             check_same_weights(record, files)
         cuts = generator.read_prompts(list(dict.fromkeys(text for job in jobs for text in job.request.prompts)))
@@ -249,6 +253,8 @@ def adopt(options: argparse.Namespace, record: dict[str, Any]) -> argparse.Names
     else:
         adopted["base"] = options.base or Path(record["checkpoint"]["path"])
         adopted["temporal"] = options.temporal or Path(record["temporal"]["path"])
+    if record["temporal_decoder"] is not None:
+        adopted["temporal_decoder"] = options.temporal_decoder or Path(record["temporal_decoder"]["path"])
     if options.device == "auto":
         adopted["device"] = record["machine"]["device"].partition(":")[0]
     if adopted.get("device", options.device) == "cpu":

@@ -64,6 +64,6 @@ def test_a_step_compares_what_the_windows_show(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(module, "lr_schedulers", lambda: scheduler)
     monkeypatch.setattr(module, "log", lambda *words, **more: None)
     monkeypatch.setattr(AutoencoderKL, "global_step", 0)
-    module.training_step(FrameBatch(torch.zeros(2, 3, 16, 16), [3, 4]), 0)
+    module.training_step(FrameBatch(torch.zeros(2, 3, 16, 16), [3, 4], rates=[1, 1]), 0)
     (latents, first), (pixels, second) = seen
     assert latents == (2, 4, 8, 8) and pixels == (2, 3, 16, 16) and torch.equal(first, second)

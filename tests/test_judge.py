@@ -81,7 +81,7 @@ def test_the_config_builds_and_every_key_is_read():
 
 def test_what_has_no_looks_is_refused():
     with pytest.raises(UserError, match=r"frames with looks, found FrameBatch; use .*DriveFrameDataModule"):
-        LookClassifier().training_step(FrameBatch(torch.zeros(2, 3, 16, 16), [0, 1]), 0)
+        LookClassifier().training_step(FrameBatch(torch.zeros(2, 3, 16, 16), [0, 1], rates=[1, 1]), 0)
 
 
 def test_a_share_of_damage_out_of_range_is_refused():

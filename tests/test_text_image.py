@@ -136,7 +136,7 @@ def test_the_config_builds_and_every_key_is_read():
 
 
 def test_what_has_no_captions_is_refused():
-    batch = FrameBatch(torch.zeros(2, 3, 16, 16), [0, 1])
+    batch = FrameBatch(torch.zeros(2, 3, 16, 16), [0, 1], rates=[1, 1])
     with pytest.raises(UserError, match=r"frames with captions, found FrameBatch; use .*DriveFrameDataModule"):
         make_model().training_step(batch, 0)
 

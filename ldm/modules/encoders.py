@@ -7,7 +7,7 @@ what they wrote once. Where weights come from is told in `checkpoint`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -72,6 +72,24 @@ class FirstStage(nn.Module):
             for name, tensor in expected.items():  # these share memory with the parameters
                 tensor.copy_(tensors[name])
 
+    def decoder_parts(self) -> list[Callable[[Tensor], Tensor]]:
+        """The decoder as functions, one after the other: up to the size of the latents, then one for each size.
+
+        Unscaled latents `b z h w` go in, images `b c fh fw` come out; what lies in between is the features of a size.
+        """
+        decoder = self.network.decoder
+
+        def first(latents: Tensor) -> Tensor:
+            return decoder.mid_block(decoder.conv_in(self._into_decoder(latents)))
+
+        def last(features: Tensor) -> Tensor:
+            return decoder.conv_out(decoder.conv_act(decoder.conv_norm_out(decoder.up_blocks[-1](features))))
+
+        return [first, *decoder.up_blocks[:-1], last]
+
+    def _into_decoder(self, latents: Tensor) -> Tensor:
+        return self.network.post_quant_conv(latents)
+
     def _load(self, ckpt_path: str | None) -> None:
         if ckpt_path is not None:
             checkpoint = read_checkpoint(ckpt_path)
@@ -122,7 +140,7 @@ class KLFirstStage(FirstStage):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents, unscaled, -> images, about [-1, 1]: `b z h w` -> `b c fh fw`."""
-        return self.network.decoder(self.network.post_quant_conv(latents))
+        return self.network.decoder(self._into_decoder(latents))
 
 
 class VQFirstStage(FirstStage):
@@ -174,8 +192,11 @@ class VQFirstStage(FirstStage):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents, unscaled, -> images, about [-1, 1], by way of the codebook: `b z h w` -> `b c fh fw`."""
+        return self.network.decoder(self._into_decoder(latents))
+
+    def _into_decoder(self, latents: Tensor) -> Tensor:
         quantized = torch.cat([self.network.quantize(one[None])[0] for one in latents])  # it needs much memory for each
-        return self.network.decoder(self.network.post_quant_conv(quantized))
+        return super()._into_decoder(quantized)
 
 
 class CLIPTextEmbedder(nn.Module):

@@ -308,23 +308,41 @@ def decode_video(
 
 
 def decode_chunks(
-    first_stage: nn.Module, latents: Tensor, scale_factor: float, chunk: int = 4, progress: Progress | None = None
+    first_stage: nn.Module,
+    latents: Tensor,
+    scale_factor: float,
+    chunk: int = 4,
+    progress: Progress | None = None,
+    temporal_decoder: nn.Module | None = None,
 ) -> Iterator[Tensor]:
     """Scaled latents of frames `t c h w` -> the frames `chunk` by `chunk`, `t' 3 H W` in [-1, 1], float32, on the CPU.
 
-    Only one chunk of pixels is there at a time, however long the clip. Raises UserError for a chunk of no frames.
+    Only one chunk of pixels is there at a time, however long the clip. With a `TemporalDecoder` the frames must be
+    those of one clip, and come in chunks of other lengths. progress: called with (done, total) frames. Raises UserError
+    for a chunk of no frames.
     """
     if chunk < 1:
         raise UserError(f"decode chunk: expected at least 1 frame, found {chunk}")
-    return _decode_chunks(first_stage, latents, scale_factor, chunk, progress)
+    return _decode_chunks(first_stage, latents, scale_factor, chunk, progress, temporal_decoder)
 
 
 @torch.no_grad()
 def _decode_chunks(
-    first_stage: nn.Module, latents: Tensor, scale_factor: float, chunk: int, progress: Progress | None
+    first_stage: nn.Module,
+    latents: Tensor,
+    scale_factor: float,
+    chunk: int,
+    progress: Progress | None,
+    temporal_decoder: nn.Module | None,
 ) -> Iterator[Tensor]:
-    for start in range(0, len(latents), chunk):
-        pixels = first_stage.decode(latents[start : start + chunk] / scale_factor)
+    chunks = (part / scale_factor for part in latents.split(chunk))
+    if temporal_decoder is None or len(latents) == 1:  # a picture is no clip
+        decoded = map(first_stage.decode, chunks)
+    else:
+        decoded = temporal_decoder.decode(first_stage.decoder_parts(), chunks)
+    done = 0
+    for pixels in decoded:
         yield pixels.float().clamp(-1, 1).cpu()
+        done += len(pixels)
         if progress:
-            progress(min(start + chunk, len(latents)), len(latents))
+            progress(done, len(latents))

@@ -1,0 +1,192 @@
+"""Training of a temporal decoder (`ldm.modules.temporal_decoder`) for the image autoencoder of a trained video model.
+
+It learns to give clips back from latents that are not quite theirs: with noise on them, or remade by the video model
+itself. Image autoencoder and video model stay as they are. A checkpoint holds the layers over time alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from ldm.checkpoint import first_stage_tensors
+from ldm.checkpoint_decoder import DECODER_PATH, digest_of
+from ldm.config import build
+from ldm.config_values import check_values
+from ldm.data.frames import FrameBatch
+from ldm.errors import UserError
+from ldm.generation import ClipGenerator
+from ldm.models.autoencoder import psnr
+from ldm.models.diffusion.optimizers import rate_schedule
+from ldm.models.remade_latents import Remaker
+from ldm.modules.group_norm import GroupNorm32
+from ldm.modules.posterior import posterior_mean
+
+HELD_OUT = 2**20  # in place of the seed, for what is done to held-out latents: always the same
+REMADE = {"share": float, "steps": int, "most": int}
+MAX_SHOWN = 16  # clips of the validation that are kept for pictures
+
+
+class TemporalDecoderTraining(pl.LightningModule):
+    """A temporal decoder in training: `FrameBatch` of rows of frames in, layers over time out.
+
+    temporal_decoder_config: the layers, see `TemporalDecoder`.
+    ckpt_path: a whole video model, for its image autoencoder and for what it makes of clips.
+    noise: of the clips that are not remade, three quarters have white noise on their latents, of a standard deviation
+        drawn from 0 to this one, in units of the latents' own.
+    remade: `share` of the clips that the video model remakes, from noise of up to `most` of the last of `steps`
+        sampling steps, see `Remaker`; None: none are.
+    changes: weight of the distance between the changes from frame to frame, beside that between the frames.
+    learning_rate: highest rate; it rises over `warmup_steps` steps and falls over the last `cooldown_steps`.
+    seed: of every draw. config: the config of the run, kept in checkpoints.
+    """
+
+    keeps_averages = False
+
+    def __init__(  # noqa: PLR0913, PLR0917 - the words of the config
+        self,
+        temporal_decoder_config: Mapping[str, Any],
+        ckpt_path: str,
+        noise: float = 0.2,
+        remade: Mapping[str, Any] | None = None,
+        changes: float = 1.0,
+        learning_rate: float = 1e-3,
+        warmup_steps: int = 50,
+        cooldown_steps: int = 0,
+        seed: int = 23,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if not 0 <= noise <= 1:
+            raise UserError(f"model.params.noise: expected a standard deviation, 0 to 1, found {noise!r}")
+        if not 0 <= changes <= 100:
+            raise UserError(f"model.params.changes: expected a weight, 0 to 100, found {changes!r}")
+        self.temporal_decoder = build(temporal_decoder_config, DECODER_PATH)
+        self.noise, self.remade, self.changes, self.seed = noise, _checked_remade(remade), changes, seed
+        self.learning_rate, self.warmup_steps, self.cooldown_steps = learning_rate, warmup_steps, cooldown_steps
+        self.config = config
+        self._source = ClipGenerator(ckpt_path, temporal_decoder=False)
+        self._remaker: Remaker | None = None
+        self.temporal_decoder.made_for.copy_(digest_of(first_stage_tensors(self._source.checkpoint)))
+        self.shown: list[tuple[Tensor, Tensor]] = []  # originals and reconstructions of the last validation
+
+    def parameter_summary(self) -> str:
+        """One line: how many parameters are trained, and how many of the image decoder stay as they are."""
+        network = self._source.first_stage.network
+        frozen = sum(one.numel() for part in (network.decoder, network.post_quant_conv) for one in part.parameters())
+        trained = sum(one.numel() for one in self.temporal_decoder.parameters())
+        return f"trained: {trained:,} parameters (temporal decoder); frozen: {frozen:,} (the image decoder)"
+
+    def setup(self, stage: str) -> None:
+        """Put the frozen networks where the layers are trained."""
+        device = self.trainer.strategy.root_device
+        if device != self._source.device:
+            self._source = ClipGenerator(self._source.checkpoint, device=device, temporal_decoder=False)
+        if self._remaker is None and self.remade["share"]:
+            self._remaker = Remaker(self._source, self.remade["steps"], self.remade["most"])
+        with_quick_norms(self._source.first_stage.network.decoder)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Scaled latents of whole clips `b t c h w` -> frames, about [-1, 1], `b t 3 H W`."""
+        return self.temporal_decoder(self._source.first_stage.decoder_parts(), latents / self._source.scale_factor)
+
+    def training_step(self, batch: FrameBatch, batch_idx: int) -> Tensor:
+        """Mean distance per pixel value, and of the changes from frame to frame."""
+        pixels, latents = self._pixels_and_latents(batch, self.seed)
+        # torch's group norm loses its head over inputs of which no gradient is asked, on a CPU
+        terms = self._terms(self(latents.requires_grad_()).float(), pixels)
+        for name, value in terms.items():
+            self.log(f"train/{name}", value.detach(), prog_bar=name == "l1", batch_size=len(batch))
+        return terms["l1"] + self.changes * terms["change"]
+
+    def validation_step(self, batch: FrameBatch, batch_idx: int) -> None:
+        """The same of held-out clips, beside that of the image decoder alone (`val/alone_*`), and PSNR."""
+        pixels, latents = self._pixels_and_latents(batch, HELD_OUT)
+        output = self(latents).float()
+        flat = rearrange(latents, "b t c h w -> (b t) c h w")
+        alone = self._source.first_stage.decode(flat / self._source.scale_factor).float()
+        found = {"": output, "alone_": rearrange(alone, "(b t) c h w -> b t c h w", b=len(batch))}
+        for prefix, frames in found.items():
+            terms = self._terms(frames, pixels)
+            terms["psnr"] = psnr(*(rearrange(one, "b t c h w -> (b t) c h w") for one in (frames, pixels))).mean()
+            for name, value in terms.items():
+                self.log(f"val/{prefix}{name}", value, prog_bar=name == "psnr", on_epoch=True, batch_size=len(batch))
+        if batch_idx == 0:
+            self.shown = []
+        if batch_idx < MAX_SHOWN:
+            middle = pixels.shape[1] // 2
+            self.shown.append((pixels[:, middle].cpu(), output[:, middle].cpu()))
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = torch.optim.AdamW(
+            self.temporal_decoder.parameters(), lr=self.learning_rate, betas=(0.9, 0.99), weight_decay=0.0
+        )
+        scheduler = rate_schedule(optimizer, self.warmup_steps, self.cooldown_steps, self.trainer.max_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The config beside the layers."""
+        if self.config is not None:
+            checkpoint["config"] = dict(self.config)
+
+    def _terms(self, frames: Tensor, pixels: Tensor) -> dict[str, Tensor]:
+        change = (frames.diff(dim=1) - pixels.diff(dim=1)).abs().mean()
+        return {"l1": (frames - pixels).abs().mean(), "change": change}
+
+    @torch.no_grad()
+    def _pixels_and_latents(self, batch: FrameBatch, seed: int) -> tuple[Tensor, Tensor]:
+        """Frames `b t 3 H W` and scaled latents `b t c h w`, spoilt as seed and positions say."""
+        if len(batch.pixels) < 2 * len(batch):
+            raise UserError(
+                "data: expected rows of at least 2 frames for the temporal decoder, found single frames; set "
+                "data.params.frames, to 5 for instance"
+            )
+        source = self._source
+        with torch.autocast(batch.pixels.device.type, enabled=False):
+            moments = source.first_stage.encode(batch.pixels)
+        latents = posterior_mean(moments.float()) * source.scale_factor
+        pixels, latents = (rearrange(one, "(b t) c h w -> b t c h w", b=len(batch)) for one in (batch.pixels, latents))
+        captions = getattr(batch, "captions", [""] * len(batch))
+        spoilt = []
+        for place, position in enumerate(batch.positions):
+            state = int(np.random.SeedSequence((seed, position)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+            generator = torch.Generator().manual_seed(state)
+            clip = latents[place : place + 1]
+            draw, strength = torch.rand(2, generator=generator).tolist()
+            if draw < self.remade["share"]:
+                clip = self._remaker(clip, captions[place : place + 1], batch.rates[place : place + 1], [generator])
+            elif draw < 1 - (1 - self.remade["share"]) / 4:
+                clip = clip + self.noise * strength * torch.randn(clip.shape, generator=generator).to(clip)
+            spoilt.append(clip)
+        return pixels, torch.cat(spoilt).float()
+
+
+def with_quick_norms(decoder: nn.Module) -> None:
+    """Let the group norms of a frozen image decoder be ours, whose backward pass is not slow on a processor.
+
+    Those of attention, which sees no picture, stay.
+    """
+    for name, module in list(decoder.named_modules()):
+        if type(module) is nn.GroupNorm and module.num_groups == 32 and "attentions" not in name:
+            norm = GroupNorm32(module.num_channels, module.eps)
+            norm.weight, norm.bias = module.weight, module.bias
+            decoder.set_submodule(name, norm)
+    decoder.to(memory_format=torch.channels_last)
+
+
+def _checked_remade(words: Mapping[str, Any] | None) -> dict[str, Any]:
+    if words is None:
+        return {"share": 0.0}
+    where = "model.params.remade"
+    if set(words) != set(REMADE):
+        raise UserError(f"{where}: expected the words {', '.join(REMADE)}, found {', '.join(words) or 'none'}")
+    check_values(words, REMADE, where)
+    if not 0 < words["share"] <= 1:
+        raise UserError(f"{where}.share: expected a share above 0 and up to 1, found {words['share']!r}")
+    return dict(words)
