@@ -15,8 +15,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ldm.checkpoint import first_stage_tensors
-from ldm.checkpoint_decoder import DECODER_PATH, digest_of
+from ldm.checkpoint import first_stage_tensors, load_weights, read_checkpoint
+from ldm.checkpoint_decoder import DECODER_PATH, digest_of, temporal_decoder_tensors
 from ldm.config import build
 from ldm.config_values import check_values
 from ldm.data.frames import FrameBatch
@@ -38,6 +38,7 @@ class TemporalDecoderTraining(pl.LightningModule):
 
     temporal_decoder_config: the layers, see `TemporalDecoder`.
     ckpt_path: a whole video model, for its image autoencoder and for what it makes of clips.
+    start_path: checkpoint of a temporal decoder to begin with, of another video model for instance; None: fresh layers.
     noise: of the clips that are not remade, three quarters have white noise on their latents, of a standard deviation
         drawn from 0 to this one, in units of the latents' own.
     remade: `share` of the clips that the video model remakes, from noise of up to `most` of the last of `steps`
@@ -53,6 +54,7 @@ class TemporalDecoderTraining(pl.LightningModule):
         self,
         temporal_decoder_config: Mapping[str, Any],
         ckpt_path: str,
+        start_path: str | None = None,
         noise: float = 0.2,
         remade: Mapping[str, Any] | None = None,
         changes: float = 1.0,
@@ -73,6 +75,11 @@ class TemporalDecoderTraining(pl.LightningModule):
         self.config = config
         self._source = ClipGenerator(ckpt_path, temporal_decoder=False)
         self._remaker: Remaker | None = None
+        if start_path is not None:
+            start = read_checkpoint(start_path)
+            load_weights(
+                self.temporal_decoder, temporal_decoder_tensors(start), where=f"temporal decoder from {start_path}"
+            )
         self.temporal_decoder.made_for.copy_(digest_of(first_stage_tensors(self._source.checkpoint)))
         self.shown: list[tuple[Tensor, Tensor]] = []  # originals and reconstructions of the last validation
 

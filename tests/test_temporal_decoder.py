@@ -1,0 +1,95 @@
+"""Layers over time in the decoder: fresh ones change nothing, chunks change nothing, training makes frames agree."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ldm.errors import UserError
+from ldm.modules.encoders import KLFirstStage
+from ldm.modules.temporal_decoder import FramesBlock, TemporalDecoder
+
+DDCONFIG = {"z_channels": 4, "in_channels": 3, "out_ch": 3, "ch": 32, "ch_mult": [1, 1, 2], "num_res_blocks": 1}
+
+
+@pytest.fixture(scope="module")
+def first_stage() -> KLFirstStage:
+    torch.manual_seed(0)
+    return KLFirstStage(DDCONFIG, 4).requires_grad_(False).eval()
+
+
+def make_decoder(blocks=(2, 1, 1), fresh: bool = False) -> TemporalDecoder:
+    torch.manual_seed(1)
+    decoder = TemporalDecoder(DDCONFIG["ch"], DDCONFIG["ch_mult"], list(blocks))
+    for module in decoder.modules():
+        if isinstance(module, FramesBlock) and not fresh:
+            torch.nn.init.normal_(module.put.weight, std=0.1)
+    return decoder.eval()
+
+
+def latents_of(num_clips: int, num_frames: int) -> torch.Tensor:
+    return torch.randn(num_clips, num_frames, 4, 4, 6, generator=torch.Generator().manual_seed(2))
+
+
+def test_the_parts_of_the_decoder_are_the_decoder(first_stage):
+    x = latents_of(1, 3)[0]
+    expected = first_stage.decode(x)
+    for part in first_stage.decoder_parts():
+        x = part(x)
+    assert torch.equal(x, expected)
+
+
+def test_fresh_layers_decode_frame_by_frame(first_stage):
+    latents = latents_of(2, 5)
+    frames = make_decoder(fresh=True)(first_stage.decoder_parts(), latents)
+    alone = first_stage.decode(latents.flatten(0, 1)).unflatten(0, (2, 5))
+    assert frames.shape == (2, 5, 3, 16, 24) and torch.equal(frames, alone)
+
+
+def test_a_frame_depends_on_as_many_neighbours_as_there_are_blocks(first_stage):
+    decoder, latents = make_decoder(), latents_of(1, 12)
+    before = decoder(first_stage.decoder_parts(), latents)
+    latents[0, 5] += 1
+    moved = (decoder(first_stage.decoder_parts(), latents) - before).abs().amax((0, 2, 3, 4)) > 1e-6
+    assert moved.nonzero().flatten().tolist() == list(range(1, 10))  # four blocks before and behind the fifth
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 5, 11, 20])
+def test_chunks_change_nothing(first_stage, chunk):
+    decoder, latents, parts = make_decoder(), latents_of(1, 11), first_stage.decoder_parts()
+    whole = decoder(parts, latents)[0]
+    assert (whole - first_stage.decode(latents[0])).abs().max() > 0.01
+    pieces = list(decoder.decode(parts, latents[0].split(chunk)))
+    assert all(len(piece) <= chunk + 4 for piece in pieces)
+    assert torch.cat(pieces).shape == whole.shape and (torch.cat(pieces) - whole).abs().max() < 1e-4
+
+
+def test_it_learns_that_frames_agree(first_stage):
+    """Frames that are all the same but for noise on their latents: decoded together, they differ less."""
+    decoder, parts = make_decoder(fresh=True), first_stage.decoder_parts()
+    generator = torch.Generator().manual_seed(3)
+    optimizer = torch.optim.Adam(decoder.parameters(), lr=3e-3)
+
+    def noisy() -> tuple[torch.Tensor, torch.Tensor]:
+        still = torch.randn(2, 1, 4, 4, 6, generator=generator)
+        noise = 0.5 * torch.randn(2, 5, 4, 4, 6, generator=generator)
+        return still + noise, first_stage.decode(still[:, 0])[:, None]
+
+    for _ in range(100):
+        latents, target = noisy()
+        optimizer.zero_grad()
+        frames = decoder(parts, latents.requires_grad_())
+        ((frames - target).square().mean() + 0.2 * frames.diff(dim=1).square().mean()).backward()
+        optimizer.step()
+    latents, target = noisy()
+    alone = first_stage.decode(latents.flatten(0, 1)).unflatten(0, (2, 5))
+    with torch.no_grad():
+        frames = decoder(parts, latents)
+    assert (frames - target).square().mean() < 0.9 * (alone - target).square().mean()
+    assert frames.diff(dim=1).square().mean() < 0.6 * alone.diff(dim=1).square().mean()
+
+
+@pytest.mark.parametrize("blocks", [[], [0, 0], [1, 1, 1, 1], [1.5], [-1], "two"])
+def test_odd_numbers_of_blocks_are_refused(blocks):
+    with pytest.raises(UserError, match=r"blocks: expected up to 3 whole numbers, .* not all 0"):
+        TemporalDecoder(32, [1, 1, 2], blocks)
