@@ -47,6 +47,7 @@ MAY_USE_LIGHTNING = (
     "ldm/models/autoencoder",
     "ldm/models/look_classifier.py",
     "ldm/models/text_image.py",
+    "ldm/models/temporal_decoder.py",
     "ldm/data/stream.py",
     "ldm/callbacks/",
     "ldm/benchmarking/config_steps.py",
