@@ -2,11 +2,12 @@
 
 A plan is that of `comparison` with rows besides:
 
-    base, overrides, runs: as in `comparison`; what the command line adds goes before a run's own overrides
+    base, overrides, runs: as in `comparison`; what the command line adds goes before a run's own overrides; no runs
+                           where all rows are of what they would start from
     sampling: {frames: 5, fps: 12, steps: 20, scale: 3}    # words of `Sampling`, of every row
     evaluations: {moving: {looks: moving}, still: {looks: still}}    # name -> words of `Sampling` of its own
     rows:
-      per-frame image model: {run: image model}            # the checkpoint that the runs start from
+      per-frame image model: {run: start}                  # the checkpoint that the runs start from, untrained
       ours: {run: ours}
       ours, 16 frames: {run: ours, evaluations: [moving], frames: 16}    # and words of `Sampling` of its own
     columns: {road: moving/road_expansion, of true: moving/road_expansion of true, loss: logged/val/loss}
@@ -27,7 +28,7 @@ from ldm.config import nearest
 from ldm.config_values import check_values
 from ldm.errors import UserError
 
-IMAGE_MODEL = "image model"  # in place of a run's name
+START = "start"  # in place of a run's name: the checkpoint at model.params.ckpt_path
 LOGGED, MINUTES, CLIPS, OF_TRUE = "logged/", "minutes", "clips", " of true"
 
 
@@ -83,7 +84,7 @@ class Ablations:
         if missing := [word for word in ("evaluations", "rows") if word not in own]:
             raise UserError(f"{where}: expected {missing[0]}, found none of it")
         check_values(own, KINDS, where)
-        plan = Plan.of_words({word: value for word, value in words.items() if word not in KINDS}, where)
+        plan = Plan.of_words({word: value for word, value in words.items() if word not in KINDS}, where, ("overrides", "runs"))
         common = own.get("sampling", {})
         _check_words(common, SAMPLING_KINDS, f"{where}: sampling")
         for name, more in own["evaluations"].items():
@@ -95,7 +96,7 @@ class Ablations:
             chosen = row.get("evaluations", list(own["evaluations"]))
             for evaluation in chosen:
                 _check_known(evaluation, own["evaluations"], f"{path}.evaluations")
-            _check_known(row.get("run"), [*plan.runs, IMAGE_MODEL], f"{path}.run")
+            _check_known(row.get("run"), [*plan.runs, START], f"{path}.run")
             of_row = {word: value for word, value in row.items() if word in SAMPLING_KINDS}
             samplings = {each: _sampling({**common, **own["evaluations"][each], **of_row}, path) for each in chosen}
             rows[name] = (row["run"], samplings)

@@ -50,13 +50,13 @@ class Plan:
     runs: Mapping[str, Sequence[str]]
 
     @classmethod
-    def of_words(cls, words: Mapping[str, Any], where: str) -> Plan:
-        """From parsed YAML; raises UserError that starts with `where`."""
+    def of_words(cls, words: Mapping[str, Any], where: str, may_miss: Sequence[str] = ("overrides",)) -> Plan:
+        """From parsed YAML, in which words that it `may_miss` need not be; raises UserError that starts with `where`."""
         for word in words:
             if word not in KINDS:
                 raise UserError(f"{where}: {word}: expected {', '.join(KINDS)}; {nearest(word, KINDS)}")
-        words = {"overrides": [], **words}
-        if missing := [word for word in KINDS if not words.get(word) and word != "overrides"]:
+        words = {"overrides": [], "runs": {}, **words}
+        if missing := [word for word in KINDS if not words.get(word) and word not in may_miss]:
             raise UserError(f"{where}: expected {missing[0]}, found none of it")
         check_values(words, KINDS, where)
         for name, overrides in {"overrides": words["overrides"], **words["runs"]}.items():

@@ -15,6 +15,7 @@ NETWORKS = {
     "text_encoder": "text encoder",
     "unet": "UNet, image weights",
     "temporal": "UNet, layers over time",
+    "temporal_decoder": "decoder of the autoencoder, layers over time",
 }
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from PIL import Image
 
-from ldm.ablations import IMAGE_MODEL, Ablations, Sampling, gather
+from ldm.ablations import START, Ablations, Sampling, gather
 from ldm.atomic import write_atomically
 from ldm.command_line import Parser
 from ldm.comparison import file_name, read_logged, read_words
@@ -80,7 +80,7 @@ class Laboratory:
     def checkpoint(self, run: str) -> Path | None:
         """The checkpoint of a run, which is trained if it is not yet; None where that is not wanted."""
         plan = self.plan.plan
-        if run == IMAGE_MODEL:
+        if run == START:
             return self._start()
         command, runs = plan.command(run, self.out / "logs", []), self.runs
         if run in runs:
@@ -174,7 +174,7 @@ class Laboratory:
     def _start(self) -> Path:
         path = self._config()["model"]["params"].get("ckpt_path")
         if path is None or not Path(path).exists():
-            raise UserError(f"model.params.ckpt_path: expected the image model that the runs start from, found {path}")
+            raise UserError(f"model.params.ckpt_path: expected the checkpoint that the runs start from, found {path}")
         return Path(path)
 
     def _do(self, title: str, command: Sequence[str]) -> None:

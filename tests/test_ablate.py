@@ -23,7 +23,7 @@ from ldm.video import read_video
 from scripts.ablate import Laboratory, main
 
 ROOT = Path(__file__).parents[1]
-PUBLISHED = ROOT / "configs/drive/ablations.yaml"
+PUBLISHED = [ROOT / "configs/drive/ablations.yaml", ROOT / "configs/drive/known.yaml"]
 TEXT_AGREEMENT = "text_agreement"
 WORDS = {
     "base": ["configs/drive/video.yaml"],
@@ -36,7 +36,7 @@ WORDS = {
     "sampling": {"clips": 2, "steps": 3},
     "evaluations": {"moving": {"looks": "moving"}, "still": {"looks": "snow", "scale": 2}},
     "rows": {
-        "image": {"run": "image model"},
+        "image": {"run": "start"},
         "ours": {"run": "ours"},
         "long": {"run": "ours", "evaluations": ["moving"], "frames": 16},
         "scratch": {"run": "from scratch"},
@@ -156,7 +156,7 @@ def test_a_script_that_fails_stops_the_plan(tmp_path, image):
 
 
 def test_no_image_model(tmp_path):
-    with pytest.raises(UserError, match=r"ckpt_path: expected the image model .* found .*nowhere.ckpt"):
+    with pytest.raises(UserError, match=r"ckpt_path: expected the checkpoint that the runs start .* found .*nowhere.ckpt"):
         Laboratory(plan([f"model.params.ckpt_path={tmp_path}/nowhere.ckpt"]), tmp_path, Scripts()).make_rows()
 
 
@@ -210,16 +210,26 @@ def test_the_table(tmp_path, image):
     ]
 
 
+def test_rows_of_the_start_alone_need_no_runs(tmp_path, image):
+    scripts = Scripts()
+    alone = plan([image], runs={}, rows={"image": {"run": "start"}, "long": {"run": "start", "frames": 16}})
+    Laboratory(alone, tmp_path / "out", scripts, trains=True).make_rows()
+    assert {words[0] for words in scripts.commands} == {"scripts/evaluate.py"} and len(scripts.commands) == 4
+    with pytest.raises(UserError, match=r"rows.x.run: expected one of start, found ours"):
+        plan(runs={}, rows={"x": {"run": "ours"}})
+
+
 def test_a_table_of_nothing_yet():
     assert ablation_table(gather(plan(), {}, {})).count("\n") == 2
 
 
-def test_the_published_plan_is_accepted():
-    found = Ablations.of_words(read_words(PUBLISHED), "plan")
-    for overrides in found.plan.runs.values():
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+def test_the_published_plans_are_accepted(path):
+    found = Ablations.of_words(read_words(path), "plan")
+    for overrides in [*found.plan.runs.values(), []]:
         check(load_config([ROOT / base for base in found.plan.base], [*found.plan.overrides, *overrides]))
     used = {run for run, _ in found.rows.values()}
-    assert used == {*found.plan.runs, "image model"}
+    assert used == {*found.plan.runs, "start"}
     measures = {column.partition("/")[2].removesuffix(OF_TRUE) for column in found.plan.columns.values()
                 if column != MINUTES and not column.startswith(LOGGED)}  # fmt: skip
     assert measures <= {*MEASURES, TEXT_AGREEMENT, CLIPS}
@@ -236,7 +246,7 @@ def test_the_published_plan_is_accepted():
         ({"sampling": {"clips": 0}}, r"clips: expected at least 1, found 0"),
         ({"evaluations": {"a": {"look": "x"}}}, r"evaluations.a: .*did you mean 'looks'"),
         ({"rows": {"x": {"run": "our"}}}, r"rows.x.run: .*found our; did you mean 'ours'"),
-        ({"rows": {"x": {}}}, r"rows.x.run: expected one of ours, from scratch, image model, found None"),
+        ({"rows": {"x": {}}}, r"rows.x.run: expected one of ours, from scratch, start, found None"),
         ({"rows": {"x": {"run": "ours", "evaluations": ["fast"]}}}, r"rows.x.evaluations: .* found fast"),
         ({"rows": {"x": {"run": "ours", "interpolate": 3}}}, r"interpolate: expected 2 or more.*found 3 and 5 frames"),
         ({"rows": {"x": {"run": "ours", "interpolate": 2, "first_frame": True}}}, r"exclude each other"),
