@@ -84,7 +84,8 @@ class Ablations:
         if missing := [word for word in ("evaluations", "rows") if word not in own]:
             raise UserError(f"{where}: expected {missing[0]}, found none of it")
         check_values(own, KINDS, where)
-        plan = Plan.of_words({word: value for word, value in words.items() if word not in KINDS}, where, ("overrides", "runs"))
+        of_runs = {word: value for word, value in words.items() if word not in KINDS}
+        plan = Plan.of_words(of_runs, where, may_miss=("overrides", "runs"))
         common = own.get("sampling", {})
         _check_words(common, SAMPLING_KINDS, f"{where}: sampling")
         for name, more in own["evaluations"].items():

@@ -51,7 +51,7 @@ class Plan:
 
     @classmethod
     def of_words(cls, words: Mapping[str, Any], where: str, may_miss: Sequence[str] = ("overrides",)) -> Plan:
-        """From parsed YAML, in which words that it `may_miss` need not be; raises UserError that starts with `where`."""
+        """From parsed YAML, which need not have what it `may_miss`; raises UserError that starts with `where`."""
         for word in words:
             if word not in KINDS:
                 raise UserError(f"{where}: {word}: expected {', '.join(KINDS)}; {nearest(word, KINDS)}")

@@ -156,7 +156,8 @@ def test_a_script_that_fails_stops_the_plan(tmp_path, image):
 
 
 def test_no_image_model(tmp_path):
-    with pytest.raises(UserError, match=r"ckpt_path: expected the checkpoint that the runs start .* found .*nowhere.ckpt"):
+    message = r"ckpt_path: expected the checkpoint that the runs start .* found .*nowhere.ckpt"
+    with pytest.raises(UserError, match=message):
         Laboratory(plan([f"model.params.ckpt_path={tmp_path}/nowhere.ckpt"]), tmp_path, Scripts()).make_rows()
 
 
