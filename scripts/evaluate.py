@@ -31,6 +31,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ldm.atomic import write_atomically
 from ldm.command_line import Parser
 from ldm.data.unseen_world import UnseenScene
+from ldm.devices import keep_freed_memory
 from ldm.errors import UserError, run_command
 from ldm.evaluation.clip_files import (
     MOST_REFERENCE_CLIPS,
@@ -238,6 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise UserError("--no-spoilt: expected --reference, whose clips are spoilt, found none")
     if options.out.exists() and not options.out.is_dir():
         raise UserError(f"{options.out}: expected a folder for the report, found a file; choose another --out")
+    keep_freed_memory()
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=NARROWEST)

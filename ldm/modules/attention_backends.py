@@ -1,7 +1,7 @@
 """Softmax attention, and the choice of who computes it.
 
 sdpa        torch's own, which picks a kernel for the device (the default)
-math        two matrix products and a softmax; the fastest on a CPU and for the short rows of temporal attention
+math        two matrix products and a softmax, for the short rows of temporal attention
 flash_attn  the flash-attn package: NVIDIA GPU, float16 or bfloat16
 xformers    the xformers package: NVIDIA GPU
 triton      over frames our own kernel, see `fused_attention`: NVIDIA GPU, up to 64 frames; elsewhere as auto

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm.modules.nn import angles_of_frames
+
 MAX_FRAMES = 8
 MAX_WORK = 160  # frames times numbers of a head; beyond, matrix products catch up
 MIN_ROWS = 512  # pixels times heads, of all clips; of fewer, the steps cost more than what they compute
@@ -43,7 +45,10 @@ class _FewFrames(torch.autograd.Function):
     ) -> Tensor:
         ctx.dtype = q.dtype
         q, k, v = (_to_maps(x, num_frames, num_heads) for x in (q, k, v))
-        ctx.angles = _angles(num_frames, q.shape[3], max_period) if max_period else None
+        ctx.angles = None
+        if max_period:
+            angles = angles_of_frames(num_frames, q.shape[3], max_period)[:, None, :, None]  # t 1 d/2 1
+            ctx.angles = angles.cos(), angles.sin()
         q, k = (_rotate(x, ctx.angles) for x in (q, k))
         logits = torch.stack([(q[:, i, None] * k).sum(3) for i in range(num_frames)], dim=1)  # b i j heads n
         weights = logits.mul_(q.shape[3] ** -0.5).softmax(dim=2)
@@ -80,13 +85,6 @@ def _to_tokens(x: Tensor, dtype: torch.dtype) -> Tensor:
     """`b t heads d n`, contiguous -> `(b t) n (heads d)`, contiguous."""
     b, num_frames, num_heads, dim, num_tokens = x.shape
     return x.view(b * num_frames, num_heads * dim, num_tokens).transpose(1, 2).contiguous().to(dtype)
-
-
-def _angles(num_frames: int, dim: int, max_period: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the rotation of each frame and pair of channels, `t 1 d/2 1`."""
-    frequencies = max_period ** (-torch.arange(0, dim, 2, dtype=torch.float32) / dim)
-    angles = torch.arange(num_frames, dtype=torch.float32)[:, None, None, None] * frequencies[:, None]
-    return angles.cos(), angles.sin()
 
 
 def _rotate(x: Tensor, angles: tuple[Tensor, Tensor] | None, back: bool = False) -> Tensor:

@@ -21,6 +21,12 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000) -
     return F.pad(torch.cat([angles.cos(), angles.sin()], dim=-1), (0, dim % 2))
 
 
+def angles_of_frames(num_frames: int, dim: int, max_period: float, device: torch.device | None = None) -> Tensor:
+    """By how much each pair of channels of each frame is rotated (RoFormer, Su et al. 2021): float32 `t dim/2`."""
+    frequencies = max_period ** (-torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
+    return torch.arange(num_frames, dtype=torch.float32, device=device)[:, None] * frequencies
+
+
 def at_each_pixel(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """A convolution of one pixel as the linear layer it is: `b c h w` -> `b c' h w`, channels last if `x` is."""
     return F.linear(x.permute(0, 2, 3, 1), conv.weight.flatten(1), conv.bias).permute(0, 3, 1, 2)

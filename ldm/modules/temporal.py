@@ -23,7 +23,7 @@ from ldm.modules.attention_backends import attend
 from ldm.modules.few_frames import attend_over_few_frames, is_suited
 from ldm.modules.fused_attention import check_fused, temporal_attention, why_not
 from ldm.modules.local_attention import attend_locally, check_window
-from ldm.modules.nn import at_each_pixel, is_smaller_than_kernel, zeroed
+from ldm.modules.nn import angles_of_frames, at_each_pixel, is_smaller_than_kernel, zeroed
 from ldm.modules.projections import AttentionProjections
 
 MAX_PERIOD = 10000.0  # of the slowest rotation by position, in frames over 2 pi
@@ -108,8 +108,7 @@ def rotate_by_position(x: Tensor, max_period: float = MAX_PERIOD) -> Tensor:
     The product of a rotated query and a rotated key depends on how many frames lie between them, not on where they are.
     """
     num_frames, dim = x.shape[-2:]
-    frequencies = max_period ** (-torch.arange(0, dim, 2, dtype=torch.float32, device=x.device) / dim)
-    angles = torch.arange(num_frames, dtype=torch.float32, device=x.device)[:, None] * frequencies
+    angles = angles_of_frames(num_frames, dim, max_period, x.device)
     cosine, sine = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     first, second = x.chunk(2, dim=-1)
     rotated = torch.addcmul(first * cosine, second, sine, value=-1), torch.addcmul(second * cosine, first, sine)
