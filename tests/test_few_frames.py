@@ -73,7 +73,7 @@ def test_the_layer_takes_it_and_gives_what_matrix_products_give(monkeypatch, pos
         for out, layer in zip(outs, (few, plain), strict=True)
     ]
     for mine, theirs in zip(*grads, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+        assert (mine - theirs).abs().max() <= 1e-5 * max(1.0, theirs.abs().max())  # sums of 640 products
 
 
 def test_it_is_left_alone_where_matrix_products_are_faster():
