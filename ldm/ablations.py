@@ -86,6 +86,8 @@ class Ablations:
         check_values(own, KINDS, where)
         of_runs = {word: value for word, value in words.items() if word not in KINDS}
         plan = Plan.of_words(of_runs, where, may_miss=("overrides", "runs"))
+        if START in plan.runs:
+            raise UserError(f"{where}: runs: expected other names than '{START}', which is what all of them start from")
         common = own.get("sampling", {})
         _check_words(common, SAMPLING_KINDS, f"{where}: sampling")
         for name, more in own["evaluations"].items():

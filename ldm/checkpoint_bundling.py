@@ -58,7 +58,8 @@ def bundled(
     sampling: defaults of sampling, on top of those in the checkpoint's config, see `sampling_defaults`.
     text, decoder: checkpoints to take the text encoder and the autoencoder from; None: the same. That autoencoder makes
         the same latents: all but its decoder is what it was.
-    temporal_decoder: a checkpoint to take the layers over time of the decoder from; None: the same, if it has them.
+    temporal_decoder: a checkpoint to take the layers over time of the decoder from; None: the same, if it has them and
+        its own decoder, which they were trained with.
 
     Raises `CheckpointError` unless every tensor of all networks is there and fits.
     """
@@ -68,7 +69,8 @@ def bundled(
     first_stage = first_stage_tensors(checkpoint)
     tensors |= prefixed(FIRST_STAGE_PREFIX, first_stage if decoder is None else _redecoded(first_stage, decoder))
     tensors |= prefixed(TEXT_PREFIX, text_tensors(source))
-    over_time = temporal_decoder or (checkpoint if has_temporal_decoder(checkpoint) else None)
+    own = checkpoint if decoder is None and has_temporal_decoder(checkpoint) else None
+    over_time = temporal_decoder or own
     if over_time is not None:
         tensors |= prefixed(TEMPORAL_DECODER_PREFIX, temporal_decoder_tensors(over_time))
         config["model"]["params"][DECODER_PLACE] = _without_sources(temporal_decoder_node(over_time))

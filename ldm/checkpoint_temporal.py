@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from ldm.checkpoint import has_temporal_layers, identity, is_temporal, outline_unet, unet_node, unet_tensors
-from ldm.checkpoint_config import UNET
+from ldm.checkpoint_config import DECODER_PLACE, UNET
 from ldm.checkpoint_encoders import SD_V1_FIRST_STAGE, SD_V1_SCALE, SD_V1_TEXT, opened, prefixed
 from ldm.checkpoint_names import AVERAGE_PREFIX, UNET_PREFIX
 from ldm.checkpoint_reading import TEMPORAL_KIND, Checkpoint, CheckpointError, account, part_tensors
@@ -189,6 +189,8 @@ def _merged_config(base: Checkpoint, words: Mapping[str, Any]) -> dict[str, Any]
     merged["unet_config"] = {"target": UNET, "params": dict(words["unet"])}
     merged["first_stage_config"] = params.get("first_stage_config") or copy.deepcopy(SD_V1_FIRST_STAGE)
     merged["cond_stage_config"] = params.get("cond_stage_config") or copy.deepcopy(SD_V1_TEXT)
+    if params.get(DECODER_PLACE):
+        merged[DECODER_PLACE] = params[DECODER_PLACE]
     config: dict[str, Any] = {"model": {"target": MODEL, "params": merged}}
     for word, path in CLIP_WORDS.items():
         if words.get(word) is not None:

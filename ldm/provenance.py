@@ -153,15 +153,13 @@ def check_same_weights(record: dict[str, Any], found: Mapping[str, dict[str, str
     for kind, file in found.items():
         wanted = record[kind]
         if (file and file["sha256"]) != (wanted and wanted["sha256"]):
-            option = f"--{kind.replace('_', '-')}"
+            option, what = f"--{kind.replace('_', '-')}", kind.replace("_", " ")
             path, sha256 = (file["path"], f"sha256 {file['sha256']}") if file else (option, "none")
             was = f"sha256 {wanted['sha256']} ({wanted['path']})" if wanted else "none"
             options = "--ckpt" if record["temporal"] is None else "--base and --temporal"
             options = option if kind == "temporal_decoder" else options
-            raise UserError(
-                f"{path}: expected the {kind} that the clip was made with, {was}, found {sha256}; give the right one "
-                f"with {options}"
-            )
+            todo = f"give the right one with {options}" if wanted else f"leave out {option}"
+            raise UserError(f"{path}: expected the {what} that the clip was made with, {was}, found {sha256}; {todo}")
 
 
 def hash_given(files: GivenFiles) -> dict[str, dict[str, str]]:

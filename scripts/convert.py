@@ -21,6 +21,7 @@ from rich.console import Console
 
 from ldm.checkpoint import Checkpoint, check_unet, read_checkpoint
 from ldm.checkpoint_bundling import bundled, write_bundle
+from ldm.checkpoint_decoder import has_temporal_decoder
 from ldm.checkpoint_export import write_author, write_diffusers
 from ldm.checkpoint_names import AVERAGE_PREFIX, FIRST_STAGE_PREFIX, TEXT_PREFIX, UNET_PREFIX
 from ldm.checkpoint_temporal import BASE_IDENTITY, base_identity, load_with_temporal
@@ -180,7 +181,8 @@ def write(checkpoint: Checkpoint, options: argparse.Namespace) -> list[str]:
         return export(checkpoint, options.out, options.half)
     if options.format == "bundle":
         write_bundle(bundle(checkpoint, options), options.out)
-        return []
+        is_lost = options.decoder and not options.temporal_decoder and has_temporal_decoder(checkpoint)
+        return ["the temporal decoder was left out: it was trained with the decoder that is replaced"] * bool(is_lost)
     if options.format == "full":
         write_full(checkpoint, options.out, options.half)
         has_encoders = any(name.startswith((FIRST_STAGE_PREFIX, TEXT_PREFIX)) for name in checkpoint.tensors)

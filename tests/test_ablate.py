@@ -247,6 +247,7 @@ def test_the_published_plans_are_accepted(path):
         ({"sampling": {"clips": 0}}, r"clips: expected at least 1, found 0"),
         ({"evaluations": {"a": {"look": "x"}}}, r"evaluations.a: .*did you mean 'looks'"),
         ({"rows": {"x": {"run": "our"}}}, r"rows.x.run: .*found our; did you mean 'ours'"),
+        ({"runs": {"start": []}}, r"plan: runs: expected other names than 'start'"),
         ({"rows": {"x": {}}}, r"rows.x.run: expected one of ours, from scratch, start, found None"),
         ({"rows": {"x": {"run": "ours", "evaluations": ["fast"]}}}, r"rows.x.evaluations: .* found fast"),
         ({"rows": {"x": {"run": "ours", "interpolate": 3}}}, r"interpolate: expected 2 or more.*found 3 and 5 frames"),

@@ -145,7 +145,7 @@ def test_interpolations_are_resolved(write):
         load_config([write(VIDEO)], ["data.params.seed=${nowhere}"])
 
 
-PLANS = [CONFIGS / "drive/ablations.yaml", *(CONFIGS / "compare").glob("*.yaml")]  # of several runs
+PLANS = [CONFIGS / "drive/ablations.yaml", CONFIGS / "drive/known.yaml", *(CONFIGS / "compare").glob("*.yaml")]
 PRESETS = [path for path in CONFIGS.glob("*.yaml") if path.stem != "video-sd"]  # see test_presets
 LAID_OVER = [CONFIGS / "drive/decoder.yaml", *PRESETS, *(CONFIGS / "stories").glob("*.yaml")]  # another config
 WHOLE = sorted(set(CONFIGS.rglob("*.yaml")) - set(PLANS) - set(LAID_OVER))

@@ -39,6 +39,19 @@ def test_the_parts_of_the_decoder_are_the_decoder(first_stage):
     assert torch.equal(x, expected)
 
 
+def test_no_part_sees_more_frames_than_a_chunk_and_nothing_more_is_kept(first_stage):
+    decoder, most = make_decoder(), []
+
+    def watched(part):
+        return lambda x: most.append(len(x)) or part(x)
+
+    list(decoder.decode([watched(part) for part in first_stage.decoder_parts()], latents_of(1, 11)[0].split(2)))
+    assert max(most) == 2
+    block = decoder.places[0][0]
+    _, held = block(torch.randn(1, 8, 64, 4, 6), None, False)
+    assert [tensor.untyped_storage().nbytes() // tensor[0, 0].nbytes for tensor in held] == [1, 2]
+
+
 def test_fresh_layers_decode_frame_by_frame(first_stage):
     latents = latents_of(2, 5)
     frames = make_decoder(fresh=True)(first_stage.decoder_parts(), latents)
@@ -60,7 +73,7 @@ def test_chunks_change_nothing(first_stage, chunk):
     whole = decoder(parts, latents)[0]
     assert (whole - first_stage.decode(latents[0])).abs().max() > 0.01
     pieces = list(decoder.decode(parts, latents[0].split(chunk)))
-    assert all(len(piece) <= chunk + 4 for piece in pieces)
+    assert all(len(piece) <= chunk for piece in pieces)
     assert torch.cat(pieces).shape == whole.shape and (torch.cat(pieces) - whole).abs().max() < 1e-4
 
 
@@ -93,3 +106,5 @@ def test_it_learns_that_frames_agree(first_stage):
 def test_odd_numbers_of_blocks_are_refused(blocks):
     with pytest.raises(UserError, match=r"blocks: expected up to 3 whole numbers, .* not all 0"):
         TemporalDecoder(32, [1, 1, 2], blocks)
+    with pytest.raises(UserError, match=r"ch: expected a multiple of 32, .* found 30"):
+        TemporalDecoder(30, [1, 1, 2], [1])

@@ -11,12 +11,17 @@ from torch import nn
 
 from ldm.checkpoint import first_stage_tensors, read_checkpoint
 from ldm.checkpoint_decoder import load_temporal_decoder
+from ldm.checkpoint_names import UNET_PREFIX
 from ldm.config import build, check, load_config
 from ldm.data.drive_frames import DriveFrameDataModule
 from ldm.data.frames import FrameBatch, FrameDataModule
 from ldm.errors import UserError
+from ldm.generation import ClipGenerator
+from ldm.models.diffusion.schedule import NoiseSchedule
+from ldm.models.remade_latents import Remaker
 from ldm.models.temporal_decoder import TemporalDecoderTraining, with_quick_norms
 from ldm.modules.encoders import KLFirstStage
+from ldm.modules.unet import UNetModel
 from tests.bars_footage import make_data, write_bars
 from tests.test_txt2vid import training_config
 from tests.tiny_checkpoint import DDCONFIG, video_state
@@ -26,7 +31,13 @@ NODE = {
     "target": "ldm.modules.temporal_decoder.TemporalDecoder",
     "params": {"ch": DDCONFIG["ch"], "ch_mult": DDCONFIG["ch_mult"], "blocks": [1, 1]},
 }
-REMADE = {"share": 0.5, "steps": 4, "most": 1}
+
+
+def of_sizes(ch: int, ch_mult: list[int]) -> dict:
+    return {**NODE, "params": {"ch": ch, "ch_mult": ch_mult, "blocks": [1]}}
+
+
+REMADE = {"share": 0.5, "steps": 4, "most": 2}
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +102,11 @@ def test_rows_of_the_drawn_world_move_at_their_rates():
     assert data.summary.startswith("clips of 3 frames of 15 looks")
     rows = [data.train_frames[position] for position in range(8)]
     assert {row.rates[0] for row in rows} == {12, 4} and rows[0].pixels.shape == (3, 3, 32, 32)
+    slow = next(position for position, row in enumerate(rows) if row.rates == [4])
+    data.train_frames.rates = [12]  # the same scenes, all at 12 frames a second
+    fast = data.train_frames[slow].pixels
+    assert torch.equal(fast[0], rows[slow].pixels[0])
+    assert rows[slow].pixels.diff(dim=0).abs().mean() > 1.2 * fast.diff(dim=0).abs().mean()
     for words in ({"frames": 3}, {"rates": [12]}):
         with pytest.raises(UserError, match=r"data.params.rates: expected frames a second for clips of several frames"):
             DriveFrameDataModule(**words)
@@ -150,6 +166,10 @@ def test_clips_are_spoilt_as_seed_and_position_say(checkpoint, footage, tmp_path
         ({"remade": {"share": 0.5}}, "model.params.remade: expected the words share, steps, most, found share"),
         ({"remade": REMADE | {"share": 0}}, "remade.share: expected a share above 0 and up to 1, found 0"),
         ({"remade": REMADE | {"steps": 1.5}}, "remade.steps: expected a whole number, found 1.5"),
+        ({"remade": REMADE | {"most": 4}}, "model.params.remade: .* from 2 on .* found steps 4, most 4"),
+        ({"remade": REMADE | {"most": 1}}, "model.params.remade: .* from 2 on .* found steps 4, most 1"),
+        ({"temporal_decoder_config": of_sizes(64, [1, 2])}, "params.ch: expected 32, as the autoencoder .*, found 64"),
+        ({"temporal_decoder_config": of_sizes(32, [1])}, r"params.ch_mult: expected \[1, 2\], .* found \[1\]"),
         ({"start_path": "nowhere.ckpt"}, "nowhere.ckpt: expected a checkpoint"),
     ],
 )
@@ -158,11 +178,52 @@ def test_odd_words_are_refused(checkpoint, words, message):
         make_model(checkpoint, **words)
 
 
-def test_more_steps_back_than_there_are_and_single_frames_are_refused(checkpoint, footage, tmp_path):
-    with pytest.raises(UserError, match=r"model.params.remade: .* found steps 4, most 4"):
-        make_trainer(tmp_path, 1).fit(make_model(checkpoint, remade=REMADE | {"most": 4}), rows_of(footage))
+def test_single_frames_are_refused(checkpoint, footage, tmp_path):
     with pytest.raises(UserError, match=r"data: expected rows of at least 2 frames .* set data.params.frames"):
         make_trainer(tmp_path, 1).fit(make_model(checkpoint), make_data(footage))
+
+
+@pytest.mark.parametrize("parameterization", ["eps", "v"])
+def test_an_exact_network_remakes_a_clip_as_it_was(checkpoint, parameterization):
+    """One that knows the true clip takes all noise off again, whatever it is told of it; a blind one does not."""
+    true = torch.randn(2, 3, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    source = ClipGenerator(checkpoint)
+    schedule = source.schedule = NoiseSchedule(parameterization=parameterization)
+    seen = []
+
+    def exact(x, timesteps, context, *, fps=None, known_level=None):
+        clip = true[len(seen) >= 2 : 2 if len(seen) >= 2 else 1]  # both clips go back two of four steps
+        seen.append((float(fps), context, x[:, :, 4:]))
+        signal, strength = (scale.view(-1, 1, 1, 1, 1) for scale in schedule.scales_at(timesteps))
+        noise = (x[:, :, :4] - signal * clip) / strength
+        return noise if parameterization == "eps" else signal * noise - strength * clip
+
+    exact.has_fps_embedding, source._unet, source.takes_known_frames = True, exact, True
+    remaker = Remaker(source, 4, 2)
+    generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    remade = remaker(true, ["a road", "snow"], [12, 4], generators)
+    assert (remade - true).square().mean() < 0.04**2  # the way ends at the noise of diffusion step 0, 0.029
+    assert [fps for fps, _, _ in seen] == [12, 12, 4, 4]
+    assert torch.equal(seen[0][1], seen[1][1]) and not torch.equal(seen[0][1], seen[2][1])
+    assert all((mask == 1).all() for mask in (given[:, :, 0] for _, _, given in seen))  # nothing is known
+    source._unet = lambda x, *_, **words: torch.zeros_like(x[:, :, :4])
+    assert (remaker(true, ["a road", "snow"], [12, 4], generators) - true).abs().mean() > 0.1
+
+
+def test_a_network_that_takes_known_frames_and_captions_remakes_drawn_rows(tmp_path):
+    config = training_config()
+    words = config["model"]["params"]["unet_config"]["params"] = {
+        **config["model"]["params"]["unet_config"]["params"], "in_channels": 9, "fps_embedding": True,
+        "known_level_embedding": True,
+    }  # fmt: skip
+    state = {name: tensor for name, tensor in video_state().items() if not name.startswith(UNET_PREFIX)}
+    state |= {UNET_PREFIX + name: tensor for name, tensor in UNetModel(**words).state_dict().items()}
+    torch.save({"state_dict": state, "config": config}, tmp_path / "known.ckpt")
+    model = make_model(tmp_path / "known.ckpt", remade={**REMADE, "share": 1.0})
+    data = DriveFrameDataModule(looks="moving", size=16, batch_size=2, frames=3, rates=[12, 4], val_frames=2)
+    trainer = make_trainer(tmp_path, 1)
+    trainer.fit(model, data)
+    assert trainer.callback_metrics["train/l1"] > 0
 
 
 def test_quick_norms_change_nothing():

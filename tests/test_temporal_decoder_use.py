@@ -114,10 +114,12 @@ def test_a_clip_made_with_one_is_made_again(files, tmp_path, monkeypatch):
     assert record["temporal_decoder"]["path"] == "decoder.ckpt" and len(record["temporal_decoder"]["sha256"]) == 64
     main(["--replay", "00000.mp4", "--outdir", "."])
     assert Path("00000.mp4").read_bytes() == Path("00001.mp4").read_bytes()
-    with pytest.raises(UserError, match=r"other.ckpt: expected the temporal_decoder .* with --temporal-decoder"):
+    with pytest.raises(UserError, match=r"other.ckpt: expected the temporal decoder .* give the right one with --temp"):
         main(["--replay", "00000.mp4", "--outdir", ".", "--temporal-decoder", "other.ckpt"])
     main(["--prompt", "a road", *QUICK, "--ckpt", "last.ckpt", "--outdir", "."])
     assert json.loads(Path("00002.json").read_text())["temporal_decoder"] is None
+    with pytest.raises(UserError, match=r"made with, none, found sha256 .*; leave out --temporal-decoder"):
+        main(["--replay", "00002.mp4", "--outdir", ".", "--temporal-decoder", "decoder.ckpt"])
 
 
 def test_it_is_refused_beside_an_autoencoder_that_it_was_not_trained_with(files, tmp_path):
@@ -146,6 +148,24 @@ def test_what_is_no_temporal_decoder_is_refused(files, tmp_path, name, change, m
     torch.save(contents, tmp_path / name)
     with pytest.raises(UserError, match=message):
         make_bundle(files / "last.ckpt", tmp_path / "x", "--temporal-decoder", str(tmp_path / name))
+
+
+def test_another_decoder_of_pictures_leaves_it_behind(files, tmp_path, capsys):
+    first_stage = part(video_state(), FIRST_STAGE_PREFIX)
+    sharper = {name: one * (1.1 if name.startswith("decoder.") else 1) for name, one in first_stage.items()}
+    torch.save({"state_dict": {FIRST_STAGE_PREFIX + name: one.half() for name, one in sharper.items()}},
+               tmp_path / "sharper.ckpt")  # fmt: skip
+    make_bundle(files / "drive", tmp_path / "x", "--decoder", str(tmp_path / "sharper.ckpt"))
+    assert "note: the temporal decoder was left out: it was trained with the decoder that" in capsys.readouterr().out
+    assert ClipGenerator(tmp_path / "x").temporal_decoder is None
+
+
+def test_other_layers_over_time_for_the_network_leave_it_where_it_is(files, tmp_path):
+    motion = tmp_path / "motion.safetensors"
+    convert.main(["--in", str(files / "last.ckpt"), "--out", str(motion), "--format", "temporal"])
+    words = ["--in", str(motion), "--base", str(files / "drive"), "--format", "full", "--out", str(tmp_path / "x.ckpt")]
+    convert.main(words)
+    assert ClipGenerator(tmp_path / "x.ckpt").temporal_decoder is not None
 
 
 def test_it_belongs_to_a_bundle_and_diffusers_has_no_place_for_it(files, tmp_path):

@@ -96,7 +96,8 @@ class DriveFrameDataModule(StreamDataModule):
         self.looks = list(GROUPS.get(looks, (looks,)) if isinstance(looks, str) else looks or LOOKS)
         unknown = [look for look in self.looks if look not in LOOKS]
         if unknown:
-            raise UserError(f"data.params.looks: expected names among {', '.join(LOOKS)}; found {', '.join(unknown)}")
+            known = f"names among {', '.join(LOOKS)}, or one of {', '.join(GROUPS)}"
+            raise UserError(f"data.params.looks: expected {known}; found {', '.join(unknown)}")
         if not 0 <= seed <= 1000:
             raise UserError(f"data.params.seed: expected 0 to 1000, found {seed!r}")
         if (frames > 1) != bool(rates):

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoint import load_text_encoder
-from ldm.errors import UserError
 from ldm.generation import ClipGenerator
 from ldm.models.diffusion.known import KnownDenoiser, KnownLatents
 from ldm.models.diffusion.sampling import GuidedDenoiser, build_scheduler, set_steps
@@ -26,15 +25,11 @@ KEPT_CAPTIONS = 256
 class Remaker:
     """The video model of a `ClipGenerator`, that remakes true clips.
 
-    steps: of a whole way from noise to a clip. most: at most so many of them, the last ones, are gone back, 1 or more.
+    steps: of a whole way from noise to a clip. most: at most so many of them, the last ones, and at least two are gone
+        back: how many is drawn for each clip.
     """
 
     def __init__(self, source: ClipGenerator, steps: int, most: int) -> None:
-        if not 1 <= most < steps:
-            raise UserError(
-                "model.params.remade: expected steps and, of the last of them, a smaller number from 1 on that is gone "
-                f"back, found steps {steps}, most {most}"
-            )
         self.source, self.most = source, most
         self.scheduler = build_scheduler(SAMPLER, source.schedule)
         self.timesteps = set_steps(self.scheduler, steps, source.device)
@@ -52,7 +47,7 @@ class Remaker:
         for clip, own, caption, rate, one in zip(
             latents[:, None], noise[:, None], captions, rates, generators, strict=True
         ):
-            back = int(torch.randint(1, self.most + 1, (), generator=one)) + 1  # the very last step is nearly clean
+            back = int(torch.randint(2, self.most + 1, (), generator=one))
             remade.append(self._remake(clip, own, self.context(caption), rate, self.timesteps[-back:]))
         return torch.cat(remade)
 

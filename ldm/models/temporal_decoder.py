@@ -15,8 +15,9 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ldm.checkpoint import first_stage_tensors, load_weights, read_checkpoint
+from ldm.checkpoint import SD_V1_FIRST_STAGE, first_stage_tensors, load_weights, read_checkpoint
 from ldm.checkpoint_decoder import DECODER_PATH, digest_of, temporal_decoder_tensors
+from ldm.checkpoint_encoders import own_node
 from ldm.config import build
 from ldm.config_values import check_values
 from ldm.data.frames import FrameBatch
@@ -30,7 +31,7 @@ from ldm.modules.posterior import posterior_mean
 
 HELD_OUT = 2**20  # in place of the seed, for what is done to held-out latents: always the same
 REMADE = {"share": float, "steps": int, "most": int}
-MAX_SHOWN = 16  # clips of the validation that are kept for pictures
+MAX_SHOWN = 16  # batches of the validation that are kept for pictures
 
 
 class TemporalDecoderTraining(pl.LightningModule):
@@ -41,7 +42,7 @@ class TemporalDecoderTraining(pl.LightningModule):
     start_path: checkpoint of a temporal decoder to begin with, of another video model for instance; None: fresh layers.
     noise: of the clips that are not remade, three quarters have white noise on their latents, of a standard deviation
         drawn from 0 to this one, in units of the latents' own.
-    remade: `share` of the clips that the video model remakes, from noise of up to `most` of the last of `steps`
+    remade: `share` of the clips that the video model remakes, from noise of two to `most` of the last of `steps`
         sampling steps, see `Remaker`; None: none are.
     changes: weight of the distance between the changes from frame to frame, beside that between the frames.
     learning_rate: highest rate; it rises over `warmup_steps` steps and falls over the last `cooldown_steps`.
@@ -75,6 +76,7 @@ class TemporalDecoderTraining(pl.LightningModule):
         self.config = config
         self._source = ClipGenerator(ckpt_path, temporal_decoder=False)
         self._remaker: Remaker | None = None
+        _check_alike(temporal_decoder_config, self._source)
         if start_path is not None:
             start = read_checkpoint(start_path)
             load_weights(
@@ -187,6 +189,18 @@ def with_quick_norms(decoder: nn.Module) -> None:
     decoder.to(memory_format=torch.channels_last)
 
 
+def _check_alike(node: Mapping[str, Any], source: ClipGenerator) -> None:
+    """Raise UserError unless the layers are for an autoencoder of the sizes that the source has."""
+    first_stage = own_node(source.checkpoint, "first_stage_config") or SD_V1_FIRST_STAGE
+    for word in ("ch", "ch_mult"):
+        wanted, found = first_stage["params"]["ddconfig"][word], node["params"][word]
+        if found != wanted:
+            raise UserError(
+                f"{DECODER_PATH}.params.{word}: expected {wanted}, as the autoencoder in {source.checkpoint.path} has, "
+                f"found {found}"
+            )
+
+
 def _checked_remade(words: Mapping[str, Any] | None) -> dict[str, Any]:
     if words is None:
         return {"share": 0.0}
@@ -194,6 +208,11 @@ def _checked_remade(words: Mapping[str, Any] | None) -> dict[str, Any]:
     if set(words) != set(REMADE):
         raise UserError(f"{where}: expected the words {', '.join(REMADE)}, found {', '.join(words) or 'none'}")
     check_values(words, REMADE, where)
+    if not 2 <= words["most"] < words["steps"]:
+        raise UserError(
+            f"{where}: expected steps and, of the last of them, a smaller number from 2 on that are gone back, found "
+            f"steps {words['steps']}, most {words['most']}"
+        )
     if not 0 < words["share"] <= 1:
         raise UserError(f"{where}.share: expected a share above 0 and up to 1, found {words['share']!r}")
     return dict(words)

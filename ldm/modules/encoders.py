@@ -73,9 +73,10 @@ class FirstStage(nn.Module):
                 tensor.copy_(tensors[name])
 
     def decoder_parts(self) -> list[Callable[[Tensor], Tensor]]:
-        """The decoder as functions, one after the other: up to the size of the latents, then one for each size.
+        """The decoder as functions, one after the other: what has the size of the latents, then one for each size.
 
-        Unscaled latents `b z h w` go in, images `b c fh fw` come out; what lies in between is the features of a size.
+        Unscaled latents `b z h w` go in, images `b c fh fw` come out, features in between; all but the first and the
+        last double their size at their end.
         """
         decoder = self.network.decoder
 
@@ -195,7 +196,9 @@ class VQFirstStage(FirstStage):
         return self.network.decoder(self._into_decoder(latents))
 
     def _into_decoder(self, latents: Tensor) -> Tensor:
-        quantized = torch.cat([self.network.quantize(one[None])[0] for one in latents])  # it needs much memory for each
+        with torch.autocast(latents.device.type, enabled=False):  # which vector is nearest is a matter of digits
+            # one by one: it needs much memory for each
+            quantized = torch.cat([self.network.quantize(one[None].float())[0] for one in latents]).to(latents)
         return super()._into_decoder(quantized)
 
 

@@ -8,8 +8,7 @@ pictures never pass through them, and the frames of a clip go through chunk by c
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +19,8 @@ from ldm.errors import UserError
 from ldm.modules.group_norm import GroupNorm32
 
 DIGEST_BYTES = 32
+Part = Callable[[Tensor], Tensor]
+Held = tuple[Tensor, Tensor]
 
 
 class FramesBlock(nn.Module):
@@ -37,7 +38,7 @@ class FramesBlock(nn.Module):
         nn.init.zeros_(self.put.weight)
         nn.init.zeros_(self.put.bias)
 
-    def forward(self, x: Tensor, held: tuple[Tensor, Tensor] | None, is_end: bool) -> tuple[Tensor, Any]:
+    def forward(self, x: Tensor, held: Held | None, is_end: bool) -> tuple[Tensor, Held]:
         """The frames that can be told now, all whose neighbours are known, and what to call it with for the next ones.
 
         held: what the last call returned, the frames that wait for a neighbour and what was seen of the last two; None
@@ -54,33 +55,36 @@ class FramesBlock(nn.Module):
         if is_end:
             seen = torch.cat([seen, nothing], dim=1)
         t = seen.shape[1] - 2  # as many have both neighbours
-        held = x[:, t:], seen[:, -2:]
+        waiting = x[:, t:].clone(), seen[:, -2:].clone()  # not views, which would keep all frames
         if t == 0:
-            return x[:, :0], held
+            return x[:, :0], waiting
         around = torch.cat([seen[:, shift : shift + t] for shift in range(3)], dim=2)
         found = self.put(F.silu(self.gather(rearrange(around, "b t c h w -> (b t) c h w"))))
-        return x[:, :t] + rearrange(found, "(b t) c h w -> b t c h w", b=b), held
+        return x[:, :t] + rearrange(found, "(b t) c h w -> b t c h w", b=b), waiting
 
 
 class TemporalDecoder(nn.Module):
     """The blocks over time of one image decoder.
 
     ch, ch_mult: of the autoencoder's `ddconfig`.
-    blocks: how many there are at each size of the picture, from that of the latents up; the last size of the decoder,
-        where a block costs most, has none. A frame depends on as many frames before and after it as there are blocks.
+    blocks: how many there are after the first part of the decoder, which has the size of the latents, and after each
+        later one but the last. A part enlarges the picture at its end, so that the last place, the dearest, has the
+        full size already. A frame depends on as many frames before and after it as there are blocks.
 
     `made_for` is a digest of the image decoder that it was trained with, see `checkpoint_decoder`; zeros before.
     """
 
     def __init__(self, ch: int, ch_mult: Sequence[int], blocks: Sequence[int]) -> None:
         super().__init__()
+        if ch % 32:
+            raise UserError(f"temporal decoder, ch: expected a multiple of 32, as of the autoencoder, found {ch}")
         widths = [ch * mult for mult in reversed(ch_mult)]
-        channels = [widths[0], *widths][: len(widths)]  # after the middle, and after each size but the last
+        channels = [widths[0], *widths][: len(widths)]  # after the middle, and after each part but the last
         is_list = isinstance(blocks, Sequence) and all(isinstance(num, int) and num >= 0 for num in blocks)
         if not is_list or len(blocks) > len(channels) or not sum(blocks):
             raise UserError(
-                f"temporal decoder, blocks: expected up to {len(channels)} whole numbers, one for each size from that "
-                f"of the latents up, not all 0, found {blocks!r}"
+                f"temporal decoder, blocks: expected up to {len(channels)} whole numbers, one for each part of the "
+                f"image decoder but the last, not all 0, found {blocks!r}"
             )
         numbers = [*blocks, *[0] * (len(channels) - len(blocks))]
         self.places = nn.ModuleList(
@@ -88,34 +92,42 @@ class TemporalDecoder(nn.Module):
         )
         self.register_buffer("made_for", torch.zeros(DIGEST_BYTES, dtype=torch.uint8))
 
-    def forward(self, parts: Sequence[Any], latents: Tensor) -> Tensor:
+    def forward(self, parts: Sequence[Part], latents: Tensor) -> Tensor:
         """Whole clips, latents `b t z h w`, unscaled, -> frames, about [-1, 1], `b t c fh fw`.
 
         parts: of the image decoder, see `FirstStage.decoder_parts`.
         """
-        return self._push(parts, latents, {}, is_end=True)
+        (frames,) = self._onward(parts, 0, latents, {}, is_end=True, most=latents.shape[1])
+        return frames
 
-    def decode(self, parts: Sequence[Any], chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+    def decode(self, parts: Sequence[Part], chunks: Iterable[Tensor]) -> Iterator[Tensor]:
         """The latents of one clip chunk by chunk, `t z h w` each, -> its frames `t' c fh fw`, some chunks later.
 
-        The frames are those of `forward` for the whole clip, but never more than a chunk of them are in the works.
+        The frames are those of `forward` for the whole clip. No more of them than there are latents in a chunk come or
+        go through a part of the image decoder at a time, and through blocks as many more as there are in a row.
         """
-        held: dict[FramesBlock, Any] = {}
+        held: dict[FramesBlock, Held] = {}
         chunks = iter(chunks)
         chunk = next(chunks, None)
         while chunk is not None:
             following = next(chunks, None)
-            frames = self._push(parts, chunk[None], held, is_end=following is None)[0]
-            if len(frames):
-                yield frames
+            for frames in self._onward(parts, 0, chunk[None], held, is_end=following is None, most=len(chunk)):
+                yield frames[0]
             chunk = following
 
-    def _push(self, parts: Sequence[Any], latents: Tensor, held: dict[FramesBlock, Any], is_end: bool) -> Tensor:
-        b, x = len(latents), latents
-        for part, blocks in zip(parts, [*self.places, ()], strict=True):
-            x = rearrange(part(rearrange(x, "b t c h w -> (b t) c h w")), "(b t) c h w -> b t c h w", b=b)
-            for block in blocks:
-                x, held[block] = block(x, held.get(block), is_end)
-                if x.shape[1] == 0:
-                    return x
-        return x
+    def _onward(
+        self, parts: Sequence[Part], place: int, x: Tensor, held: dict[FramesBlock, Held], is_end: bool, most: int
+    ) -> Iterator[Tensor]:
+        """What comes out of the decoder, `most` frames or fewer at a time, when `x` goes into its part `place`."""
+        b = len(x)
+        x = rearrange(parts[place](rearrange(x, "b t c h w -> (b t) c h w")), "(b t) c h w -> b t c h w", b=b)
+        if place == len(self.places):
+            yield x
+            return
+        for block in self.places[place]:
+            x, held[block] = block(x, held.get(block), is_end)
+            if x.shape[1] == 0:
+                return
+        pieces = x.split(most, dim=1)
+        for number, piece in enumerate(pieces, start=1):
+            yield from self._onward(parts, place + 1, piece, held, is_end and number == len(pieces), most)
