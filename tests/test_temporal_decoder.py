@@ -18,9 +18,9 @@ def first_stage() -> KLFirstStage:
     return KLFirstStage(DDCONFIG, 4).requires_grad_(False).eval()
 
 
-def make_decoder(blocks=(2, 1, 1), fresh: bool = False) -> TemporalDecoder:
+def make_decoder(blocks=(2, 1, 1), fresh: bool = False, **words) -> TemporalDecoder:
     torch.manual_seed(1)
-    decoder = TemporalDecoder(DDCONFIG["ch"], DDCONFIG["ch_mult"], list(blocks))
+    decoder = TemporalDecoder(DDCONFIG["ch"], DDCONFIG["ch_mult"], list(blocks), **words)
     for module in decoder.modules():
         if isinstance(module, FramesBlock) and not fresh:
             torch.nn.init.normal_(module.put.weight, std=0.1)
@@ -75,6 +75,20 @@ def test_chunks_change_nothing(first_stage, chunk):
     pieces = list(decoder.decode(parts, latents[0].split(chunk)))
     assert all(len(piece) <= chunk for piece in pieces)
     assert torch.cat(pieces).shape == whole.shape and (torch.cat(pieces) - whole).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("area", [1, 2, 3])
+def test_areas_keep_the_colours_of_the_image_decoder(first_stage, area):
+    latents, parts = latents_of(1, 5), first_stage.decoder_parts()
+    alone = first_stage.decode(latents[0])
+    off = {}
+    for word in (0, area):
+        frames = make_decoder(colour_area=word)(parts, latents)[0]
+        off[word] = (frames - alone).mean((2, 3)).abs().max()
+        assert (frames - alone).abs().mean() > 0.01  # details may differ
+    assert off[area] < 0.2 * off[0]
+    with pytest.raises(UserError, match="colour_area: expected a whole number of latents, found -1"):
+        make_decoder(colour_area=-1)
 
 
 def test_it_learns_that_frames_agree(first_stage):

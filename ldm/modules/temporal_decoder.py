@@ -4,10 +4,14 @@ Decoded one by one, the frames of a clip flicker: each has its own guess at what
 sees the neighbouring frames too makes one guess for all of them (Blattmann et al. 2023, "Align your Latents", section
 3.1.1). Here residual blocks over three frames lie between the parts of the image decoder. Fresh ones change nothing,
 pictures never pass through them, and the frames of a clip go through chunk by chunk, with the same result as at once.
+
+Layers over time carry the colours of the clips that they were trained on into others. So they have a say in details
+alone: what colour an area has on the whole is what the image decoder says.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
@@ -70,14 +74,19 @@ class TemporalDecoder(nn.Module):
     blocks: how many there are after the first part of the decoder, which has the size of the latents, and after each
         later one but the last. A part enlarges the picture at its end, so that the last place, the dearest, has the
         full size already. A frame depends on as many frames before and after it as there are blocks.
+    colour_area: side, in latents, of the areas whose mean colour is the image decoder's, which decodes each frame as
+        well; 0: none is.
 
     `made_for` is a digest of the image decoder that it was trained with, see `checkpoint_decoder`; zeros before.
     """
 
-    def __init__(self, ch: int, ch_mult: Sequence[int], blocks: Sequence[int]) -> None:
+    def __init__(self, ch: int, ch_mult: Sequence[int], blocks: Sequence[int], colour_area: int = 2) -> None:
         super().__init__()
         if ch % 32:
             raise UserError(f"temporal decoder, ch: expected a multiple of 32, as of the autoencoder, found {ch}")
+        if not isinstance(colour_area, int) or colour_area < 0:
+            raise UserError(f"temporal decoder, colour_area: expected a whole number of latents, found {colour_area!r}")
+        self.colour_area = colour_area
         widths = [ch * mult for mult in reversed(ch_mult)]
         channels = [widths[0], *widths][: len(widths)]  # after the middle, and after each part but the last
         is_list = isinstance(blocks, Sequence) and all(isinstance(num, int) and num >= 0 for num in blocks)
@@ -98,7 +107,10 @@ class TemporalDecoder(nn.Module):
         parts: of the image decoder, see `FirstStage.decoder_parts`.
         """
         (frames,) = self._onward(parts, 0, latents, {}, is_end=True, most=latents.shape[1])
-        return frames
+        b = len(frames)
+        flat = rearrange(frames, "b t c h w -> (b t) c h w")
+        colours = self._colours(parts, rearrange(latents, "b t c h w -> (b t) c h w"))
+        return rearrange(self._recoloured(flat, colours), "(b t) c h w -> b t c h w", b=b)
 
     def decode(self, parts: Sequence[Part], chunks: Iterable[Tensor]) -> Iterator[Tensor]:
         """The latents of one clip chunk by chunk, `t z h w` each, -> its frames `t' c fh fw`, some chunks later.
@@ -107,13 +119,32 @@ class TemporalDecoder(nn.Module):
         go through a part of the image decoder at a time, and through blocks as many more as there are in a row.
         """
         held: dict[FramesBlock, Held] = {}
-        chunks = iter(chunks)
+        chunks, colours = iter(chunks), None  # colours of the frames that are still to come
         chunk = next(chunks, None)
         while chunk is not None:
-            following = next(chunks, None)
-            for frames in self._onward(parts, 0, chunk[None], held, is_end=following is None, most=len(chunk)):
-                yield frames[0]
+            following, own = next(chunks, None), self._colours(parts, chunk)
+            colours = own if colours is None else torch.cat([colours, own])
+            for (frames,) in self._onward(parts, 0, chunk[None], held, is_end=following is None, most=len(chunk)):
+                yield self._recoloured(frames, colours[: len(frames)])
+                colours = colours[len(frames) :]
             chunk = following
+
+    @torch.no_grad()
+    def _colours(self, parts: Sequence[Part], latents: Tensor) -> Tensor:
+        """Mean colours of areas as the image decoder has them, `t z h w` -> `t c h' w'`; without any, `t 0`."""
+        if not self.colour_area:
+            return latents.new_empty(len(latents), 0)
+        areas = [math.ceil(side / self.colour_area) for side in latents.shape[-2:]]
+        for part in parts:
+            latents = part(latents)
+        return F.adaptive_avg_pool2d(latents, areas)
+
+    def _recoloured(self, frames: Tensor, colours: Tensor) -> Tensor:
+        """Frames `t c h w` with these mean colours, bilinear between the middles of areas."""
+        if not self.colour_area:
+            return frames
+        off = colours - F.adaptive_avg_pool2d(frames, colours.shape[-2:])
+        return frames + F.interpolate(off, size=frames.shape[-2:], mode="bilinear", align_corners=False)
 
     def _onward(
         self, parts: Sequence[Part], place: int, x: Tensor, held: dict[FramesBlock, Held], is_end: bool, most: int
