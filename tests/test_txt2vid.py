@@ -283,7 +283,7 @@ def test_replay_sets_the_pieces_that_are_decoded_too(tmp_path, checkpoint):
     (tmp_path / "clip.json").write_text(json.dumps(a_record(checkpoint)))
     for word, value in (("decode-chunk", "7"), ("precision", "bf16"), ("config", "x.yaml"), ("frames", "2")):
         with pytest.raises(
-            UserError, match=f"so --{word} cannot be given beside it; only --ckpt, --base, --temporal, --temporal-decoder"
+            UserError, match=f"so --{word} cannot be given beside it; only --ckpt, .* --temporal-decoder"
         ):
             main(["--replay", str(tmp_path / "clip.json"), f"--{word}", value])
 
