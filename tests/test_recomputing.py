@@ -86,17 +86,24 @@ def plain() -> dict[torch.dtype | None, list[torch.Tensor]]:
     return {precision: steps(small_unet(), 20, precision) for precision in (None, HALF)}
 
 
-IN_HALF = {word: value for word, value in SWITCHES[4].items() if word != "feed_forward_frames"}
+def sums_rows_alike() -> bool:
+    """Whether products of some rows in bfloat16 have the bits of those rows in products of more.
+
+    Processors with matrix units for bfloat16 (AMX) sum in another order where there are fewer rows.
+    """
+    return not torch.cpu._is_amx_tile_supported()
 
 
-@pytest.mark.parametrize(("words", "precision"), [*((words, None) for words in SWITCHES), (IN_HALF, HALF)], ids=str)
+@pytest.mark.parametrize(
+    ("words", "precision"), [*((words, None) for words in SWITCHES), (SWITCHES[4], HALF)], ids=str
+)
 def test_twenty_steps_are_those_of_the_plain_run(plain, words, precision):
-    assert are_alike(steps(small_unet(**words), 20, precision), plain[precision], 0)
-
-
-def test_parts_of_the_feed_forward_in_half_precision_are_alike(plain):
-    """Not to the bit: processors with matrix units for bfloat16 sum rows in another order when there are fewer."""
-    assert are_alike(steps(small_unet(**SWITCHES[4]), 20, HALF)[:20], plain[HALF][:20], 1e-2)
+    found = steps(small_unet(**words), 20, precision)
+    if precision is HALF and not sums_rows_alike():
+        assert are_alike(found[:20], plain[HALF][:20], 1e-2)  # the losses; bits are not to be had here
+        words = {word: value for word, value in words.items() if word != "feed_forward_frames"}
+        found = steps(small_unet(**words), 20, precision)
+    assert are_alike(found, plain[precision], 0)
 
 
 def test_twenty_steps_with_everything_trained():

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from einops import rearrange
@@ -25,10 +24,12 @@ from ldm.errors import UserError
 from ldm.generation import ClipGenerator
 from ldm.models.autoencoder import psnr
 from ldm.models.diffusion.optimizers import rate_schedule
+from ldm.models.diffusion.seeds import mixed
 from ldm.models.remade_latents import Remaker
 from ldm.modules.group_norm import GroupNorm32
 from ldm.modules.posterior import posterior_mean
 
+SPOILING = 1  # the stream of draws
 HELD_OUT = 2**20  # in place of the seed, for what is done to held-out latents: always the same
 REMADE = {"share": float, "steps": int, "most": int}
 MAX_SHOWN = 16  # batches of the validation that are kept for pictures
@@ -164,8 +165,7 @@ class TemporalDecoderTraining(pl.LightningModule):
         captions = getattr(batch, "captions", [""] * len(batch))
         spoilt = []
         for place, position in enumerate(batch.positions):
-            state = int(np.random.SeedSequence((seed, position)).generate_state(1, np.uint64)[0] >> np.uint64(1))
-            generator = torch.Generator().manual_seed(state)
+            generator = torch.Generator().manual_seed(mixed(seed, SPOILING, position))
             clip = latents[place : place + 1]
             draw, strength = torch.rand(2, generator=generator).tolist()
             if draw < self.remade["share"]:
