@@ -67,9 +67,10 @@ def test_a_frame_depends_on_as_many_neighbours_as_there_are_blocks(first_stage):
     assert moved.nonzero().flatten().tolist() == list(range(1, 10))  # four blocks before and behind the fifth
 
 
+@pytest.mark.parametrize("area", [0, 2])
 @pytest.mark.parametrize("chunk", [1, 2, 3, 5, 11, 20])
-def test_chunks_change_nothing(first_stage, chunk):
-    decoder, latents, parts = make_decoder(), latents_of(1, 11), first_stage.decoder_parts()
+def test_chunks_change_nothing(first_stage, chunk, area):
+    decoder, latents, parts = make_decoder(brightness_area=area), latents_of(1, 11), first_stage.decoder_parts()
     whole = decoder(parts, latents)[0]
     assert (whole - first_stage.decode(latents[0])).abs().max() > 0.01
     pieces = list(decoder.decode(parts, latents[0].split(chunk)))
@@ -78,22 +79,22 @@ def test_chunks_change_nothing(first_stage, chunk):
 
 
 @pytest.mark.parametrize("area", [1, 2, 3])
-def test_areas_keep_the_colours_of_the_image_decoder(first_stage, area):
+def test_nothing_but_the_brightness_of_details_is_its_own(first_stage, area):
     latents, parts = latents_of(1, 5), first_stage.decoder_parts()
     alone = first_stage.decode(latents[0])
-    off = {}
-    for word in (0, area):
-        frames = make_decoder(colour_area=word)(parts, latents)[0]
-        off[word] = (frames - alone).mean((2, 3)).abs().max()
-        assert (frames - alone).abs().mean() > 0.01  # details may differ
-    assert off[area] < 0.2 * off[0]
-    with pytest.raises(UserError, match="colour_area: expected a whole number of latents, found -1"):
-        make_decoder(colour_area=-1)
+    off = {word: make_decoder(brightness_area=word)(parts, latents)[0] - alone for word in (0, area)}
+    on_the_whole = {word: change.mean((2, 3)).abs().max() for word, change in off.items()}
+    assert on_the_whole[area] < 0.2 * on_the_whole[0]
+    by_channel = {word: change.std(dim=1).mean() for word, change in off.items()}
+    assert by_channel[area] < 1e-5 < 0.01 < by_channel[0]  # what is added is grey, so that red stays red
+    assert off[area].abs().mean() > 0.01  # details do differ
+    with pytest.raises(UserError, match="brightness_area: expected a whole number of latents, found -1"):
+        make_decoder(brightness_area=-1)
 
 
 def test_it_learns_that_frames_agree(first_stage):
     """Frames that are all the same but for noise on their latents: decoded together, they differ less."""
-    decoder, parts = make_decoder(fresh=True), first_stage.decoder_parts()
+    decoder, parts = make_decoder(fresh=True, brightness_area=0), first_stage.decoder_parts()
     generator = torch.Generator().manual_seed(3)
     optimizer = torch.optim.Adam(decoder.parameters(), lr=3e-3)
 

@@ -5,8 +5,9 @@ sees the neighbouring frames too makes one guess for all of them (Blattmann et a
 3.1.1). Here residual blocks over three frames lie between the parts of the image decoder. Fresh ones change nothing,
 pictures never pass through them, and the frames of a clip go through chunk by chunk, with the same result as at once.
 
-Layers over time carry the colours of the clips that they were trained on into others. So they have a say in details
-alone: what colour an area has on the whole is what the image decoder says.
+Layers over time carry the colours of the clips that they were trained on into others. So they have a say in the
+brightness of details alone, which is where motion shows: colours, and how bright an area is on the whole, are what the
+image decoder makes of each frame.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from ldm.errors import UserError
 from ldm.modules.group_norm import GroupNorm32
 
 DIGEST_BYTES = 32
+BRIGHTNESS = (0.299, 0.587, 0.114)  # of red, green and blue (ITU-R BT.601)
 Part = Callable[[Tensor], Tensor]
 Held = tuple[Tensor, Tensor]
 
@@ -74,19 +76,21 @@ class TemporalDecoder(nn.Module):
     blocks: how many there are after the first part of the decoder, which has the size of the latents, and after each
         later one but the last. A part enlarges the picture at its end, so that the last place, the dearest, has the
         full size already. A frame depends on as many frames before and after it as there are blocks.
-    colour_area: side, in latents, of the areas whose mean colour is the image decoder's, which decodes each frame as
-        well; 0: none is.
+    brightness_area: side, in latents, of the areas whose mean brightness is the image decoder's, which decodes each
+        frame as well, as the colours then are in every pixel; 0: nothing is.
 
     `made_for` is a digest of the image decoder that it was trained with, see `checkpoint_decoder`; zeros before.
     """
 
-    def __init__(self, ch: int, ch_mult: Sequence[int], blocks: Sequence[int], colour_area: int = 2) -> None:
+    def __init__(self, ch: int, ch_mult: Sequence[int], blocks: Sequence[int], brightness_area: int = 2) -> None:
         super().__init__()
         if ch % 32:
             raise UserError(f"temporal decoder, ch: expected a multiple of 32, as of the autoencoder, found {ch}")
-        if not isinstance(colour_area, int) or colour_area < 0:
-            raise UserError(f"temporal decoder, colour_area: expected a whole number of latents, found {colour_area!r}")
-        self.colour_area = colour_area
+        if not isinstance(brightness_area, int) or brightness_area < 0:
+            raise UserError(
+                f"temporal decoder, brightness_area: expected a whole number of latents, found {brightness_area!r}"
+            )
+        self.brightness_area = brightness_area
         widths = [ch * mult for mult in reversed(ch_mult)]
         channels = [widths[0], *widths][: len(widths)]  # after the middle, and after each part but the last
         is_list = isinstance(blocks, Sequence) and all(isinstance(num, int) and num >= 0 for num in blocks)
@@ -107,10 +111,11 @@ class TemporalDecoder(nn.Module):
         parts: of the image decoder, see `FirstStage.decoder_parts`.
         """
         (frames,) = self._onward(parts, 0, latents, {}, is_end=True, most=latents.shape[1])
-        b = len(frames)
-        flat = rearrange(frames, "b t c h w -> (b t) c h w")
-        colours = self._colours(parts, rearrange(latents, "b t c h w -> (b t) c h w"))
-        return rearrange(self._recoloured(flat, colours), "(b t) c h w -> b t c h w", b=b)
+        if not self.brightness_area:
+            return frames
+        alone = self._alone(parts, rearrange(latents, "b t c h w -> (b t) c h w"))
+        joined = self._joined(rearrange(frames, "b t c h w -> (b t) c h w"), alone, latents.shape[-2:])
+        return rearrange(joined, "(b t) c h w -> b t c h w", b=len(frames))
 
     def decode(self, parts: Sequence[Part], chunks: Iterable[Tensor]) -> Iterator[Tensor]:
         """The latents of one clip chunk by chunk, `t z h w` each, -> its frames `t' c fh fw`, some chunks later.
@@ -119,32 +124,38 @@ class TemporalDecoder(nn.Module):
         go through a part of the image decoder at a time, and through blocks as many more as there are in a row.
         """
         held: dict[FramesBlock, Held] = {}
-        chunks, colours = iter(chunks), None  # colours of the frames that are still to come
+        chunks, alone = iter(chunks), None  # what the image decoder makes of the frames that are still to come
         chunk = next(chunks, None)
         while chunk is not None:
-            following, own = next(chunks, None), self._colours(parts, chunk)
-            colours = own if colours is None else torch.cat([colours, own])
+            following = next(chunks, None)
+            if self.brightness_area:
+                own = self._alone(parts, chunk)
+                alone = own if alone is None else torch.cat([alone, own])
             for (frames,) in self._onward(parts, 0, chunk[None], held, is_end=following is None, most=len(chunk)):
-                yield self._recoloured(frames, colours[: len(frames)])
-                colours = colours[len(frames) :]
+                if alone is None:
+                    yield frames
+                else:
+                    yield self._joined(frames, alone[: len(frames)], chunk.shape[-2:])
+                    alone = alone[len(frames) :]
             chunk = following
 
     @torch.no_grad()
-    def _colours(self, parts: Sequence[Part], latents: Tensor) -> Tensor:
-        """Mean colours of areas as the image decoder has them, `t z h w` -> `t c h' w'`; without any, `t 0`."""
-        if not self.colour_area:
-            return latents.new_empty(len(latents), 0)
-        areas = [math.ceil(side / self.colour_area) for side in latents.shape[-2:]]
+    def _alone(self, parts: Sequence[Part], latents: Tensor) -> Tensor:
+        """What the image decoder makes of each frame, `t z h w` -> `t c fh fw`."""
         for part in parts:
             latents = part(latents)
-        return F.adaptive_avg_pool2d(latents, areas)
+        return latents
 
-    def _recoloured(self, frames: Tensor, colours: Tensor) -> Tensor:
-        """Frames `t c h w` with these mean colours, bilinear between the middles of areas."""
-        if not self.colour_area:
-            return frames
-        off = colours - F.adaptive_avg_pool2d(frames, colours.shape[-2:])
-        return frames + F.interpolate(off, size=frames.shape[-2:], mode="bilinear", align_corners=False)
+    def _joined(self, frames: Tensor, alone: Tensor, latent_size: Sequence[int]) -> Tensor:
+        """The image decoder's frames `t c h w` with the brightness of the others in what is smaller than an area.
+
+        What is taken off between the middles of areas is bilinear.
+        """
+        share = frames.new_tensor(BRIGHTNESS)[:, None, None]
+        brighter = ((frames - alone) * share).sum(dim=1, keepdim=True)
+        areas = F.adaptive_avg_pool2d(brighter, [math.ceil(side / self.brightness_area) for side in latent_size])
+        on_the_whole = F.interpolate(areas, size=frames.shape[-2:], mode="bilinear", align_corners=False)
+        return alone + brighter - on_the_whole
 
     def _onward(
         self, parts: Sequence[Part], place: int, x: Tensor, held: dict[FramesBlock, Held], is_end: bool, most: int
