@@ -2,10 +2,11 @@
 
     python scripts/train_drive.py --out runs/drive --minutes 10
 
-The stages are an autoencoder, a text encoder, a judge of looks, an image model (with the images that it needs) and a
-video model (with its clips). The same command goes on after an interruption; with more --minutes it trains on from
-where it was. A stage that a later one has begun to build on stays as it is. Words of main.py for one stage are given
-as STAGE:WORD, for instance video:data.params.batch_size=4.
+The stages are an autoencoder, a text encoder, a judge of looks, an image model (with the images that it needs), a
+video model (with its clips), and layers over time for the decoder of the autoencoder. The same command goes on after an
+interruption; with more --minutes it trains on from where it was. A stage that a later one has begun to build on stays
+as it is, but for the video model: the layers of the decoder go on with what it has become. Words of main.py for one
+stage are given as STAGE:WORD, for instance video:data.params.batch_size=4.
 """
 
 from __future__ import annotations
@@ -42,11 +43,13 @@ class Stage:
     """A model to train. needs: earlier stages -> the word of its config that names their checkpoint.
 
     prepares: the folder of prepared clips, and words of prepare.py for them. on_gpu: words for main.py there.
+    follows: the earlier stages may train on, and this one goes on with what they have become.
     """
 
     needs: Mapping[str, str] = field(default_factory=dict)
     prepares: tuple[str, ...] = ()
     on_gpu: tuple[str, ...] = ()
+    follows: bool = False
 
 
 ENCODERS = {
@@ -63,6 +66,7 @@ STAGES = {
         ("clips", "--frames", "25", "--seed", "1", "--looks", ",".join(MOVING_LOOKS)),
         ("data.params.batch_size=64",),
     ),
+    "temporal_decoder": Stage({"video": "model.params.ckpt_path"}, on_gpu=("data.params.batch_size=16",), follows=True),
 }
 AMOUNTS = {"images": (6000, 40_000), "clips": (600, 6000)}  # without a graphics card, with one
 
@@ -136,7 +140,8 @@ class DriveTraining:
         seconds = max(1, round(60 * minutes))
         clock = f"00:{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}"
         limits = [f"--max_time={clock}", f"--max_steps={max_steps}", *words]
-        go_on = ["-r", str(folder), "--allow", "config"]  # the learning rate falls later
+        # the learning rate falls later
+        go_on = ["-r", str(folder), "--allow", "config,model" if STAGES[name].follows else "config"]
         command = ["main.py", *(start if folder is None else go_on), "-t", *self._machine()]
         self._do([*command, *limits, *self._words(name)])
 
@@ -171,7 +176,7 @@ class DriveTraining:
 
     def _has_begun_on(self, later: str, name: str) -> bool:
         stage = STAGES[later]
-        if name not in stage.needs:
+        if name not in stage.needs or stage.follows:
             return False
         is_prepared = name in ENCODERS and (self.out / stage.prepares[0]).exists()
         return is_prepared or self._run_folder(later) is not None

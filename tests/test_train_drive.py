@@ -39,7 +39,7 @@ class Scripts:
             Path(words[words.index("--out") + 1]).mkdir()
             return 0
         options = parse_arguments(words[1:])
-        stage = options.name or options.resume.rpartition("_")[2]
+        stage = options.name or next(name for name in STAGES if options.resume.endswith(f"_{name}"))
         check(load_config([config_of(stage)], options.overrides))
         path = Path(options.resume or f"{options.logdir}/2026-01-01_{options.name}") / "checkpoints" / "last.ckpt"
         before = torch.load(path)["callbacks"]["Timer"]["time_elapsed"]["train"] if path.exists() else 0.0
@@ -70,6 +70,10 @@ def value(words: list[str], key: str) -> str:
     return next(word.partition("=")[2] for word in words if word.startswith(f"{key}="))
 
 
+def value_after(words: list[str], option: str) -> str:
+    return words[words.index(option) + 1]
+
+
 def test_the_stages_in_their_order_each_on_those_before(tmp_path):
     scripts = train(tmp_path, budget())
     kinds = [words[0] if words[0] != "main.py" else words[words.index("-n") + 1] if "-n" in words else "again"
@@ -77,7 +81,7 @@ def test_the_stages_in_their_order_each_on_those_before(tmp_path):
     both = ["again"]
     assert kinds == [
         "autoencoder", *both, "text", *both, "judge", *both, "scripts/prepare.py", "image", *both,
-        "scripts/prepare.py", "video", *both,
+        "scripts/prepare.py", "video", *both, "temporal_decoder", *both,
     ]  # fmt: skip
     last = {name: str(tmp_path / f"logs/2026-01-01_{name}/checkpoints/last.ckpt") for name in STAGES}
     for words in scripts.of("video"):
@@ -86,6 +90,7 @@ def test_the_stages_in_their_order_each_on_those_before(tmp_path):
         assert value(words, "model.params.ckpt_path") == last["image"]
         assert value(words, "data.params.root") == str(tmp_path / "clips")
     assert not any(word.startswith("model.params.ckpt_path=") for word in scripts.of("image")[0])
+    assert value(scripts.of("temporal_decoder")[0], "model.params.ckpt_path") == last["video"]
     images, clips = (words for words in scripts.commands if words[0] == "scripts/prepare.py")
     assert images[images.index("--frames") + 1] == "1" and images[images.index("--world") + 1] == "40"
     assert "--looks" not in images
@@ -114,8 +119,11 @@ def test_the_same_command_again_does_nothing_and_more_minutes_go_on(tmp_path, ca
     assert "video: has had its 10 minutes" in capsys.readouterr().out
     scripts = train(tmp_path, budget(minutes=30))
     assert [words[1:3] for words in scripts.commands] == [
-        ["-r", str(tmp_path / f"logs/2026-01-01_{name}")] for name in ("judge", "judge", "video", "video")
+        ["-r", str(tmp_path / f"logs/2026-01-01_{name}")]
+        for name in ("judge", "judge", "video", "video", "temporal_decoder", "temporal_decoder")
     ]
+    allowed = {name: value_after(scripts.of(name)[0], "--allow") for name in ("judge", "video", "temporal_decoder")}
+    assert allowed == {"judge": "config", "video": "config", "temporal_decoder": "config,model"}
     assert [value(words, "--max_time") for words in scripts.of("video")] == ["00:00:22:30", "00:00:30:00"]
     assert int(value(scripts.of("video")[1], "--max_steps")) > 17_000
     shown = capsys.readouterr().out
