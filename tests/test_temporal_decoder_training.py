@@ -19,7 +19,7 @@ from ldm.errors import UserError
 from ldm.generation import ClipGenerator
 from ldm.models.diffusion.schedule import NoiseSchedule
 from ldm.models.remade_latents import Remaker
-from ldm.models.temporal_decoder import TemporalDecoderTraining, with_quick_norms
+from ldm.models.temporal_decoder import TemporalDecoderTraining, unlikeness, with_quick_norms
 from ldm.modules.encoders import KLFirstStage
 from ldm.modules.unet import UNetModel
 from tests.bars_footage import make_data, write_bars
@@ -159,11 +159,44 @@ def test_clips_are_spoilt_as_seed_and_position_say(checkpoint, footage, tmp_path
     assert (spoilt(5, 7)[0] - many[7]).abs().max() < 1e-4 < (spoilt(6, 7)[0] - many[7]).abs().max()
 
 
+def test_unlikeness_is_of_structure_however_faint():
+    generator = torch.Generator().manual_seed(4)
+    texture = torch.randn(1, 2, 1, 24, 32, generator=generator).expand(1, 2, 3, 24, 32)
+    strong, faint = 0.3 * texture, 0.05 * texture
+    assert unlikeness(strong, strong).abs().max() < 1e-5 and unlikeness(strong, strong + 0.2).abs().max() < 1e-3
+    assert unlikeness(strong, -strong).mean() > 1.9 and unlikeness(faint, -faint).mean() > 1.7
+    assert unlikeness(strong, strong.flip(-1)).mean() == pytest.approx(1, abs=0.1)  # nothing in common
+    blurred = torch.nn.functional.avg_pool2d(texture.flatten(0, 1), 3, 1, 1).unflatten(0, (1, 2))
+    assert 0.2 < unlikeness(0.05 * blurred, faint).mean() < unlikeness(torch.zeros_like(faint), faint).mean()
+    # one window by hand
+    frames, true = (torch.rand(1, 1, 3, 7, 7, generator=generator) for _ in range(2))
+    one, other = (
+        ((0.299 * clip[0, 0, 0] + 0.587 * clip[0, 0, 1] + 0.114 * clip[0, 0, 2] + 1) / 2).double().flatten()
+        for clip in (frames, true)
+    )
+    c = (2 / 255) ** 2
+    covariance = ((one - one.mean()) * (other - other.mean())).mean()
+    expected = 1 - (2 * covariance + c) / (one.var(correction=0) + other.var(correction=0) + c)
+    assert unlikeness(frames, true).item() == pytest.approx(expected.item(), abs=1e-4)
+
+
+def test_structure_counts_by_its_weight(checkpoint, footage, tmp_path):
+    model, data = make_model(checkpoint), rows_of(footage)
+    make_trainer(tmp_path, 1).fit(model, data)
+    batch, logged, losses = next(iter(data.train_dataloader())), {}, []
+    model.log = lambda name, value, **words: logged.update({name: value})
+    for model.structure in (0.0, 0.5):
+        losses.append(model.training_step(batch, 0).item())
+    unlike = logged["train/unlikeness"].item()
+    assert losses[1] - losses[0] == pytest.approx(0.5 * unlike, rel=1e-3) and 0.01 < unlike < 2
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         ({"noise": 2}, "model.params.noise: expected a standard deviation, 0 to 1, found 2"),
         ({"changes": -1}, "model.params.changes: expected a weight, 0 to 100, found -1"),
+        ({"structure": 101}, "model.params.structure: expected a weight, 0 to 100, found 101"),
         ({"remade": {"share": 0.5}}, "model.params.remade: expected the words share, steps, most, found share"),
         ({"remade": REMADE | {"share": 0}}, "remade.share: expected a share above 0 and up to 1, found 0"),
         ({"remade": REMADE | {"steps": 1.5}}, "remade.steps: expected a whole number, found 1.5"),

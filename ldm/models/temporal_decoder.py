@@ -11,6 +11,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -28,10 +29,13 @@ from ldm.models.diffusion.seeds import mixed
 from ldm.models.remade_latents import Remaker
 from ldm.modules.group_norm import GroupNorm32
 from ldm.modules.posterior import posterior_mean
+from ldm.modules.temporal_decoder import BRIGHTNESS
 
 SPOILING = 1  # the stream of draws
 HELD_OUT = 2**20  # in place of the seed, for what is done to held-out latents: always the same
 REMADE = {"share": float, "steps": int, "most": int}
+WINDOW = 7  # pixels, of structure
+FAINTEST = (2 / 255) ** 2  # variance of brightness, of 1, from which on structure counts
 MAX_SHOWN = 16  # batches of the validation that are kept for pictures
 
 
@@ -46,6 +50,8 @@ class TemporalDecoderTraining(pl.LightningModule):
     remade: `share` of the clips that the video model remakes, from noise of two to `most` of the last of `steps`
         sampling steps, see `Remaker`; None: none are.
     changes: weight of the distance between the changes from frame to frame, beside that between the frames.
+    structure: weight of the mean structural dissimilarity of each frame's brightness, see `unlikeness`; faint texture,
+        the road's for instance, counts in it as much as trees do.
     learning_rate: highest rate; it rises over `warmup_steps` steps and falls over the last `cooldown_steps`.
     seed: of every draw. config: the config of the run, kept in checkpoints.
     """
@@ -60,6 +66,7 @@ class TemporalDecoderTraining(pl.LightningModule):
         noise: float = 0.2,
         remade: Mapping[str, Any] | None = None,
         changes: float = 1.0,
+        structure: float = 0.0,
         learning_rate: float = 1e-3,
         warmup_steps: int = 50,
         cooldown_steps: int = 0,
@@ -69,10 +76,12 @@ class TemporalDecoderTraining(pl.LightningModule):
         super().__init__()
         if not 0 <= noise <= 1:
             raise UserError(f"model.params.noise: expected a standard deviation, 0 to 1, found {noise!r}")
-        if not 0 <= changes <= 100:
-            raise UserError(f"model.params.changes: expected a weight, 0 to 100, found {changes!r}")
+        for name, weight in (("changes", changes), ("structure", structure)):
+            if not 0 <= weight <= 100:
+                raise UserError(f"model.params.{name}: expected a weight, 0 to 100, found {weight!r}")
         self.temporal_decoder = build(temporal_decoder_config, DECODER_PATH)
-        self.noise, self.remade, self.changes, self.seed = noise, _checked_remade(remade), changes, seed
+        self.noise, self.remade, self.seed = noise, _checked_remade(remade), seed
+        self.changes, self.structure = changes, structure
         self.learning_rate, self.warmup_steps, self.cooldown_steps = learning_rate, warmup_steps, cooldown_steps
         self.config = config
         self._source = ClipGenerator(ckpt_path, temporal_decoder=False)
@@ -107,13 +116,13 @@ class TemporalDecoderTraining(pl.LightningModule):
         return self.temporal_decoder(self._source.first_stage.decoder_parts(), latents / self._source.scale_factor)
 
     def training_step(self, batch: FrameBatch, batch_idx: int) -> Tensor:
-        """Mean distance per pixel value, and of the changes from frame to frame."""
+        """Mean distance per pixel value, and of the changes from frame to frame, and unlikeness of structure."""
         pixels, latents = self._pixels_and_latents(batch, self.seed)
         # torch's group norm loses its head over inputs of which no gradient is asked, on a CPU
         terms = self._terms(self(latents.requires_grad_()).float(), pixels)
         for name, value in terms.items():
             self.log(f"train/{name}", value.detach(), prog_bar=name == "l1", batch_size=len(batch))
-        return terms["l1"] + self.changes * terms["change"]
+        return terms["l1"] + self.changes * terms["change"] + self.structure * terms["unlikeness"]
 
     def validation_step(self, batch: FrameBatch, batch_idx: int) -> None:
         """The same of held-out clips, beside that of the image decoder alone (`val/alone_*`), and PSNR."""
@@ -147,7 +156,7 @@ class TemporalDecoderTraining(pl.LightningModule):
 
     def _terms(self, frames: Tensor, pixels: Tensor) -> dict[str, Tensor]:
         change = (frames.diff(dim=1) - pixels.diff(dim=1)).abs().mean()
-        return {"l1": (frames - pixels).abs().mean(), "change": change}
+        return {"l1": (frames - pixels).abs().mean(), "change": change, "unlikeness": unlikeness(frames, pixels).mean()}
 
     @torch.no_grad()
     def _pixels_and_latents(self, batch: FrameBatch, seed: int) -> tuple[Tensor, Tensor]:
@@ -174,6 +183,23 @@ class TemporalDecoderTraining(pl.LightningModule):
                 clip = clip + self.noise * strength * torch.randn(clip.shape, generator=generator).to(clip)
             spoilt.append(clip)
         return pixels, torch.cat(spoilt).float()
+
+
+def unlikeness(frames: Tensor, true: Tensor) -> Tensor:
+    """Structural dissimilarity of brightness, from 0, alike, to 2, reversed; frames in [-1, 1], `b t 3 h w`.
+
+    1 - (2 covariance + c) / (sum of both variances + c), the second factor of SSIM (Wang et al. 2004, eq. 6 to 10, with
+    C3 = C2 / 2) in windows of 7x7 pixels, `b t h-6 w-6`. c is the square of two grey levels of 255, an eighth of what
+    is usual, so that all texture counts that can be seen at all.
+    """
+    share = true.new_tensor(BRIGHTNESS)[:, None, None]
+    both = [((one + 1) / 2 * share).sum(dim=2) for one in (frames, true)]
+    values = torch.stack([*both, both[0].square(), both[1].square(), both[0] * both[1]])
+    mean, true_mean, square, true_square, product = F.avg_pool2d(values.flatten(0, 1), WINDOW, stride=1).unflatten(
+        0, values.shape[:2]
+    )
+    variances = square - mean.square() + true_square - true_mean.square()
+    return 1 - (2 * (product - mean * true_mean) + FAINTEST) / (variances.clamp(min=0) + FAINTEST)
 
 
 def with_quick_norms(decoder: nn.Module) -> None:
