@@ -19,7 +19,7 @@ from ldm.errors import UserError
 from ldm.generation import ClipGenerator
 from ldm.models.diffusion.schedule import NoiseSchedule
 from ldm.models.remade_latents import Remaker
-from ldm.models.temporal_decoder import TemporalDecoderTraining, unlikeness, with_quick_norms
+from ldm.models.temporal_decoder import TemporalDecoderTraining, recolour, unlikeness, with_quick_norms
 from ldm.modules.encoders import KLFirstStage
 from ldm.modules.unet import UNetModel
 from tests.bars_footage import make_data, write_bars
@@ -159,6 +159,33 @@ def test_clips_are_spoilt_as_seed_and_position_say(checkpoint, footage, tmp_path
     assert (spoilt(5, 7)[0] - many[7]).abs().max() < 1e-4 < (spoilt(6, 7)[0] - many[7]).abs().max()
 
 
+def test_colours_change_for_a_whole_clip_and_in_training_alone(checkpoint, footage, tmp_path):
+    model, data = make_model(checkpoint, recoloured=0.5), rows_of(footage)
+    make_trainer(tmp_path, 1).fit(model, data)
+    row = data.train_frames[0]
+    batch = FrameBatch.cat([FrameBatch(row.pixels, [position], rates=row.rates) for position in range(30)])
+    pixels = model._pixels_and_latents(batch, 5, model.recoloured)[0]
+    is_other = (pixels - row.pixels).abs().amax((1, 2, 3, 4)) > 0
+    assert 8 <= is_other.sum() <= 22
+    assert torch.equal(model._pixels_and_latents(batch, 5)[0], torch.stack([row.pixels] * 30))
+    again = model._pixels_and_latents(FrameBatch(row.pixels, [7], rates=row.rates), 5, 1.0)[0][0]
+    assert is_other[7] == torch.equal(again, pixels[7]) and again.abs().max() <= 1
+
+
+def test_hues_turn_and_grey_stays_grey():
+    frames = torch.rand(2, 3, 4, 5, generator=torch.Generator().manual_seed(1)) * 0.4 - 0.2
+    found = [recolour(frames, torch.Generator().manual_seed(seed)) for seed in range(20)]
+    assert len({tuple(clip[0, :, 0, 0].tolist()) for clip in found}) == 20
+    grey = recolour(torch.full((1, 3, 2, 2), 0.25), torch.Generator().manual_seed(1))
+    assert (grey - grey[:, :1]).abs().max() < 1e-6
+    hues = []
+    for clip in (
+        recolour(torch.tensor([0.3, -0.1, -0.1]).view(1, 3, 1, 1), torch.Generator().manual_seed(s)) for s in range(60)
+    ):
+        hues.append(clip.flatten().argmax().item())
+    assert min(hues.count(channel) for channel in range(3)) >= 10  # red becomes green and blue as often
+
+
 def test_unlikeness_is_of_structure_however_faint():
     generator = torch.Generator().manual_seed(4)
     texture = torch.randn(1, 2, 1, 24, 32, generator=generator).expand(1, 2, 3, 24, 32)
@@ -196,6 +223,7 @@ def test_structure_counts_by_its_weight(checkpoint, footage, tmp_path):
     [
         ({"noise": 2}, "model.params.noise: expected a standard deviation, 0 to 1, found 2"),
         ({"changes": -1}, "model.params.changes: expected a weight, 0 to 100, found -1"),
+        ({"recoloured": -0.1}, "model.params.recoloured: expected a share, 0 to 1, found -0.1"),
         ({"structure": 101}, "model.params.structure: expected a weight, 0 to 100, found 101"),
         ({"remade": {"share": 0.5}}, "model.params.remade: expected the words share, steps, most, found share"),
         ({"remade": REMADE | {"share": 0}}, "remade.share: expected a share above 0 and up to 1, found 0"),

@@ -6,6 +6,7 @@ itself. Image autoencoder and video model stay as they are. A checkpoint holds t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,7 +32,7 @@ from ldm.modules.group_norm import GroupNorm32
 from ldm.modules.posterior import posterior_mean
 from ldm.modules.temporal_decoder import BRIGHTNESS
 
-SPOILING = 1  # the stream of draws
+SPOILING, RECOLOURING = 1, 2  # streams of draws
 HELD_OUT = 2**20  # in place of the seed, for what is done to held-out latents: always the same
 REMADE = {"share": float, "steps": int, "most": int}
 WINDOW = 7  # pixels, of structure
@@ -52,6 +53,8 @@ class TemporalDecoderTraining(pl.LightningModule):
     changes: weight of the distance between the changes from frame to frame, beside that between the frames.
     structure: weight of the mean structural dissimilarity of each frame's brightness, see `unlikeness`; faint texture,
         the road's for instance, counts in it as much as trees do.
+    recoloured: share of the clips whose colours and contrast are others in training, see `recolour`, so that what is
+        learned holds for other looks than those of the clips.
     learning_rate: highest rate; it rises over `warmup_steps` steps and falls over the last `cooldown_steps`.
     seed: of every draw. config: the config of the run, kept in checkpoints.
     """
@@ -67,6 +70,7 @@ class TemporalDecoderTraining(pl.LightningModule):
         remade: Mapping[str, Any] | None = None,
         changes: float = 1.0,
         structure: float = 0.0,
+        recoloured: float = 0.0,
         learning_rate: float = 1e-3,
         warmup_steps: int = 50,
         cooldown_steps: int = 0,
@@ -79,9 +83,11 @@ class TemporalDecoderTraining(pl.LightningModule):
         for name, weight in (("changes", changes), ("structure", structure)):
             if not 0 <= weight <= 100:
                 raise UserError(f"model.params.{name}: expected a weight, 0 to 100, found {weight!r}")
+        if not 0 <= recoloured <= 1:
+            raise UserError(f"model.params.recoloured: expected a share, 0 to 1, found {recoloured!r}")
         self.temporal_decoder = build(temporal_decoder_config, DECODER_PATH)
         self.noise, self.remade, self.seed = noise, _checked_remade(remade), seed
-        self.changes, self.structure = changes, structure
+        self.changes, self.structure, self.recoloured = changes, structure, recoloured
         self.learning_rate, self.warmup_steps, self.cooldown_steps = learning_rate, warmup_steps, cooldown_steps
         self.config = config
         self._source = ClipGenerator(ckpt_path, temporal_decoder=False)
@@ -117,7 +123,7 @@ class TemporalDecoderTraining(pl.LightningModule):
 
     def training_step(self, batch: FrameBatch, batch_idx: int) -> Tensor:
         """Mean distance per pixel value, and of the changes from frame to frame, and unlikeness of structure."""
-        pixels, latents = self._pixels_and_latents(batch, self.seed)
+        pixels, latents = self._pixels_and_latents(batch, self.seed, self.recoloured)
         # torch's group norm loses its head over inputs of which no gradient is asked, on a CPU
         terms = self._terms(self(latents.requires_grad_()).float(), pixels)
         for name, value in terms.items():
@@ -159,18 +165,22 @@ class TemporalDecoderTraining(pl.LightningModule):
         return {"l1": (frames - pixels).abs().mean(), "change": change, "unlikeness": unlikeness(frames, pixels).mean()}
 
     @torch.no_grad()
-    def _pixels_and_latents(self, batch: FrameBatch, seed: int) -> tuple[Tensor, Tensor]:
-        """Frames `b t 3 H W` and scaled latents `b t c h w`, spoilt as seed and positions say."""
+    def _pixels_and_latents(self, batch: FrameBatch, seed: int, recoloured: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Frames `b t 3 H W` and scaled latents `b t c h w`, recoloured and spoilt as seed and positions say."""
         if len(batch.pixels) < 2 * len(batch):
             raise UserError(
                 "data: expected rows of at least 2 frames for the temporal decoder, found single frames; set "
                 "data.params.frames, to 5 for instance"
             )
-        source = self._source
+        source, clips = self._source, []
+        for clip, position in zip(batch.pixels.chunk(len(batch)), batch.positions, strict=True):
+            generator = torch.Generator().manual_seed(mixed(seed, RECOLOURING, position))
+            is_chosen = torch.rand((), generator=generator).item() < recoloured
+            clips.append(recolour(clip, generator) if is_chosen else clip)
         with torch.autocast(batch.pixels.device.type, enabled=False):
-            moments = source.first_stage.encode(batch.pixels)
+            moments = source.first_stage.encode(torch.cat(clips))
         latents = posterior_mean(moments.float()) * source.scale_factor
-        pixels, latents = (rearrange(one, "(b t) c h w -> b t c h w", b=len(batch)) for one in (batch.pixels, latents))
+        pixels, latents = torch.stack(clips), rearrange(latents, "(b t) c h w -> b t c h w", b=len(batch))
         captions = getattr(batch, "captions", [""] * len(batch))
         spoilt = []
         for place, position in enumerate(batch.positions):
@@ -183,6 +193,18 @@ class TemporalDecoderTraining(pl.LightningModule):
                 clip = clip + self.noise * strength * torch.randn(clip.shape, generator=generator).to(clip)
             spoilt.append(clip)
         return pixels, torch.cat(spoilt).float()
+
+
+def recolour(frames: Tensor, generator: torch.Generator) -> Tensor:
+    """Frames in [-1, 1], `t 3 h w`, with hues turned by one random angle, other saturation, contrast and brightness."""
+    turn, saturation, contrast, brightness = torch.rand(4, generator=generator).tolist()
+    x, y = math.cos(2 * math.pi * turn), math.sin(2 * math.pi * turn)
+    own, following, before = (1 + 2 * x) / 3, (1 - x) / 3 - y / math.sqrt(3), (1 - x) / 3 + y / math.sqrt(3)
+    around_grey = frames.new_tensor([[own, following, before], [before, own, following], [following, before, own]])
+    frames = torch.einsum("o i, t i h w -> t o h w", around_grey, frames)
+    grey = (frames * frames.new_tensor(BRIGHTNESS)[:, None, None]).sum(dim=1, keepdim=True)
+    frames = grey + (0.3 + 1.2 * saturation) * (frames - grey)
+    return ((0.6 + 0.6 * contrast) * frames + 0.6 * brightness - 0.3).clamp(-1, 1)
 
 
 def unlikeness(frames: Tensor, true: Tensor) -> Tensor:
