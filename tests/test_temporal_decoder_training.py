@@ -161,7 +161,7 @@ def test_clips_are_spoilt_as_seed_and_position_say(checkpoint, footage, tmp_path
 
 def test_colours_change_for_a_whole_clip_and_in_training_alone(checkpoint, footage, tmp_path):
     model, data = make_model(checkpoint, recoloured=0.5), rows_of(footage)
-    make_trainer(tmp_path, 1).fit(model, data)
+    make_trainer(tmp_path, 4, precision="bf16-mixed").fit(model, data)
     row = data.train_frames[0]
     batch = FrameBatch.cat([FrameBatch(row.pixels, [position], rates=row.rates) for position in range(30)])
     pixels = model._pixels_and_latents(batch, 5, model.recoloured)[0]

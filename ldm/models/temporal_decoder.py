@@ -173,11 +173,11 @@ class TemporalDecoderTraining(pl.LightningModule):
                 "data.params.frames, to 5 for instance"
             )
         source, clips = self._source, []
-        for clip, position in zip(batch.pixels.chunk(len(batch)), batch.positions, strict=True):
-            generator = torch.Generator().manual_seed(mixed(seed, RECOLOURING, position))
-            is_chosen = torch.rand((), generator=generator).item() < recoloured
-            clips.append(recolour(clip, generator) if is_chosen else clip)
         with torch.autocast(batch.pixels.device.type, enabled=False):
+            for clip, position in zip(batch.pixels.chunk(len(batch)), batch.positions, strict=True):
+                generator = torch.Generator().manual_seed(mixed(seed, RECOLOURING, position))
+                is_chosen = torch.rand((), generator=generator).item() < recoloured
+                clips.append(recolour(clip, generator) if is_chosen else clip)
             moments = source.first_stage.encode(torch.cat(clips))
         latents = posterior_mean(moments.float()) * source.scale_factor
         pixels, latents = torch.stack(clips), rearrange(latents, "(b t) c h w -> b t c h w", b=len(batch))
