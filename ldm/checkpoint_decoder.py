@@ -17,7 +17,7 @@ from ldm.checkpoint_config import DECODER_PLACE
 from ldm.checkpoint_encoders import opened, own_node, plain
 from ldm.checkpoint_names import TEMPORAL_DECODER_PREFIX
 from ldm.checkpoint_reading import Checkpoint, CheckpointError, account, part_tensors
-from ldm.config import build
+from ldm.config import ConfigError, build
 from ldm.modules.temporal_decoder import TemporalDecoder
 
 DECODER_PATH = f"model.params.{DECODER_PLACE}"
@@ -54,8 +54,11 @@ def load_temporal_decoder(source: Checkpoint | str | Path, first_stage: Mapping[
     checkpoint = opened(source)
     tensors, node = temporal_decoder_tensors(checkpoint), plain(temporal_decoder_node(checkpoint))
     where = f"temporal decoder from {checkpoint.path}"
-    with torch.device("meta"):
-        outline = build(node, DECODER_PATH)
+    try:
+        with torch.device("meta"):
+            outline = build(node, DECODER_PATH)
+    except ConfigError as error:
+        raise CheckpointError(f"{where}: {error}") from None
     account(outline.state_dict(), tensors, where=where)
     decoder = build(node, DECODER_PATH)
     decoder.load_state_dict(tensors)

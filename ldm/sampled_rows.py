@@ -90,9 +90,10 @@ class RowGenerator(ClipGenerator):
         return np.concatenate([to_uint8(part) for part in decoded])
 
     def identity_of_autoencoder(self) -> str:
-        """The sha256 of its weights, a temporal decoder's among them."""
-        decoder = self.temporal_decoder
-        layers = {} if decoder is None else decoder.state_dict()
+        """The sha256 of its weights, a temporal decoder's and how it is joined among them."""
+        decoder, layers = self.temporal_decoder, {}
+        if decoder is not None:
+            layers = {**decoder.state_dict(), "brightness_area": torch.tensor(decoder.brightness_area)}
         return identity({**first_stage_tensors(self.checkpoint), **layers})
 
 

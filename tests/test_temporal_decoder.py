@@ -82,14 +82,17 @@ def test_chunks_change_nothing(first_stage, chunk, area):
 def test_nothing_but_the_brightness_of_details_is_its_own(first_stage, area):
     latents, parts = latents_of(1, 5), first_stage.decoder_parts()
     alone = first_stage.decode(latents[0])
-    off = {word: make_decoder(brightness_area=word)(parts, latents)[0] - alone for word in (0, area)}
-    on_the_whole = {word: change.mean((2, 3)).abs().max() for word, change in off.items()}
-    assert on_the_whole[area] < 0.2 * on_the_whole[0]
+    off = {word: make_decoder(brightness_area=word)(parts, latents)[0] - alone for word in (0, area, 100)}
     by_channel = {word: change.std(dim=1).mean() for word, change in off.items()}
     assert by_channel[area] < 1e-5 and by_channel[0] > 0.01  # what is added is grey, so that red stays red
+    side = 4 * area  # a latent is four pixels
+    in_areas = {word: torch.nn.functional.avg_pool2d(change, side).abs().mean() for word, change in off.items()}
+    assert in_areas[area] < 0.6 * in_areas[100]  # on the whole an area is as bright as the image decoder has it
     assert off[area].abs().mean() > 0.01  # details do differ
-    with pytest.raises(UserError, match="brightness_area: expected a whole number of latents, found -1"):
-        make_decoder(brightness_area=-1)
+    assert off[100].mean((2, 3)).abs().max() < 1e-5
+    for word in (-1, True, 1.5):
+        with pytest.raises(UserError, match=f"brightness_area: expected a whole number of latents, found {word}"):
+            make_decoder(brightness_area=word)
 
 
 def test_it_learns_that_frames_agree(first_stage):

@@ -17,6 +17,7 @@ from ldm.data.drive_frames import DriveFrameDataModule
 from ldm.data.frames import FrameBatch, FrameDataModule
 from ldm.errors import UserError
 from ldm.generation import ClipGenerator
+from ldm.models import temporal_decoder as decoder_training
 from ldm.models.diffusion.schedule import NoiseSchedule
 from ldm.models.remade_latents import Remaker
 from ldm.models.temporal_decoder import TemporalDecoderTraining, recolour, unlikeness, with_quick_norms
@@ -159,31 +160,54 @@ def test_clips_are_spoilt_as_seed_and_position_say(checkpoint, footage, tmp_path
     assert (spoilt(5, 7)[0] - many[7]).abs().max() < 1e-4 < (spoilt(6, 7)[0] - many[7]).abs().max()
 
 
-def test_colours_change_for_a_whole_clip_and_in_training_alone(checkpoint, footage, tmp_path):
-    model, data = make_model(checkpoint, recoloured=0.5), rows_of(footage)
-    make_trainer(tmp_path, 4, precision="bf16-mixed").fit(model, data)
+def test_colours_change_in_training_alone_and_latents_are_those_of_the_new_ones(
+    checkpoint, footage, tmp_path, monkeypatch
+):
+    model, data, seen = make_model(checkpoint, recoloured=1.0, noise=0), rows_of(footage, val_share=0.3), []
+    monkeypatch.setattr(decoder_training, "recolour", lambda *words: seen.append(words) or recolour(*words))
+    trainer = make_trainer(tmp_path, 2, precision="bf16-mixed")
+    trainer.fit(model, data)
     row = data.train_frames[0]
+    assert len(seen) == 2 * data.batch_size
+    trainer.validate(model, data)
+    assert len(seen) == 2 * data.batch_size
     batch = FrameBatch.cat([FrameBatch(row.pixels, [position], rates=row.rates) for position in range(30)])
-    pixels = model._pixels_and_latents(batch, 5, model.recoloured)[0]
+    pixels, latents = model._pixels_and_latents(batch, 5, 0.5)
     is_other = (pixels - row.pixels).abs().amax((1, 2, 3, 4)) > 0
-    assert 8 <= is_other.sum() <= 22
-    assert torch.equal(model._pixels_and_latents(batch, 5)[0], torch.stack([row.pixels] * 30))
-    again = model._pixels_and_latents(FrameBatch(row.pixels, [7], rates=row.rates), 5, 1.0)[0][0]
-    assert is_other[7] == torch.equal(again, pixels[7]) and again.abs().max() <= 1
+    assert 8 <= is_other.sum() <= 22 and pixels.dtype == torch.float32
+    encoded = model._source.first_stage.encode(pixels.flatten(0, 1)).chunk(2, dim=1)[0] * model._source.scale_factor
+    assert (latents.flatten(0, 1) - encoded).abs().max() < 1e-4
+    chosen = int(is_other.nonzero()[0])
+    again = model._pixels_and_latents(FrameBatch(row.pixels, [chosen], rates=row.rates), 5, 1.0)[0][0]
+    assert torch.equal(again, pixels[chosen])
 
 
-def test_hues_turn_and_grey_stays_grey():
-    frames = torch.rand(2, 3, 4, 5, generator=torch.Generator().manual_seed(1)) * 0.4 - 0.2
-    found = [recolour(frames, torch.Generator().manual_seed(seed)) for seed in range(20)]
-    assert len({tuple(clip[0, :, 0, 0].tolist()) for clip in found}) == 20
-    grey = recolour(torch.full((1, 3, 2, 2), 0.25), torch.Generator().manual_seed(1))
-    assert (grey - grey[:, :1]).abs().max() < 1e-6
-    hues = []
-    for clip in (
-        recolour(torch.tensor([0.3, -0.1, -0.1]).view(1, 3, 1, 1), torch.Generator().manual_seed(s)) for s in range(60)
-    ):
-        hues.append(clip.flatten().argmax().item())
-    assert min(hues.count(channel) for channel in range(3)) >= 10  # red becomes green and blue as often
+def test_clips_of_other_colours_are_remade_without_their_caption(checkpoint, footage, tmp_path):
+    model, data = make_model(checkpoint, remade=REMADE | {"share": 1.0}), rows_of(footage)
+    make_trainer(tmp_path, 1).fit(model, data)
+    row, seen = data.train_frames[0], []
+    batch = FrameBatch.cat([FrameBatch(row.pixels, [position], rates=row.rates) for position in range(12)])
+    batch.captions = ["a road"] * 12
+    model._remaker = lambda clip, captions, *_: seen.extend(captions) or clip
+    pixels, _ = model._pixels_and_latents(batch, 5, 0.5)
+    is_other = (pixels - row.pixels).abs().amax((1, 2, 3, 4)) > 0
+    assert seen == ["" if other else "a road" for other in is_other] and 2 <= is_other.sum() <= 10
+
+
+def test_hues_turn_and_contrast_changes():
+    def of(value: list[float], frames: int = 1) -> torch.Tensor:
+        picture = torch.tensor(value).view(1, 3, 1, 1).expand(frames, 3, 2, 2)
+        return torch.stack([recolour(picture, torch.Generator().manual_seed(seed)) for seed in range(60)])
+
+    grey = of([0.5, 0.5, 0.5], frames=3)
+    assert (grey - grey[:, :1, :1, :1, :1]).abs().max() < 1e-6  # as it was: without hue, every frame alike
+    assert grey.min() < 0.2 and grey.max() > 0.6  # 0.5 times 0.6 to 1.2, and -0.3 to 0.3
+    assert (of([1.0, 1.0, 1.0]).max(), of([-1.0, -1.0, -1.0]).min()) == (1, -1)
+    red = of([0.3, -0.1, -0.1])[:, 0, :, 0, 0]
+    brightest = red.argmax(dim=1).tolist()
+    assert min(brightest.count(channel) for channel in range(3)) >= 10  # red becomes green and blue as often
+    colour = (red - red.mean(dim=1, keepdim=True)).norm(dim=1) / torch.tensor([0.3, -0.1, -0.1]).sub(0.1 / 3).norm()
+    assert 0.18 <= colour.min() < 0.5 and 1.1 < colour.max() <= 1.81  # saturation 0.3 to 1.5 times contrast
 
 
 def test_unlikeness_is_of_structure_however_faint():
@@ -205,6 +229,17 @@ def test_unlikeness_is_of_structure_however_faint():
     covariance = ((one - one.mean()) * (other - other.mean())).mean()
     expected = 1 - (2 * covariance + c) / (one.var(correction=0) + other.var(correction=0) + c)
     assert unlikeness(frames, true).item() == pytest.approx(expected.item(), abs=1e-4)
+
+
+def test_layers_of_another_image_decoder_do_not_go_on(checkpoint, footage, tmp_path):
+    model, trainer = make_model(checkpoint), make_trainer(tmp_path, 1)
+    trainer.fit(model, rows_of(footage))
+    model.temporal_decoder.made_for += 1
+    trainer.save_checkpoint(tmp_path / "other.ckpt")
+    with pytest.raises(
+        UserError, match=r"last.ckpt: expected the image decoder that this run's layers were trained with"
+    ):
+        make_trainer(tmp_path, 2).fit(make_model(checkpoint), rows_of(footage), ckpt_path=tmp_path / "other.ckpt")
 
 
 def test_structure_counts_by_its_weight(checkpoint, footage, tmp_path):

@@ -160,6 +160,14 @@ class TemporalDecoderTraining(pl.LightningModule):
         if self.config is not None:
             checkpoint["config"] = dict(self.config)
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Raise UserError for layers of another image decoder than the source's."""
+        if not torch.equal(checkpoint["state_dict"]["temporal_decoder.made_for"].cpu(), self.temporal_decoder.made_for):
+            raise UserError(
+                f"{self._source.checkpoint.path}: expected the image decoder that this run's layers were trained with "
+                "so far, found another one; start a new run, with them at model.params.start_path"
+            )
+
     def _terms(self, frames: Tensor, pixels: Tensor) -> dict[str, Tensor]:
         change = (frames.diff(dim=1) - pixels.diff(dim=1)).abs().mean()
         return {"l1": (frames - pixels).abs().mean(), "change": change, "unlikeness": unlikeness(frames, pixels).mean()}
@@ -172,16 +180,20 @@ class TemporalDecoderTraining(pl.LightningModule):
                 "data: expected rows of at least 2 frames for the temporal decoder, found single frames; set "
                 "data.params.frames, to 5 for instance"
             )
-        source, clips = self._source, []
+        source, clips, others = self._source, [], []
         with torch.autocast(batch.pixels.device.type, enabled=False):
             for clip, position in zip(batch.pixels.chunk(len(batch)), batch.positions, strict=True):
                 generator = torch.Generator().manual_seed(mixed(seed, RECOLOURING, position))
                 is_chosen = torch.rand((), generator=generator).item() < recoloured
                 clips.append(recolour(clip, generator) if is_chosen else clip)
+                others.append(is_chosen)
             moments = source.first_stage.encode(torch.cat(clips))
         latents = posterior_mean(moments.float()) * source.scale_factor
         pixels, latents = torch.stack(clips), rearrange(latents, "(b t) c h w -> b t c h w", b=len(batch))
         captions = getattr(batch, "captions", [""] * len(batch))
+        captions = [
+            "" if is_other else own for is_other, own in zip(others, captions, strict=True)
+        ]  # of its own colours
         spoilt = []
         for place, position in enumerate(batch.positions):
             generator = torch.Generator().manual_seed(mixed(seed, SPOILING, position))
@@ -210,18 +222,18 @@ def recolour(frames: Tensor, generator: torch.Generator) -> Tensor:
 def unlikeness(frames: Tensor, true: Tensor) -> Tensor:
     """Structural dissimilarity of brightness, from 0, alike, to 2, reversed; frames in [-1, 1], `b t 3 h w`.
 
-    1 - (2 covariance + c) / (sum of both variances + c), the second factor of SSIM (Wang et al. 2004, eq. 6 to 10, with
-    C3 = C2 / 2) in windows of 7x7 pixels, `b t h-6 w-6`. c is the square of two grey levels of 255, an eighth of what
-    is usual, so that all texture counts that can be seen at all.
+    1 - (2 covariance + c) / (sum of both variances + c), the second factor of SSIM (Wang et al. 2004, eq. 13), in
+    windows of 7x7 pixels, `b t h-6 w-6`. c is the square of two grey levels of 255, a fifteenth of what is usual, so
+    that all texture counts that can be seen at all.
     """
     share = true.new_tensor(BRIGHTNESS)[:, None, None]
-    both = [((one + 1) / 2 * share).sum(dim=2) for one in (frames, true)]
+    both = [(one / 2 * share).sum(dim=2) for one in (frames, true)]
     values = torch.stack([*both, both[0].square(), both[1].square(), both[0] * both[1]])
     mean, true_mean, square, true_square, product = F.avg_pool2d(values.flatten(0, 1), WINDOW, stride=1).unflatten(
         0, values.shape[:2]
     )
     variances = square - mean.square() + true_square - true_mean.square()
-    return 1 - (2 * (product - mean * true_mean) + FAINTEST) / (variances.clamp(min=0) + FAINTEST)
+    return 1 - (2 * (product - mean * true_mean) + FAINTEST) / (variances + FAINTEST)
 
 
 def with_quick_norms(decoder: nn.Module) -> None:

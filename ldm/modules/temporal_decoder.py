@@ -76,8 +76,8 @@ class TemporalDecoder(nn.Module):
     blocks: how many there are after the first part of the decoder, which has the size of the latents, and after each
         later one but the last. A part enlarges the picture at its end, so that the last place, the dearest, has the
         full size already. A frame depends on as many frames before and after it as there are blocks.
-    brightness_area: side, in latents, of the areas whose mean brightness is the image decoder's, which decodes each
-        frame as well, as the colours then are in every pixel; 0: nothing is.
+    brightness_area: side, in latents, of what counts as a detail. The image decoder decodes each frame as well; colours
+        are its own in every pixel, and so is brightness in what is larger than such an area. 0: all is of these layers.
 
     `made_for` is a digest of the image decoder that it was trained with, see `checkpoint_decoder`; zeros before.
     """
@@ -86,7 +86,7 @@ class TemporalDecoder(nn.Module):
         super().__init__()
         if ch % 32:
             raise UserError(f"temporal decoder, ch: expected a multiple of 32, as of the autoencoder, found {ch}")
-        if not isinstance(brightness_area, int) or brightness_area < 0:
+        if not isinstance(brightness_area, int) or isinstance(brightness_area, bool) or brightness_area < 0:
             raise UserError(
                 f"temporal decoder, brightness_area: expected a whole number of latents, found {brightness_area!r}"
             )
@@ -121,7 +121,8 @@ class TemporalDecoder(nn.Module):
         """The latents of one clip chunk by chunk, `t z h w` each, -> its frames `t' c fh fw`, some chunks later.
 
         The frames are those of `forward` for the whole clip. No more of them than there are latents in a chunk come or
-        go through a part of the image decoder at a time, and through blocks as many more as there are in a row.
+        go through a part of the image decoder at a time, and through blocks as many more as there are in a row. As the
+        image decoder alone makes them, frames wait until theirs come: those of a chunk, and one for each block.
         """
         held: dict[FramesBlock, Held] = {}
         chunks, alone = iter(chunks), None  # what the image decoder makes of the frames that are still to come
@@ -149,7 +150,7 @@ class TemporalDecoder(nn.Module):
     def _joined(self, frames: Tensor, alone: Tensor, latent_size: Sequence[int]) -> Tensor:
         """The image decoder's frames `t c h w` with the brightness of the others in what is smaller than an area.
 
-        What is taken off between the middles of areas is bilinear.
+        What is larger is the mean of areas, bilinear between their middles.
         """
         share = frames.new_tensor(BRIGHTNESS)[:, None, None]
         brighter = ((frames - alone) * share).sum(dim=1, keepdim=True)
