@@ -140,6 +140,7 @@ def test_it_is_refused_beside_an_autoencoder_that_it_was_not_trained_with(files,
         ("last.ckpt", None, r"last.ckpt: expected the temporal decoder \(temporal_decoder.\*\), found none of its"),
         ("decoder.ckpt", "state_dict", r"temporal decoder from .*: the tensors .* are not those .*1 missing: places.0"),
         ("decoder.ckpt", "config", r"model.params.temporal_decoder_config in the config of a .*, found none"),
+        ("decoder.ckpt", "word", r"decoder.ckpt: model.params.temporal_decoder_config.*colour_area: nothing reads"),
     ],
 )
 def test_what_is_no_temporal_decoder_is_refused(files, tmp_path, name, change, message):
@@ -148,6 +149,8 @@ def test_what_is_no_temporal_decoder_is_refused(files, tmp_path, name, change, m
         del contents["state_dict"]["temporal_decoder.places.0.0.put.bias"]
     if change == "config":
         contents["config"]["model"]["params"] = {}
+    if change == "word":
+        contents["config"]["model"]["params"]["temporal_decoder_config"]["params"]["colour_area"] = 2
     torch.save(contents, tmp_path / name)
     with pytest.raises(UserError, match=message):
         make_bundle(files / "last.ckpt", tmp_path / "x", "--temporal-decoder", str(tmp_path / name))
