@@ -160,9 +160,12 @@ def test_the_whole_road(tmp_path):
 
 
 def test_ctrl_c_leaves_nothing(tmp_path):
-    process = subprocess.Popen(
-        command(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+
+    def listen() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # which what a shell runs in the background ignores
+
+    process = subprocess.Popen(command(tmp_path), **pipes, cwd=tmp_path, preexec_fn=listen)  # noqa: PLW1509
     for line in process.stdout:
         if "write the image checkpoint" in line:
             break
