@@ -37,7 +37,7 @@ def write_decoder(path: Path, first_stage: dict[str, torch.Tensor]) -> Path:
     decoder = TemporalDecoder(**WORDS)
     for module in decoder.modules():
         if isinstance(module, FramesBlock):
-            torch.nn.init.normal_(module.put.weight, std=0.2)
+            torch.nn.init.normal_(module.put.weight, std=0.4)
     decoder.made_for.copy_(digest_of(first_stage))
     state = {TEMPORAL_DECODER_PREFIX + name: tensor for name, tensor in decoder.state_dict().items()}
     params = {"ckpt_path": "/home/me/drive", "temporal_decoder_config": NODE}
@@ -75,7 +75,7 @@ def test_a_bundle_carries_it_and_clips_are_decoded_with_it(files, tmp_path):
     together, alone = clip_of(ClipGenerator(files / "drive")), clip_of(
         ClipGenerator(files / "drive", temporal_decoder=False)
     )  # fmt: skip
-    assert np.abs(together - alone).max() > 5
+    assert np.abs(together - alone).max() > 10
     make_bundle(files / "drive", tmp_path / "again")
     assert np.array_equal(clip_of(ClipGenerator(tmp_path / "again")), together)
     given = ClipGenerator(files / "last.ckpt", temporal_decoder=read_checkpoint(files / "decoder.ckpt"))

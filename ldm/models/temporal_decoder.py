@@ -180,31 +180,29 @@ class TemporalDecoderTraining(pl.LightningModule):
                 "data: expected rows of at least 2 frames for the temporal decoder, found single frames; set "
                 "data.params.frames, to 5 for instance"
             )
-        source, clips, others = self._source, [], []
-        with torch.autocast(batch.pixels.device.type, enabled=False):
-            for clip, position in zip(batch.pixels.chunk(len(batch)), batch.positions, strict=True):
-                generator = torch.Generator().manual_seed(mixed(seed, RECOLOURING, position))
-                is_chosen = torch.rand((), generator=generator).item() < recoloured
-                clips.append(recolour(clip, generator) if is_chosen else clip)
-                others.append(is_chosen)
-            moments = source.first_stage.encode(torch.cat(clips))
-        latents = posterior_mean(moments.float()) * source.scale_factor
-        pixels, latents = torch.stack(clips), rearrange(latents, "(b t) c h w -> b t c h w", b=len(batch))
         captions = getattr(batch, "captions", [""] * len(batch))
-        captions = [
-            "" if is_other else own for is_other, own in zip(others, captions, strict=True)
-        ]  # of its own colours
-        spoilt = []
-        for place, position in enumerate(batch.positions):
-            generator = torch.Generator().manual_seed(mixed(seed, SPOILING, position))
-            clip = latents[place : place + 1]
-            draw, strength = torch.rand(2, generator=generator).tolist()
-            if draw < self.remade["share"]:
-                clip = self._remaker(clip, captions[place : place + 1], batch.rates[place : place + 1], [generator])
-            elif draw < 1 - (1 - self.remade["share"]) / 4:
-                clip = clip + self.noise * strength * torch.randn(clip.shape, generator=generator).to(clip)
-            spoilt.append(clip)
-        return pixels, torch.cat(spoilt).float()
+        clips, latents = [], []
+        for place, (shown, position) in enumerate(zip(batch.pixels.chunk(len(batch)), batch.positions, strict=True)):
+            clip, caption = shown, captions[place]
+            generator = torch.Generator().manual_seed(mixed(seed, RECOLOURING, position))
+            with torch.autocast(shown.device.type, enabled=False):
+                if torch.rand((), generator=generator).item() < recoloured:
+                    clip, caption = recolour(shown, generator), ""  # the caption speaks of other colours
+                moments = self._source.first_stage.encode(clip)  # alone: no clip depends on what it is in a batch with
+            clips.append(clip)
+            own = posterior_mean(moments.float())[None] * self._source.scale_factor
+            latents.append(self._spoilt(own, caption, batch.rates[place], mixed(seed, SPOILING, position)))
+        return torch.stack(clips), torch.cat(latents).float()
+
+    def _spoilt(self, latents: Tensor, caption: str, rate: float, seed: int) -> Tensor:
+        """Latents of one clip `1 t c h w` remade, with noise on them, or as they are."""
+        generator = torch.Generator().manual_seed(seed)
+        draw, strength = torch.rand(2, generator=generator).tolist()
+        if draw < self.remade["share"]:
+            return self._remaker(latents, [caption], [rate], [generator])
+        if draw < 1 - (1 - self.remade["share"]) / 4:
+            return latents + self.noise * strength * torch.randn(latents.shape, generator=generator).to(latents)
+        return latents
 
 
 def recolour(frames: Tensor, generator: torch.Generator) -> Tensor:
