@@ -21,12 +21,12 @@ from rich.logging import RichHandler
 
 from ldm.callbacks import AtomicCheckpointIO, ProgressBar, StopRequested
 from ldm.config import ConfigError, accepted_names, build, check, to_container
-from ldm.config_targets import trusting
+from ldm.config.schema import trusting
 from ldm.devices import keep_freed_memory, set_up_card
-from ldm.distributed import launch_plugins, strategy_words
-from ldm.distributed_launch import is_first_process
 from ldm.errors import UserError, run_command
-from ldm.run_identity import (
+from ldm.runs.arguments import Run, check_places, find_run, num_devices, parse_arguments, trainer_arguments
+from ldm.runs.distributed import launch_plugins, strategy_words
+from ldm.runs.identity import (
     allow,
     check_record,
     config_changes,
@@ -37,7 +37,7 @@ from ldm.run_identity import (
     weight_paths,
     write_record,
 )
-from ldm.training_run import Run, check_places, find_run, num_devices, parse_arguments, trainer_arguments
+from ldm.runs.launch import is_first_process
 
 log = logging.getLogger("ldm.main")
 
@@ -45,7 +45,7 @@ FULL_PRECISION = ("32", "32-true", "64", "64-true")  # of Lightning's words
 DEFAULT_CALLBACKS = {
     "last_checkpoint": {},
     "memory": {},
-    "plan": {"target": "ldm.callbacks.plan.PlanReport"},
+    "plan": {"target": "ldm.callbacks.reports.PlanReport"},
     "learning_rates": {"params": {"logging_interval": "step"}},
     "skip_bad_steps": {},
     "unreadable_clips": {},

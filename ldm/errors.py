@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import re
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 REMEDIES = {
     errno.EEXIST: "expected a folder, or nothing yet, found a file of that name; choose another path",
@@ -77,3 +79,12 @@ def is_lack_of_memory(error: Exception) -> bool:
         return True
     words = ("can't allocate memory", "not enough memory", "out of memory")
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises what it does not understand as a UserError, which starts with `where`."""
+
+    where = ""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.where}{message}{'' if self.where else '; --help lists all options'}")

@@ -20,9 +20,8 @@ from av.video.reformatter import ColorRange, Colorspace
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 
-from ldm.atomic import replacing
 from ldm.errors import UserError
-from ldm.json_text import parse_json
+from ldm.files import parse_json, replacing
 
 # What may be read as a video: films in one file. Playlists and scripts, which open other files and addresses, may not.
 FORMATS = (

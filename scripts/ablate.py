@@ -3,7 +3,7 @@
     python scripts/ablate.py configs/drive/ablations.yaml --out DIR --accelerator cpu [key=value ...]
 
 Words it does not know go to main.py of every run, before the run's own. Run the same command again to go on: what is
-done is not done again. DIR/results.json and table.md hold what there is so far; scripts/report.py makes tables of it.
+done is not done again. DIR/results.json and table.md hold what there is so far.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from PIL import Image
 
-from ldm.ablations import START, Ablations, Sampling, gather
-from ldm.atomic import write_atomically
-from ldm.command_line import Parser
-from ldm.comparison import file_name, read_logged, read_words
 from ldm.config import load_config, to_container
-from ldm.data.unseen_world import choose_looks, unseen_scenes
-from ldm.errors import UserError, run_command
-from ldm.markdown_tables import ablation_table
-from ldm.training_run import parse_arguments
+from ldm.data.world import choose_looks, unseen_scenes
+from ldm.errors import Parser, UserError, run_command
+from ldm.experiments.runs import START, Ablations, Sampling, file_name, gather, read_logged, read_words
+from ldm.files import write_atomically
+from ldm.runs.arguments import parse_arguments
 from ldm.video import write_mp4
+from scripts.dev.tables import ablation_table
 
 ROOT = Path(__file__).resolve().parents[1]
 Runner = Callable[[Sequence[str]], int]  # runs ["script.py", "argument", ...] and returns its exit status

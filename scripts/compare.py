@@ -18,10 +18,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm.atomic import write_atomically
-from ldm.command_line import Parser
-from ldm.comparison import Plan, file_name, read_logged, read_words, table
-from ldm.errors import UserError, run_command
+from ldm.errors import Parser, UserError, run_command
+from ldm.experiments.runs import Plan, file_name, read_logged, read_words, table
+from ldm.files import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 Runner = Callable[[Sequence[str]], int]  # runs ["main.py", "argument", ...] and returns its exit status

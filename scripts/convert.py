@@ -20,17 +20,15 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from ldm.checkpoint import Checkpoint, check_unet, read_checkpoint
-from ldm.checkpoint_bundling import bundled, write_bundle
-from ldm.checkpoint_decoder import has_temporal_decoder
-from ldm.checkpoint_export import write_author, write_diffusers
-from ldm.checkpoint_names import AVERAGE_PREFIX, FIRST_STAGE_PREFIX, TEXT_PREFIX, UNET_PREFIX
-from ldm.checkpoint_temporal import BASE_IDENTITY, base_identity, load_with_temporal
-from ldm.checkpoint_writing import check_output, full_config, write_full, write_temporal
-from ldm.clip_requests import read_request
-from ldm.clip_settings import DEFAULTS
-from ldm.command_line import Parser
-from ldm.errors import UserError, run_command
-from ldm.generation import ClipGenerator
+from ldm.checkpoint.diffusers import write_author, write_diffusers
+from ldm.checkpoint.encoders import has_temporal_decoder
+from ldm.checkpoint.names import AVERAGE_PREFIX, FIRST_STAGE_PREFIX, TEXT_PREFIX, UNET_PREFIX
+from ldm.checkpoint.temporal import BASE_IDENTITY, base_identity, load_with_temporal
+from ldm.checkpoint.writing import bundled, check_output, full_config, write_bundle, write_full, write_temporal
+from ldm.errors import Parser, UserError, run_command
+from ldm.sampling.generator import ClipGenerator
+from ldm.sampling.request import read_request
+from ldm.sampling.settings import DEFAULTS
 
 FORMATS = {
     "full": "one file of everything, under CompVis's names (.ckpt or .safetensors)",

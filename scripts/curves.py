@@ -14,11 +14,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ldm.atomic import write_atomically
-from ldm.command_line import Parser
-from ldm.errors import UserError, run_command
-from ldm.evaluation.curve_plot import curves_svg
-from ldm.evaluation.learning_curve import find_records, notes, summarise
+from ldm.errors import Parser, UserError, run_command
+from ldm.evaluation.learning_curve import curves_svg, find_records, notes, summarise
+from ldm.files import write_atomically
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -21,11 +21,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ldm.atomic import replacing, write_atomically
-from ldm.checkpoint_bundle import BUNDLED, CONFIG, is_bundle
-from ldm.command_line import Parser
+from ldm.checkpoint.layouts import BUNDLED, CONFIG, is_bundle
 from ldm.data.example_drive import write_example
-from ldm.errors import UserError, run_command
+from ldm.errors import Parser, UserError, run_command
+from ldm.files import replacing, write_atomically
 from ldm.video import contact_sheet, read_video
 
 ROOT = Path(__file__).resolve().parents[1]

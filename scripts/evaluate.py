@@ -28,11 +28,9 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ldm.atomic import write_atomically
-from ldm.command_line import Parser
-from ldm.data.unseen_world import UnseenScene
+from ldm.data.world import UnseenScene
 from ldm.devices import keep_freed_memory
-from ldm.errors import UserError, run_command
+from ldm.errors import Parser, UserError, run_command
 from ldm.evaluation.clip_files import (
     MOST_REFERENCE_CLIPS,
     ClipFormat,
@@ -43,14 +41,21 @@ from ldm.evaluation.clip_files import (
 )
 from ldm.evaluation.commanded_rate import rate_table, summarise_rates
 from ldm.evaluation.flow import measure_motion
-from ldm.evaluation.instruments import Instruments, Needs, choose_instruments
-from ldm.evaluation.motion import judge_motion
+from ldm.evaluation.metrics import Instruments, Needs, choose_instruments
+from ldm.evaluation.motion import REFERENCES, judge_motion, zoomed_still
 from ldm.evaluation.page import html_page
-from ldm.evaluation.references import REFERENCES, zoomed_still
 from ldm.evaluation.report import TRUE, JudgedClip, Report, Row, ShownClip, distance_table, notes, table
 from ldm.evaluation.true_flow import FlowReading, flow_table, read_flow, summarise_flow
-from ldm.evaluation_plan import WORLD, EvaluationPlan, add_making_options, check_use, planned_of, split_given
-from ldm.sampled_rows import AUTOENCODED, MadeRow
+from ldm.experiments.evaluation_plan import (
+    WORLD,
+    EvaluationPlan,
+    add_making_options,
+    check_use,
+    planned_of,
+    split_given,
+)
+from ldm.experiments.sampled_rows import AUTOENCODED, MadeRow
+from ldm.files import write_atomically
 
 NUM_SHOWN = 4
 NARROWEST = 150  # characters of the table where there is no terminal

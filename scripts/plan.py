@@ -22,14 +22,12 @@ from typing import Any
 
 from rich.console import Console
 
-from ldm.command_line import Parser
 from ldm.config import check, load_config, to_container
-from ldm.errors import UserError, run_command
-from ldm.planning.cards import CARDS
-from ldm.planning.ladder import check_switches, needed, propose
-from ldm.planning.report import proposal_lines, table
+from ldm.errors import Parser, UserError, run_command
+from ldm.planning.count import CARD, PROCESSOR, Count, Shape, count_step, shape_of
+from ldm.planning.proposals import check_switches, needed, propose
+from ldm.planning.report import CARDS, proposal_lines, table
 from ldm.planning.scaling import Machines, scaling_lines
-from ldm.planning.training_step import CARD, PROCESSOR, Count, Shape, count_step, shape_of
 from ldm.video import parse_size
 
 

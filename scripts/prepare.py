@@ -26,20 +26,26 @@ from rich.console import Console
 from rich.progress import Progress
 
 from ldm import checkpoint
-from ldm.command_line import Parser
 from ldm.config import check, load_config, to_container
-from ldm.config_targets import FLAG, is_trusted, trusting
-from ldm.data.captions import find_captions
-from ldm.data.drawn_sources import draw_ahead, plan_world, read_looks, usable_cores
-from ldm.data.encoding import Encoders, identities
-from ldm.data.footage import FootageError, name_videos
-from ldm.data.parts import Settings
-from ldm.data.preparation import SHARD_BYTES, Preparation
-from ldm.data.remote import Address, place_of
-from ldm.data.sources import Plan, Source, VideoSource, plan_videos, prepare_source
-from ldm.data.uploading import check_writable, num_bytes, upload
-from ldm.errors import UserError, run_command
-from ldm.preparing_report import make_progress, print_looks, print_table, summary, write_preview
+from ldm.config.schema import FLAG, is_trusted, trusting
+from ldm.data.preparing.footage import FootageError, name_videos
+from ldm.data.preparing.parts import Settings
+from ldm.data.preparing.preparation import SHARD_BYTES, Preparation
+from ldm.data.preparing.report import make_progress, print_looks, print_table, summary, write_preview
+from ldm.data.preparing.sources import (
+    Encoders,
+    Plan,
+    Source,
+    VideoSource,
+    find_captions,
+    identities,
+    plan_videos,
+    prepare_source,
+)
+from ldm.data.preparing.upload import check_writable, num_bytes, upload
+from ldm.data.shards.address import Address, place_of
+from ldm.data.world.sources import draw_ahead, plan_world, read_looks, usable_cores
+from ldm.errors import Parser, UserError, run_command
 from ldm.video import parse_size
 
 DEFAULT_FPS, DEFAULT_SIZE, DEFAULT_FRAMES = 10.0, 512, 17  # 17: five frames, every fourth
@@ -208,7 +214,7 @@ def prepare_on_ray(
 def ray_workers() -> ModuleType:
     """The module that knows Ray, which is a package of its own."""
     try:
-        return importlib.import_module("ldm.data.ray_workers")
+        return importlib.import_module("ldm.data.preparing.ray")
     except ModuleNotFoundError as error:
         if error.name != "ray":
             raise

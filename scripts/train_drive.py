@@ -23,13 +23,12 @@ from typing import Any
 
 import torch
 
-from ldm.atomic import write_atomically
 from ldm.callbacks import AtomicCheckpointIO
-from ldm.command_line import Parser
 from ldm.config import load_config, nearest
-from ldm.data.drawn_sources import usable_cores
-from ldm.data.drive_world import MOVING_LOOKS
-from ldm.errors import UserError, run_command
+from ldm.data.world import MOVING_LOOKS
+from ldm.data.world.sources import usable_cores
+from ldm.errors import Parser, UserError, run_command
+from ldm.files import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 Runner = Callable[[Sequence[str]], int]  # runs ["script.py", "argument", ...] and returns its exit status

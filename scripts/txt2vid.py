@@ -2,7 +2,7 @@
 
     python scripts/txt2vid.py --prompt "a drive along a forest road" --frames 6
 
-The options are in `ldm.sampling_options`, where `--help` comes from.
+The options are in `ldm.sampling.options`, where `--help` comes from.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ldm.checkpoint import latent_scale, read_checkpoint
-from ldm.checkpoint_bundle import BUNDLED, is_bundle
-from ldm.checkpoint_config import confined
-from ldm.checkpoint_temporal import Merged, load_with_temporal
-from ldm.clip_requests import ClipRequest, notes, read_request, repeat_request
+from ldm.checkpoint.layouts import BUNDLED, is_bundle
+from ldm.checkpoint.reading import confined
+from ldm.checkpoint.temporal import Merged, load_with_temporal
 from ldm.config import check, load_config, to_container
-from ldm.config_targets import trusting
+from ldm.config.schema import trusting
 from ldm.devices import choose_device, choose_precision, keep_freed_memory, set_up_card
 from ldm.errors import UserError, printable, run_command
-from ldm.generation import ClipGenerator
-from ldm.provenance import (
+from ldm.sampling.generator import ClipGenerator
+from ldm.sampling.options import DECODE_CHUNK, parse_arguments, read_prompt_file, refuse_beside_replay
+from ldm.sampling.record import (
     check_same_weights,
     device_and_threads,
     given_again,
@@ -43,7 +43,7 @@ from ldm.provenance import (
     versions,
     write_clip,
 )
-from ldm.sampling_options import DECODE_CHUNK, parse_arguments, read_prompt_file, refuse_beside_replay
+from ldm.sampling.request import ClipRequest, notes, read_request, repeat_request
 
 LOGS = Path("logs")
 MAX_SEED = 2**63 - 1

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ldm.config_targets import trusting
-from ldm.training_run import RUN_TIME_VARIABLE
+from ldm.config.schema import trusting
+from ldm.runs.arguments import RUN_TIME_VARIABLE
 from tests.made_clips import contents, fill
 from tests.toy_run import toy_config
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytorch_lightning as pl
 import torch
 
-from ldm.callbacks import guard
-from ldm.models.diffusion import optimizers
-from ldm.models.diffusion.host_states import plain_parts
-from ldm.models.diffusion.step_judge import skips_by_itself
-from ldm.models.diffusion.weight_by_weight import WeightByWeight
+from ldm import optim as optimizers
+from ldm.callbacks import bad_steps as guard
+from ldm.optim.per_weight import WeightByWeight, plain_parts
+from ldm.optim.skippable import skips_by_itself
 
 
 def as_on_a_card(patch):

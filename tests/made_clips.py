@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ldm.data.preparation import Preparation, Settings
+from ldm.data.preparing.preparation import Preparation, Settings
 from ldm.data.shards import PreparedSet
 
 SETTINGS = Settings(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-from ldm.data.drive_world import draw_clip
+from ldm.data.world import draw_clip
 
 LOOKS = ("snow", "night", "mars")
 SIDE = 4

@@ -15,7 +15,7 @@ from ldm.callbacks import WeightAverage
 from ldm.data.clips import Batch
 from ldm.models.diffusion.ddpm import LatentVideoDiffusion
 from ldm.modules.unet import UNetModel
-from tests.test_ddpm import NOT_BUILT
+from tests.models.test_ddpm import NOT_BUILT
 
 UNET = {
     "in_channels": 4,

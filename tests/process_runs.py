@@ -21,16 +21,17 @@ import pytorch_lightning as pl
 import torch
 
 import main as command
-from ldm.callbacks import AtomicCheckpointIO, LastCheckpoint, SkipBadSteps, VideoLogger, WeightAverage, videos
-from ldm.checkpoint_names import UNET_PREFIX
-from ldm.config_targets import trusting
+from ldm.callbacks import AtomicCheckpointIO, LastCheckpoint, SkipBadSteps, VideoLogger, WeightAverage
+from ldm.callbacks import samples as videos
+from ldm.checkpoint.names import UNET_PREFIX
+from ldm.config.schema import trusting
 from ldm.data.batch import Batch
 from ldm.data.clips import ClipDataModule
-from ldm.distributed import strategy_words
-from ldm.distributed_tensors import own_part
 from ldm.models.diffusion import ddpm
+from ldm.runs.distributed import strategy_words
+from ldm.sharding import own_part
 from ldm.video import to_uint8
-from tests.test_ddpm import NOT_BUILT, REFERENCE, UNET
+from tests.models.test_ddpm import NOT_BUILT, REFERENCE, UNET
 from tests.toy_run import ToyModel
 
 PATIENCE = 200  # seconds; a team that takes longer is stopped

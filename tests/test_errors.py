@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from ldm.command_line import Parser
-from ldm.errors import UserError, run_command
+from ldm.errors import Parser, UserError, run_command
 
 
 def raising(error):

@@ -12,9 +12,9 @@ import pytest
 import setuptools
 import yaml
 
-from ldm import training_run
-from ldm.command_line import Parser
 from ldm.config import check, load_config
+from ldm.errors import Parser
+from ldm.runs import arguments as training_run
 from scripts import prepare, txt2vid
 
 ROOT = Path(__file__).parents[1]
@@ -53,7 +53,7 @@ class UnderstoodError(Exception):
 
 def parsed_by(script: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether a script takes these words; it does nothing with them."""
-    kinds = {"scripts/ablate.py": "parse_known_args", "scripts/benchmark.py": "parse_intermixed_args"}
+    kinds = {"scripts/ablate.py": "parse_known_args", "scripts/dev/benchmark.py": "parse_intermixed_args"}
     parse = kinds.get(script, "parse_args")
     original = getattr(Parser, parse)
 

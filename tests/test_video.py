@@ -11,10 +11,10 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
-from ldm.atomic import replacing, write_atomically
 from ldm.data.example_drive import draw_drive, write_example
 from ldm.errors import UserError
-from ldm.provenance import write_clip
+from ldm.files import replacing, write_atomically
+from ldm.sampling.record import write_clip
 from ldm.video import contact_sheet, from_uint8, parse_size, read_metadata, read_video, to_uint8, write_gif, write_mp4
 
 
@@ -92,7 +92,9 @@ def test_contact_sheet_places_every_frame(drive):
 
 def test_of_a_long_clip_the_sheet_shows_64_frames_and_says_so(tmp_path, drive, monkeypatch):
     labels = []
-    monkeypatch.setattr("ldm.provenance.contact_sheet", lambda rows, words: labels.append(words) or contact_sheet(rows))
+    monkeypatch.setattr(
+        "ldm.sampling.record.contact_sheet", lambda rows, words: labels.append(words) or contact_sheet(rows)
+    )
     for num in (64, 181):
         record = {"clip": {"prompt": "a road", "fps": 10}, "seed": 3}
         write_clip(tmp_path / "a", drive[np.arange(num) % len(drive)], record)

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm.checkpoint import full_state_dict
-from ldm.models.diffusion.schedule import NoiseSchedule
+from ldm.diffusion.schedule import NoiseSchedule
 from ldm.modules.encoders import CLIPTextEmbedder, KLFirstStage
 from ldm.modules.unet import UNetModel
 from tests.conftest import fill_by_rule

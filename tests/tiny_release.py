@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm.checkpoint_author import CLASS_NAME, WORDS, unet_to_release
-from ldm.checkpoint_shapes import join_known
+from ldm.checkpoint.names import CLASS_NAME, WORDS, unet_to_release
+from ldm.checkpoint.shapes import join_known
 from ldm.modules.unet import UNetModel
 from tests.conftest import fill_by_rule
 from tests.tiny_checkpoint import write_safetensors

@@ -14,19 +14,17 @@ import yaml
 
 from ldm.callbacks import AtomicCheckpointIO, LastCheckpoint
 from ldm.data.clips import Batch, ClipDataModule
-from ldm.data.shard_writer import ShardWriter, npy_bytes
 from ldm.data.shards import DATASET_FILE, EMPTY_FILE, INDEX_FILE, SCHEMA_VERSION, DatasetInfo
-from ldm.models.diffusion.noise import NoiseFamily
-from ldm.models.diffusion.schedule import NoiseSchedule
+from ldm.data.shards.writer import ShardWriter, npy_bytes
+from ldm.diffusion.noise import NoiseFamily
+from ldm.diffusion.schedule import NoiseSchedule
 
 MOMENTS_SHAPE = [4, 2, 2]
 CONTEXT_SHAPE = [3, 5]
 IDENTITIES = {"first_stage": "a" * 64, "text_encoder": "b" * 64}
 
 
-def make_prepared(
-    root: Path, lengths: Sequence[int] = (12, 9, 30, 7), num_captions: int = 2, **changes: Any
-) -> Path:
+def make_prepared(root: Path, lengths: Sequence[int] = (12, 9, 30, 7), num_captions: int = 2, **changes: Any) -> Path:
     """Write a prepared folder with a scene of each length; frame f of scene s holds the value 100 s + f.
 
     `changes` are fields of `DatasetInfo`, such as `moments_shape`.

@@ -10,12 +10,12 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from ldm.callbacks.guard import SkipBadSteps
-from ldm.checkpoint_names import AVERAGE_PREFIX, average_name
-from ldm.distributed_tensors import is_part, own_part, part_like, whole, with_own_part
+from ldm.callbacks.bad_steps import SkipBadSteps
+from ldm.checkpoint.names import AVERAGE_PREFIX, average_name
+from ldm.diffusion.noise import mixed
 from ldm.errors import UserError
-from ldm.models.diffusion.seeds import mixed
-from ldm.models.diffusion.stored_weights import rounded_at_random
+from ldm.optim.stored_weights import rounded_at_random
+from ldm.sharding import is_part, own_part, part_like, whole, with_own_part
 
 AVERAGE_STREAM = 500  # of random draws
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -15,19 +15,18 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from ldm.atomic import write_atomically
 from ldm.callbacks.compute import ComputeCount
-from ldm.callbacks.sampling import Recipe, averaged, decode_clips, sample_latents
+from ldm.callbacks.samples import Recipe, averaged, decode_clips, sample_latents
 from ldm.checkpoint import load_text_encoder_of
 from ldm.data.batch import SceneRange
 from ldm.data.clips import ClipDataModule, HeldOutClips
-from ldm.distributed_tensors import is_divided
 from ldm.errors import UserError
-from ldm.evaluation.agreement import agreement_by
-from ldm.evaluation.instruments import OUR_JUDGE, Instruments
-from ldm.evaluation.judge import load_judge
-from ldm.json_text import parse_json
-from ldm.models.diffusion.sampling import initial_noise
+from ldm.evaluation.look_judge import load_judge
+from ldm.evaluation.metrics import OUR_JUDGE, Instruments
+from ldm.evaluation.text_alignment import agreement_by
+from ldm.files import parse_json, write_atomically
+from ldm.sampling.loop import initial_noise
+from ldm.sharding import is_divided
 
 log = logging.getLogger(__name__)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -13,8 +15,9 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, Checkpoint
+from pytorch_lightning.plugins.io import TorchCheckpointIO
 
-from ldm.callbacks.guard import BadStepsError
+from ldm.callbacks.bad_steps import BadStepsError
 from ldm.callbacks.resuming import (
     cut_logs,
     forget_unfinished_step,
@@ -23,9 +26,11 @@ from ldm.callbacks.resuming import (
     set_generators,
     settled_logs,
 )
+from ldm.checkpoint.files import check_header
 from ldm.errors import UserError
-from ldm.last_checkpoints import LAST, publish
-from ldm.models.diffusion.weight_by_weight import WeightByWeight
+from ldm.files import replacing
+from ldm.optim.per_weight import WeightByWeight
+from ldm.runs.last_checkpoints import LAST, check_room, publish
 
 log = logging.getLogger(__name__)
 
@@ -247,3 +252,70 @@ class _BetweenSteps(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._saving.between_steps(trainer)
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Checkpoints under a temporary name first, so that a full disk or a kill leaves the old file as it was.
+
+    There has to be room for all of a file before any of it is written; it is flushed, looked at and only then renamed.
+    They are read with `weights_only=True`, whatever Lightning asks for: a checkpoint never runs code.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        check_room(path, checkpoint)
+        with replacing(path) as partial:
+            with partial.open("wb") as file:
+                writer = _RememberingWriter(file.write)
+                try:
+                    torch.save(checkpoint, writer)
+                except (OSError, RuntimeError) as error:
+                    raise (writer.error or error) from None
+                file.flush()
+            check_header(partial)
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True
+    ) -> dict[str, Any]:
+        try:
+            return self._load(path)
+        except FileNotFoundError as error:
+            raise UserError(f"{path}: there is no such checkpoint to resume from") from error
+        except Exception as error:
+            raise UserError(
+                f"{path}: expected a checkpoint written by main.py, but it cannot be read ({_first_line(error)}). "
+                "It may be half copied: resume from another file in the run's checkpoints folder"
+            ) from error
+
+    @staticmethod
+    def _load(path: str | Path) -> dict[str, Any]:
+        check_header(Path(path))
+        # 8-bit optimiser states are a torchao class, known to torch.load only once torchao is imported.
+        if importlib.util.find_spec("torchao") and any(
+            name.startswith("torchao.") for name in torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        ):
+            importlib.import_module("torchao.optim")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+class _RememberingWriter:
+    """torch.save turns a failed write into an error of its own; this keeps the first one, which says what happened."""
+
+    def __init__(self, write: Callable[[Any], int]) -> None:
+        self._write = write
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return self._write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+    def flush(self) -> None:
+        pass
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

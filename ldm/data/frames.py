@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ldm.data.footage import FootageError, list_videos, probe, read_frames
+from ldm.data.preparing.footage import FootageError, list_videos, probe, read_frames
 from ldm.data.stream import StreamDataModule, StreamOrder
 from ldm.errors import UserError
 from ldm.video import from_uint8

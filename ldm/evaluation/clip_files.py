@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from ldm.data.captions import read_sidecar
-from ldm.data.footage import VideoInfo, find_scenes, list_videos, probe, read_frames
+from ldm.data.preparing.footage import VideoInfo, find_scenes, list_videos, probe, read_frames
+from ldm.data.preparing.sources import read_sidecar
 from ldm.errors import UserError
 from ldm.evaluation.flow import WORKING_SIDE, working_size
 from ldm.video import read_metadata

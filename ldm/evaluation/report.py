@@ -14,10 +14,10 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
-from ldm.data.world_captions import look_of_prompt
+from ldm.data.world.captions import look_of_prompt
 from ldm.evaluation.clip_files import ClipFormat
 from ldm.evaluation.frechet import FEW_FOR_DISTANCE, FeatureRow, estimate_distance
-from ldm.evaluation.instruments import Instruments
+from ldm.evaluation.metrics import Instruments
 from ldm.evaluation.motion import NO_TEXTURE, Reading
 from ldm.evaluation.statistics import estimate, estimate_ratio, warnings
 

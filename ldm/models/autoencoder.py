@@ -20,11 +20,10 @@ from torch import Tensor
 from ldm.checkpoint import read_checkpoint
 from ldm.data.frames import FrameBatch
 from ldm.errors import UserError
-from ldm.models.autoencoder_loss import AutoencoderLoss
-from ldm.models.diffusion.optimizers import RateSchedule
-from ldm.models.equivariance import draw_windows, look_through
+from ldm.models.autoencoder_loss import AutoencoderLoss, draw_windows, look_through
 from ldm.modules.encoders import KLFirstStage
 from ldm.modules.posterior import posterior_mean, sample_posterior
+from ldm.optim import RateSchedule
 from ldm.video import contact_sheet, to_uint8
 
 log = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""Training of the judge of looks (`ldm.evaluation.judge`): which look of the drawn world does a frame show?
+"""Training of the judge of looks (`ldm.evaluation.look_judge`): which look of the drawn world does a frame show?
 
 It learns from drawn frames, most of them damaged, so that it judges frames that come out of an autoencoder or a model
 by what they show and not by how sharp they are.
@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.data.drive_frames import DrawnBatch
-from ldm.data.drive_world import LOOKS
+from ldm.data.world import LOOKS
+from ldm.data.world.frames import DrawnBatch
 from ldm.errors import UserError
-from ldm.evaluation.judge import save_judge
-from ldm.models.diffusion.optimizers import rate_schedule
-from ldm.models.frame_damage import damage_frames
+from ldm.evaluation.look_judge import save_judge
+from ldm.models.augmentation import damage_frames
 from ldm.modules.frame_tower import FrameClassifier
+from ldm.optim import rate_schedule
 
 log = logging.getLogger(__name__)
 
@@ -106,6 +106,6 @@ def _checked(batch: Any) -> tuple[Tensor, Tensor]:
     if not isinstance(batch, DrawnBatch):
         raise UserError(
             f"data: the judge learns from frames with looks, found {type(batch).__name__}; use "
-            "ldm.data.drive_frames.DriveFrameDataModule"
+            "ldm.data.world.frames.DriveFrameDataModule"
         )
     return batch.pixels, batch.looks

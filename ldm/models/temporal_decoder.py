@@ -7,7 +7,8 @@ itself. Image autoencoder and video model stay as they are. A checkpoint holds t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import pytorch_lightning as pl
@@ -16,21 +17,68 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ldm.checkpoint import SD_V1_FIRST_STAGE, first_stage_tensors, load_weights, read_checkpoint
-from ldm.checkpoint_decoder import DECODER_PATH, digest_of, temporal_decoder_tensors
-from ldm.checkpoint_encoders import own_node
+from ldm.checkpoint import SD_V1_FIRST_STAGE, first_stage_tensors, load_text_encoder, load_weights, read_checkpoint
+from ldm.checkpoint.encoders import DECODER_PATH, digest_of, own_node, temporal_decoder_tensors
 from ldm.config import build
-from ldm.config_values import check_values
+from ldm.config.schema import check_values
 from ldm.data.frames import FrameBatch
+from ldm.diffusion.noise import mixed
 from ldm.errors import UserError
-from ldm.generation import ClipGenerator
 from ldm.models.autoencoder import psnr
-from ldm.models.diffusion.optimizers import rate_schedule
-from ldm.models.diffusion.seeds import mixed
-from ldm.models.remade_latents import Remaker
-from ldm.modules.group_norm import GroupNorm32
+from ldm.modules.nn import GroupNorm32
 from ldm.modules.posterior import posterior_mean
 from ldm.modules.temporal_decoder import BRIGHTNESS
+from ldm.optim import rate_schedule
+from ldm.sampling.denoisers import KnownDenoiser, KnownLatents
+from ldm.sampling.generator import ClipGenerator
+from ldm.sampling.loop import GuidedDenoiser, build_scheduler, set_steps
+
+SAMPLER = "ddim"
+KEPT_CAPTIONS = 256
+
+
+class Remaker:
+    """The video model of a `ClipGenerator`, that remakes true clips.
+
+    steps: of a whole way from noise to a clip. most: at most so many of them, the last ones, and at least two are gone
+        back: how many is drawn for each clip.
+    """
+
+    def __init__(self, source: ClipGenerator, steps: int, most: int) -> None:
+        self.source, self.most = source, most
+        self.scheduler = build_scheduler(SAMPLER, source.schedule)
+        self.timesteps = set_steps(self.scheduler, steps, source.device)
+        encoder = load_text_encoder(source.checkpoint).to(source.device)
+        self.context = lru_cache(KEPT_CAPTIONS)(lambda caption: encoder.encode([caption]))
+
+    @torch.no_grad()
+    def __call__(
+        self, latents: Tensor, captions: Sequence[str], rates: Sequence[float], generators: Sequence[torch.Generator]
+    ) -> Tensor:
+        """Scaled latents of true clips `b t c h w` -> remade ones; what is drawn comes from each clip's generator."""
+        source = self.source
+        noise = torch.stack([source.noise.draw(*latents.shape[1:], one) for one in generators]).to(latents)
+        remade = []
+        for clip, own, caption, rate, one in zip(
+            latents[:, None], noise[:, None], captions, rates, generators, strict=True
+        ):
+            back = int(torch.randint(2, self.most + 1, (), generator=one))
+            remade.append(self._remake(clip, own, self.context(caption), rate, self.timesteps[-back:]))
+        return torch.cat(remade)
+
+    def _remake(self, clip: Tensor, noise: Tensor, context: Tensor, rate: float, timesteps: Tensor) -> Tensor:
+        source = self.source
+        rates = torch.full((1,), float(rate), device=clip.device)
+        denoiser = GuidedDenoiser(source.unet, context, None, fps=rates)
+        if source.takes_known_frames:
+            denoiser = KnownDenoiser(denoiser, source.schedule, KnownLatents.nothing(clip), noise, fill=source.fill)
+        signal, strength = source.schedule.scales_at(timesteps[:1])
+        clip = signal * clip + strength * noise
+        for timestep in timesteps:
+            output = denoiser(clip, timestep.expand(1)).float()
+            clip = self.scheduler.step(output, timestep, clip).prev_sample
+        return clip
+
 
 SPOILING, RECOLOURING = 1, 2  # streams of draws
 HELD_OUT = 2**20  # in place of the seed, for what is done to held-out latents: always the same

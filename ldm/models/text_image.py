@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.data.drive_frames import DrawnBatch
+from ldm.data.world.frames import DrawnBatch
 from ldm.errors import UserError
-from ldm.models.diffusion.optimizers import rate_schedule
 from ldm.modules.encoders import CLIPTextEmbedder
 from ldm.modules.frame_tower import FrameTower
+from ldm.optim import rate_schedule
 
 START_SCALE = 1 / 0.07  # cosines are multiplied by it; the paper's start and its bound
 MOST_SCALE = 100.0
@@ -159,6 +159,6 @@ def _captions(batch: Any) -> list[str]:
     if not isinstance(batch, DrawnBatch):
         raise UserError(
             f"data: the text model learns from frames with captions, found {type(batch).__name__}; use "
-            "ldm.data.drive_frames.DriveFrameDataModule"
+            "ldm.data.world.frames.DriveFrameDataModule"
         )
     return batch.captions

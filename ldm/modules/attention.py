@@ -13,12 +13,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ldm.modules.attention_backends import attend
-from ldm.modules.chunks import in_chunks
-from ldm.modules.group_norm import GroupNorm32
-from ldm.modules.nn import at_each_pixel, zeroed
-from ldm.modules.projections import AttentionProjections
-from ldm.modules.recomputing import Run, run_directly
+from ldm.modules.backends import attend
+from ldm.modules.nn import AttentionProjections, GroupNorm32, at_each_pixel, zeroed
+from ldm.modules.recompute import Run, in_chunks, run_directly
 from ldm.modules.temporal import TemporalAttention
 
 

@@ -16,13 +16,9 @@ from diffusers import AutoencoderKL, VQModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from ldm.checkpoint_folder import as_convolution
-from ldm.checkpoint_names import (
-    POSITION_IDS,
-    first_stage_from_diffusers,
-    text_name,
-)
-from ldm.checkpoint_reading import account, first_stage_tensors, read_checkpoint, text_tensors
+from ldm.checkpoint.layouts import as_convolution
+from ldm.checkpoint.names import POSITION_IDS, first_stage_from_diffusers, text_name
+from ldm.checkpoint.reading import account, first_stage_tensors, read_checkpoint, text_tensors
 from ldm.errors import UserError
 from ldm.modules.posterior import LOGVAR_BOUNDS
 from ldm.modules.tokenizer import find_tokenizer
@@ -157,9 +153,7 @@ class VQFirstStage(FirstStage):
     ckpt_path: file or folder to take the weights from; None leaves them random.
     """
 
-    def __init__(
-        self, ddconfig: Mapping[str, Any], embed_dim: int, n_embed: int, ckpt_path: str | None = None
-    ) -> None:
+    def __init__(self, ddconfig: Mapping[str, Any], embed_dim: int, n_embed: int, ckpt_path: str | None = None) -> None:
         _check_ddconfig(ddconfig, {"double_z": False, "dropout": 0.0})
         resolution, attended = ddconfig.get("resolution", 256), ddconfig.get("attn_resolutions", ())
         _check_sizes("ddconfig.attn_resolutions", attended)

@@ -21,7 +21,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.errors import UserError
-from ldm.modules.group_norm import GroupNorm32
+from ldm.modules.nn import GroupNorm32
 
 DIGEST_BYTES = 32
 BRIGHTNESS = (0.299, 0.587, 0.114)  # of red, green and blue (ITU-R BT.601)

@@ -18,12 +18,70 @@ from torch import Tensor, nn
 
 from ldm.errors import UserError
 from ldm.modules.attention import SpatialTransformer
-from ldm.modules.attention_backends import check_backend
-from ldm.modules.conditioning import build_conditioning
-from ldm.modules.group_norm import GroupNorm32
-from ldm.modules.nn import lay_for_this_machine, timestep_embedding
-from ldm.modules.recomputing import check_memory_words, chosen_runs, run_directly
+from ldm.modules.backends import check_backend
+from ldm.modules.nn import GroupNorm32, lay_for_this_machine, timestep_embedding, zeroed
+from ldm.modules.recompute import check_memory_words, chosen_runs, run_directly
 from ldm.modules.temporal import PseudoConv3d, see_changes_only
+
+OCTAVE = 100.0  # steps of the sinusoids' scale for a doubled frame rate
+
+
+class Embedding(nn.Sequential):
+    """Two layers on sinusoids of a number, zero at the start: `b` -> `b e`."""
+
+    def __init__(self, channels: int, emb_channels: int) -> None:
+        super().__init__(nn.Linear(channels, emb_channels), nn.SiLU(), zeroed(nn.Linear(emb_channels, emb_channels)))
+        self.channels = channels
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        return super().forward(timestep_embedding(numbers, self.channels).to(self[0].weight.dtype))
+
+
+class ClipConditioning(nn.Module):
+    """The three conditions; those left out have no parameters.
+
+    num_latent_channels: of the latents, c; None for a network that takes no known frames.
+    model_channels, emb_channels: of the network's first level and of its timestep embedding.
+    fps, known_level: whether there are embeddings of the frame rate and of the noise level of the known latents.
+    """
+
+    def __init__(
+        self, num_latent_channels: int | None, model_channels: int, emb_channels: int, fps: bool, known_level: bool
+    ) -> None:
+        super().__init__()
+        if num_latent_channels is not None:
+            self.known = zeroed(nn.Conv2d(num_latent_channels + 1, model_channels, 3, padding=1, bias=False))
+        if fps:
+            self.fps = Embedding(model_channels, emb_channels)
+        if known_level:
+            self.known_level = Embedding(model_channels, emb_channels)
+
+    def embed(self, emb: Tensor, fps: Tensor | None, known_level: Tensor | None) -> Tensor:
+        """The timestep embedding `b e` and what is added to it.
+
+        fps: frames a second, `b`, above 0; known_level: diffusion step of the noise on known latents, 0 for none, `b`.
+            None, or an embedding that was left out, adds nothing.
+        """
+        if fps is not None and hasattr(self, "fps"):
+            emb = emb + self.fps(OCTAVE * torch.log2(fps.float()))
+        if known_level is not None and hasattr(self, "known_level"):
+            emb = emb + self.known_level(known_level)
+        return emb
+
+
+def build_conditioning(
+    num_latent_channels: int | None, model_channels: int, emb_channels: int, fps: bool, known_level: bool
+) -> nn.ModuleDict | None:
+    """`ClipConditioning` of these arguments under the name `temporal`; None where there is nothing to be told."""
+    if known_level and num_latent_channels is None:
+        raise UserError(
+            "known_level_embedding: expected a network that takes known frames, whose in_channels are 2 * out_channels "
+            "+ 1 (9 for 4); set in_channels or leave the embedding out"
+        )
+    if num_latent_channels is None and not fps:
+        return None
+    arguments = (num_latent_channels, model_channels, emb_channels, fps, known_level)
+    return nn.ModuleDict({"temporal": ClipConditioning(*arguments)})
 
 
 class Downsample(nn.Module):

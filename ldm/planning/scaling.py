@@ -13,19 +13,8 @@ from typing import Any
 import torch
 
 from ldm.config import build, to_container
-from ldm.planning.cards import Card, floor_seconds
-from ldm.planning.training_step import (
-    ALLOWANCE,
-    AVERAGE,
-    FROZEN,
-    GIB,
-    GRADIENTS,
-    NUM_TOKENS,
-    STATES,
-    TRAINED,
-    Count,
-    Shape,
-)
+from ldm.planning.count import ALLOWANCE, AVERAGE, FROZEN, GIB, GRADIENTS, NUM_TOKENS, STATES, TRAINED, Count, Shape
+from ldm.planning.report import Card, floor_seconds
 
 GB = 1e9
 DIVIDED = (TRAINED, GRADIENTS, STATES, AVERAGE)  # what FSDP2 leaves each process a part of

@@ -18,24 +18,21 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoint import encoder_tensors, fill_unet, identity, latent_scale, read_checkpoint
-from ldm.checkpoint_names import FIRST_STAGE_PREFIX, TEXT_PREFIX, UNET_PREFIX
+from ldm.checkpoint.names import FIRST_STAGE_PREFIX, TEXT_PREFIX, UNET_PREFIX
 from ldm.config import build
 from ldm.data.clips import Batch, check_prepared
 from ldm.data.stream import num_real
-from ldm.distributed_tensors import divide_trained, is_divided, mean_over_processes, num_processes
+from ldm.diffusion.known_frames import Known, KnownFrameMixture, filled
+from ldm.diffusion.noise import NoiseFamily, mixed
+from ldm.diffusion.schedule import NoiseSchedule, checked_gamma
 from ldm.errors import UserError
-from ldm.models.diffusion.filling import filled
-from ldm.models.diffusion.known_mixture import Known, KnownFrameMixture
-from ldm.models.diffusion.memory_switches import MemorySwitches
-from ldm.models.diffusion.noise import NoiseFamily
-from ldm.models.diffusion.optimizers import build_optimizer, check_options, rate_schedule
-from ldm.models.diffusion.parameter_groups import ParameterGroups
-from ldm.models.diffusion.schedule import NoiseSchedule, checked_gamma
-from ldm.models.diffusion.seeds import mixed
-from ldm.models.diffusion.step_judge import ClipsByKnownNorm
-from ldm.models.diffusion.stored_weights import StoredWeights
-from ldm.models.diffusion.weight_by_weight import WeightByWeight
 from ldm.modules.posterior import sample_posterior
+from ldm.optim import build_optimizer, check_options, rate_schedule
+from ldm.optim.parameter_groups import ParameterGroups
+from ldm.optim.per_weight import WeightByWeight
+from ldm.optim.skippable import ClipsByKnownNorm
+from ldm.optim.stored_weights import MemorySwitches, StoredWeights
+from ldm.sharding import divide_trained, is_divided, mean_over_processes, num_processes
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,303 @@
+"""The names of Stable Diffusion v1's tensors: CompVis's, which we use everywhere, and diffusers'.
+
+Pure tables made of strings: no tensor is touched here. A table maps the name of a module in CompVis's naming to its
+name in diffusers'; what follows the module's name (`.weight`, `.temporal.bias`, ...) is the same in both.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+UNET_PREFIX = "model.diffusion_model."
+FIRST_STAGE_PREFIX = "first_stage_model."
+TEXT_PREFIX = "cond_stage_model.transformer."
+TEMPORAL_DECODER_PREFIX = "temporal_decoder."
+AVERAGE_PREFIX = "model_ema."
+AVERAGE_COUNTERS = ("model_ema.decay", "model_ema.num_updates")
+POSITION_IDS = "text_model.embeddings.position_ids"
+
+SCHEDULE_NAMES = (
+    "betas",
+    "alphas_cumprod",
+    "alphas_cumprod_prev",
+    "sqrt_alphas_cumprod",
+    "sqrt_one_minus_alphas_cumprod",
+    "log_one_minus_alphas_cumprod",
+    "sqrt_recip_alphas_cumprod",
+    "sqrt_recipm1_alphas_cumprod",
+    "posterior_variance",
+    "posterior_log_variance_clipped",
+    "posterior_mean_coef1",
+    "posterior_mean_coef2",
+)
+# Written by CompVis's code only under some of its options; nothing here needs them.
+OPTIONAL_NAMES = ("scale_factor", "logvar", "lvlb_weights", "cond_ids")
+
+_RES_BLOCK = {
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
+_VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+# How folders written before diffusers 0.17, the public Stable Diffusion ones among them, call the same four.
+_OLD_VAE_ATTENTION = {"q": "query", "k": "key", "v": "value", "proj_out": "proj_attn"}
+
+
+@dataclass(frozen=True)
+class UNetLayout:
+    """How many blocks a UNet has and which levels have transformers: all that its names depend on."""
+
+    num_levels: int
+    num_res_blocks: int
+    attention_levels: frozenset[int]
+
+    @classmethod
+    def of_compvis(cls, names: Collection[str]) -> UNetLayout:
+        """The layout that CompVis names, relative to `model.diffusion_model.`, belong to."""
+        last = max(_numbers_after("input_blocks.", names), default=0)
+        blocks = range(1, last + 1)
+        downs = [index for index in blocks if _has(f"input_blocks.{index}.0.op.", names)]
+        num_res_blocks = downs[0] - 1 if downs else last
+        with_attention = {index for index in blocks if _has(f"input_blocks.{index}.1.", names)}
+        levels = frozenset((index - 1) // (num_res_blocks + 1) for index in with_attention)
+        return cls(len(downs) + 1, num_res_blocks, levels)
+
+    @classmethod
+    def of_diffusers(cls, names: Collection[str]) -> UNetLayout:
+        """The layout that the names of diffusers' UNet2DConditionModel belong to."""
+        levels = _numbers_after("down_blocks.", names)
+        num_res_blocks = len(_numbers_after("down_blocks.0.resnets.", names))
+        with_attention = {level for level in levels if _has(f"down_blocks.{level}.attentions.", names)}
+        return cls(len(levels), num_res_blocks, frozenset(with_attention))
+
+    def first_block(self, level: int) -> str:
+        """CompVis's name of the first residual block of `level` on the way down."""
+        return f"input_blocks.{1 + level * (self.num_res_blocks + 1)}.0"
+
+
+def unet_table(layout: UNetLayout) -> dict[str, str]:
+    """Modules of the UNet, relative to `model.diffusion_model.` -> modules of UNet2DConditionModel."""
+    table = {
+        "time_embed.0": "time_embedding.linear_1",
+        "time_embed.2": "time_embedding.linear_2",
+        "input_blocks.0.0": "conv_in",
+        "middle_block.1": "mid_block.attentions.0",
+        "out.0": "conv_norm_out",
+        "out.2": "conv_out",
+    }
+    table |= _nested("middle_block.0", "mid_block.resnets.0", _RES_BLOCK)
+    table |= _nested("middle_block.2", "mid_block.resnets.1", _RES_BLOCK)
+    index = 1
+    for level in range(layout.num_levels):
+        for block in range(layout.num_res_blocks):
+            table |= _nested(f"input_blocks.{index}.0", f"down_blocks.{level}.resnets.{block}", _RES_BLOCK)
+            if level in layout.attention_levels:
+                table[f"input_blocks.{index}.1"] = f"down_blocks.{level}.attentions.{block}"
+            index += 1
+        if level + 1 < layout.num_levels:
+            table[f"input_blocks.{index}.0.op"] = f"down_blocks.{level}.downsamplers.0.conv"
+            index += 1
+    index = 0
+    for up, level in enumerate(reversed(range(layout.num_levels))):
+        has_attention = level in layout.attention_levels
+        for block in range(layout.num_res_blocks + 1):
+            table |= _nested(f"output_blocks.{index}.0", f"up_blocks.{up}.resnets.{block}", _RES_BLOCK)
+            if has_attention:
+                table[f"output_blocks.{index}.1"] = f"up_blocks.{up}.attentions.{block}"
+            if level > 0 and block == layout.num_res_blocks:
+                table[f"output_blocks.{index}.{1 + has_attention}.conv"] = f"up_blocks.{up}.upsamplers.0.conv"
+            index += 1
+    return table
+
+
+def first_stage_table(num_levels: int, num_res_blocks: int) -> dict[str, str]:
+    """Modules of CompVis's autoencoders, relative to `first_stage_model.` -> modules of diffusers' of the same kind."""
+    table = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
+    res_block = {part: part for part in ("norm1", "conv1", "norm2", "conv2")} | {"nin_shortcut": "conv_shortcut"}
+    for side in ("encoder", "decoder"):
+        table |= _nested(side, side, {"conv_in": "conv_in", "norm_out": "conv_norm_out", "conv_out": "conv_out"})
+        table |= _nested(f"{side}.mid.block_1", f"{side}.mid_block.resnets.0", res_block)
+        table |= _nested(f"{side}.mid.attn_1", f"{side}.mid_block.attentions.0", _VAE_ATTENTION)
+        table |= _nested(f"{side}.mid.block_2", f"{side}.mid_block.resnets.1", res_block)
+    for level in range(num_levels):
+        up = num_levels - 1 - level
+        for block in range(num_res_blocks):
+            table |= _nested(
+                f"encoder.down.{level}.block.{block}", f"encoder.down_blocks.{level}.resnets.{block}", res_block
+            )
+            attention = f"encoder.down_blocks.{level}.attentions.{block}"
+            table |= _nested(f"encoder.down.{level}.attn.{block}", attention, _VAE_ATTENTION)
+        for block in range(num_res_blocks + 1):
+            table |= _nested(f"decoder.up.{level}.block.{block}", f"decoder.up_blocks.{up}.resnets.{block}", res_block)
+            attention = f"decoder.up_blocks.{up}.attentions.{block}"
+            table |= _nested(f"decoder.up.{level}.attn.{block}", attention, _VAE_ATTENTION)
+        table[f"encoder.down.{level}.downsample.conv"] = f"encoder.down_blocks.{level}.downsamplers.0.conv"
+        table[f"decoder.up.{level}.upsample.conv"] = f"decoder.up_blocks.{up}.upsamplers.0.conv"
+    return table
+
+
+def unet_from_diffusers(names: Collection[str]) -> dict[str, str]:
+    """Each name of a UNet2DConditionModel -> CompVis's name, relative to `model.diffusion_model.`.
+
+    A name that such a UNet does not have stays as it is, for the accounting that follows to find.
+    """
+    return renamed(names, _inverse(unet_table(UNetLayout.of_diffusers(names))))
+
+
+def unet_to_diffusers(names: Collection[str]) -> dict[str, str]:
+    """Each CompVis name of a UNet, relative to `model.diffusion_model.`, -> its name in a UNet2DConditionModel."""
+    return renamed(names, unet_table(UNetLayout.of_compvis(names)))
+
+
+def first_stage_from_diffusers(names: Collection[str]) -> dict[str, str]:
+    """Each name of diffusers' AutoencoderKL, in its old or new spelling, -> CompVis's, relative to the first stage."""
+    num_levels = len(_numbers_after("encoder.down_blocks.", names))
+    table = first_stage_table(num_levels, len(_numbers_after("encoder.down_blocks.0.resnets.", names)))
+    old = {}
+    for side in ("encoder", "decoder"):
+        old |= _nested(f"{side}.mid.attn_1", f"{side}.mid_block.attentions.0", _OLD_VAE_ATTENTION)
+    return renamed(names, _inverse(table) | _inverse(old))
+
+
+def is_first_stage_attention_weight(name: str) -> bool:
+    """True for the weights, by CompVis name, that are 1x1 convolutions there and linear layers in diffusers."""
+    return re.search(r"\.attn(_1|\.\d+)\.(q|k|v|proj_out)\.weight$", name) is not None
+
+
+def is_temporal(name: str) -> bool:
+    """True for the tensors that make a video network of an image network, which an image checkpoint lacks."""
+    return ".temporal." in name
+
+
+def text_name(name: str) -> str:
+    """A name of a CLIP text model, with or without the `text_model.` that transformers 5 leaves out -> with it."""
+    return name if name.startswith("text_model.") else f"text_model.{name}"
+
+
+def average_name(name: str) -> str:
+    """The name of the average of a parameter, as CompVis calls both: its dots are deleted."""
+    return AVERAGE_PREFIX + name.replace(".", "")
+
+
+def average_names(names: Iterable[str]) -> dict[str, str]:
+    """Each UNet name, relative to `model.diffusion_model.`, -> the name of its average, whose dots are deleted.
+
+    The names of averages cannot be read backwards: this table, made from the network's names, is the way to do it.
+    """
+    table = {name: average_name(f"diffusion_model.{name}") for name in names}
+    assert len(set(table.values())) == len(table), "two parameters of the UNet share the name of their average"
+    return table
+
+
+def renamed(names: Iterable[str], table: dict[str, str]) -> dict[str, str]:
+    """Each name -> the name whose leading module is replaced as `table` says; unknown ones stay as they are."""
+    return {name: _replace_module(name, table) for name in names}
+
+
+def _replace_module(name: str, table: dict[str, str]) -> str:
+    module = name
+    while "." in module:
+        module = module.rpartition(".")[0]
+        if module in table:
+            return table[module] + name[len(module) :]
+    return name
+
+
+def _nested(outer: str, other_outer: str, parts: dict[str, str]) -> dict[str, str]:
+    return {f"{outer}.{part}": f"{other_outer}.{other}" for part, other in parts.items()}
+
+
+def _inverse(table: dict[str, str]) -> dict[str, str]:
+    return {other: name for name, other in table.items()}
+
+
+def _has(prefix: str, names: Iterable[str]) -> bool:
+    return any(name.startswith(prefix) for name in names)
+
+
+def _numbers_after(prefix: str, names: Iterable[str]) -> set[int]:
+    found = {name[len(prefix) :].split(".")[0] for name in names if name.startswith(prefix)}
+    return {int(number) for number in found if number.isdigit()}
+
+
+CLASS_NAME = "UNetPseudo3DConditionModel"
+# What its network is, beside what shapes tell, in the words of `UNetModel`.
+WORDS = {"norm_over_clip": True, "temporal_attention": {"positions": False}}
+NUM_HEADS = 8  # of the attention over frames, which shares the number of the others there
+
+# Parts of a name there and here; the first that fits counts.
+_PARTS = (
+    (".spatial_conv.", "."),
+    (".temporal_conv.", ".temporal."),
+    (".attn_temporal.to_out.0.", ".temporal.to_out."),
+    (".norm_temporal.", ".temporal.norm."),
+    (".attn_temporal.", ".temporal."),
+)
+_CONVOLUTIONS = ("conv_in", "conv1", "conv2", "conv_shortcut", "conv", "conv_out")
+
+
+def is_release(names: Iterable[str]) -> bool:
+    """Whether these are names of the release's UNet."""
+    return any(".spatial_conv." in name for name in names)
+
+
+def unet_from_release(names: Collection[str]) -> dict[str, str]:
+    """Each name of the release's UNet -> ours, relative to `model.diffusion_model.`; unknown ones stay as they are."""
+    plain = {name: _plain(name) for name in names}
+    table = unet_from_diffusers(plain.values())
+    return {name: table[other] for name, other in plain.items()}
+
+
+def unet_to_release(names: Collection[str]) -> dict[str, str]:
+    """Each name of our UNet, relative to `model.diffusion_model.`, -> the release's."""
+    return {name: _release_name(other) for name, other in unet_to_diffusers(names).items()}
+
+
+def words_against(words: Mapping[str, Any]) -> list[str]:
+    """What keeps a network with these words of `UNetModel` from being written in the form of the release."""
+    attention = words.get("temporal_attention")
+    has_attention = attention is not False
+    attention = attention if isinstance(attention, Mapping) else {"positions": has_attention}
+    wanted = {
+        "temporal": (words.get("temporal", True), True),
+        "temporal_attention": (has_attention, True),
+        "norm_over_clip": (words.get("norm_over_clip", False), True),
+        "temporal_attention.positions": (attention.get("positions", True), False),
+        "temporal_attention.local": (attention.get("local"), None),
+        "temporal_kernel_size": (words.get("temporal_kernel_size", 3), 3),
+        "temporal_changes_only": (words.get("temporal_changes_only", False), False),
+        "fps_embedding": (words.get("fps_embedding", False), False),
+        "known_level_embedding": (words.get("known_level_embedding", False), False),
+        "num_heads": (words.get("num_heads", 8), NUM_HEADS),
+    }
+    return [
+        f"{word} is {json.dumps(found)} (there: {json.dumps(there)})"
+        for word, (found, there) in wanted.items()
+        if found != there
+    ]
+
+
+def _plain(name: str) -> str:
+    """The release's name without its own words: diffusers' where it is an image layer's."""
+    for there, here in _PARTS:
+        if there in name:
+            return name.replace(there, here)
+    return name
+
+
+def _release_name(name: str) -> str:
+    if ".transformer_blocks." in name:
+        for there, here in _PARTS[2:]:
+            if here in name:
+                return name.replace(here, there)
+    module, _, last = name.rpartition(".")
+    if module.endswith(".temporal"):
+        return f"{module.removesuffix('.temporal')}.temporal_conv.{last}"
+    return f"{module}.spatial_conv.{last}" if module.rpartition(".")[2] in _CONVOLUTIONS else name

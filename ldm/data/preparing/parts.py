@@ -1,0 +1,190 @@
+"""What one video gave, on its way into a prepared folder: a tar with its scenes, then a note that says so.
+
+Any process on any machine may write these two files for any video; a part counts once its note is there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ldm.data.shards.index import SCHEMA_VERSION, SceneEntry
+from ldm.data.shards.writer import ShardWriter
+from ldm.files import parse_json, replacing, write_atomically
+
+_SHA256 = re.compile("[0-9A-Za-z_-]{1,128}")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every scene of a prepared folder has in common; another value needs another folder."""
+
+    first_stage: str
+    text_encoder: str
+    scale_factor: float
+    fps: float
+    size: list[int]  # height, width
+    num_tokens: int  # of a caption's embedding
+
+
+@dataclass
+class Dropped:
+    """A stretch of a video that was left out, in frames at the prepared rate, and why."""
+
+    start: int
+    stop: int
+    reason: str
+
+
+@dataclass
+class VideoReport:
+    """What one video gave; a line of `videos.jsonl`."""
+
+    source: str
+    sha256: str
+    captions: list[str]
+    num_scenes: int = 0
+    num_frames: int = 0
+    dropped: list[Dropped] = field(default_factory=list)
+
+    @classmethod
+    def from_values(cls, values: dict[str, Any]) -> VideoReport:
+        """From parsed JSON; raises KeyError, TypeError or ValueError."""
+        report = cls(**{**values, "dropped": [Dropped(**dropped) for dropped in values["dropped"]]})
+        counts = (report.num_scenes, report.num_frames)
+        if not isinstance(report.sha256, str) or not _SHA256.fullmatch(report.sha256):  # it names a file
+            raise ValueError(f"sha256: found {str(report.sha256)[:80]!r}")
+        if not all(isinstance(text, str) for text in (report.source, *report.captions)):
+            raise ValueError("source and captions: expected strings")
+        if any(type(count) is not int or count < 0 for count in counts):
+            raise ValueError(f"num_scenes, num_frames: found {counts}")
+        return report
+
+    def to_line(self) -> str:
+        """One line of JSON, with its newline."""
+        return json.dumps(asdict(self), ensure_ascii=False) + "\n"
+
+
+@dataclass(frozen=True, order=True)
+class Broken:
+    """A video that cannot be prepared, and why; a line of `broken.jsonl`."""
+
+    source: str
+    sha256: str
+    reason: str
+
+    @classmethod
+    def from_values(cls, values: dict[str, Any]) -> Broken:
+        """From parsed JSON; raises TypeError or ValueError."""
+        broken = cls(**values)
+        if not all(isinstance(text, str) for text in asdict(broken).values()):
+            raise ValueError("source, sha256 and reason: expected strings")
+        return broken
+
+    def to_line(self) -> str:
+        """One line of JSON, with its newline."""
+        return json.dumps(asdict(self), ensure_ascii=False) + "\n"
+
+
+def hash_file(path: Path) -> str:
+    """sha256 of a file's bytes, hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class PartWriter:
+    """The scenes of one video on their way to disk."""
+
+    def __init__(self, report: VideoReport, settings: Settings, shard: ShardWriter) -> None:
+        self.report = report
+        self.entries: list[SceneEntry] = []
+        self._settings = settings
+        self._shard = shard
+
+    def add(
+        self, frames: range, moments: np.ndarray, contexts: list[np.ndarray], notes: Mapping[str, Any] | None = None
+    ) -> None:
+        """Store the scene that is `frames` of the video: moments float16 `t 2c h w`, a float16 `n d` per caption.
+
+        notes: plain values that are to be kept with the scene; they are no part of its key.
+        """
+        about: dict[str, Any] = {
+            "source": self.report.source,
+            "start": frames.start,
+            "fps": self._settings.fps,
+            "captions": self.report.captions,
+        }
+        if notes:
+            about["notes"] = dict(notes)
+        self.entries.append(self._shard.add(self._key(frames), about, moments, contexts))
+        self.report.num_scenes += 1
+        self.report.num_frames += len(moments)
+
+    def drop(self, frames: range, reason: str) -> None:
+        """Note that `frames` of the video are left out."""
+        self.report.dropped.append(Dropped(frames.start, frames.stop, reason))
+
+    def _key(self, frames: range) -> str:
+        identity = {
+            "schema_version": SCHEMA_VERSION,
+            **asdict(self._settings),
+            "source": self.report.sha256,
+            "captions": self.report.captions,
+            "frames": [frames.start, frames.stop],
+        }
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+
+
+@dataclass
+class Note:
+    """What is known of a finished part: its video and the scenes in its tar, which lies in `folder`."""
+
+    video: VideoReport
+    scenes: list[SceneEntry]
+    folder: Path
+
+    @classmethod
+    def from_json(cls, text: str | bytes, folder: Path) -> Note:
+        """Raises KeyError, TypeError or ValueError for anything else."""
+        values = parse_json(text)
+        scenes = [SceneEntry.from_line(line) for line in values["scenes"]]
+        return cls(VideoReport.from_values(values["video"]), scenes, folder)
+
+    def to_json(self) -> str:
+        """The text of the note."""
+        values = {"video": asdict(self.video), "scenes": [entry.to_line() for entry in self.scenes]}
+        return json.dumps(values, ensure_ascii=False)
+
+
+class PartFolder:
+    """A folder that gets the parts of videos under `settings`, one after the other."""
+
+    def __init__(self, folder: Path, settings: Settings) -> None:
+        self.folder, self.settings = folder, settings
+
+    @contextmanager
+    def video(self, source: str, sha256: str, captions: list[str]) -> Iterator[PartWriter]:
+        """Write one video's scenes; they count only when the block ends without an error."""
+        part = self.folder / f"{sha256}.tar"
+        with replacing(part) as partial, ShardWriter(partial, part.name) as shard:
+            writer = PartWriter(VideoReport(source, sha256, captions), self.settings, shard)
+            yield writer
+        write_atomically(part.with_suffix(".json"), Note(writer.report, writer.entries, self.folder).to_json())
+
+    def adopt(self, note: str, content: Iterable[bytes]) -> VideoReport:
+        """Take over a part that was written elsewhere: its note, and its tar in pieces."""
+        found = Note.from_json(note, self.folder)
+        part = self.folder / f"{found.video.sha256}.tar"
+        with replacing(part) as partial, partial.open("wb") as file:
+            for piece in content:
+                file.write(piece)
+        write_atomically(part.with_suffix(".json"), note)
+        return found.video

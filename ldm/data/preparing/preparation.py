@@ -1,0 +1,303 @@
+"""A prepared folder in the making: skip what is done, survive a kill at any moment, end with the same bytes.
+
+Each video is prepared on its own into `.unfinished/`, as a part (`parts.py`). When all are there, `finish` copies the
+scenes in a fixed order into shards and only then writes the index. Every step ends with a rename, so that after a kill
+the same command goes on where it was; shards of earlier runs are never touched. Where the videos are shared among
+several processes, each has a folder of its own in `.unfinished/` and none of them finishes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from ldm.data.preparing.parts import Broken, Note, PartFolder, PartWriter, Settings, VideoReport
+from ldm.data.shards import (
+    DATASET_FILE,
+    EMPTY_FILE,
+    INDEX_FILE,
+    SCHEMA_VERSION,
+    VIDEOS_FILE,
+    DatasetError,
+    DatasetInfo,
+    PreparedSet,
+    SceneEntry,
+    ShardReader,
+    parse_index,
+    read_info,
+)
+from ldm.data.shards.writer import ShardWriter, npy_bytes
+from ldm.files import parse_json, replacing, write_atomically
+
+_NUMBERED = re.compile(r"shard-([0-9]{1,12})\.tar")
+SHARD_BYTES = 256 * 2**20
+WORK_FOLDER = ".unfinished"
+SETTINGS_FILE, BROKEN_FILE = "settings.json", "broken.jsonl"
+FINISH_OR_FRESH = "choose a fresh --out (what is there stays as it is)"
+
+
+class Preparation:
+    """The folder `out` while it is being filled under `settings`; one process at a time, or one for each share.
+
+    share: (i, n) of a process that prepares the i-th n-th of the videos, i from 1 to n, beside others.
+
+    Raises DatasetError when `out` was prepared, or begun, with other settings, when its index is gone, and when
+    another process is filling it.
+    """
+
+    def __init__(
+        self, out: Path | str, settings: Settings, shard_bytes: int = SHARD_BYTES, share: tuple[int, int] = (1, 1)
+    ) -> None:
+        self.out = Path(out)
+        self.settings = settings
+        self.work = self.out / WORK_FOLDER
+        self._shard_bytes = shard_bytes
+        if self.out.exists() and not self.out.is_dir():
+            raise DatasetError(f"{self.out}: expected a folder to write into, found a file")
+        self._check_settings()
+        self._own = self.work if share == (1, 1) else self.work / f"{share[0]}-of-{share[1]}"
+        self._own.mkdir(parents=True, exist_ok=True)
+        self._lock = self._take_lock(self.work, fcntl.LOCK_EX if self._own == self.work else fcntl.LOCK_SH)
+        self._own_lock = self._lock if self._own == self.work else self._take_lock(self._own, fcntl.LOCK_EX)
+        self._check_settings()  # of others that began meanwhile
+        write_atomically(self._own / SETTINGS_FILE, json.dumps(asdict(settings)))
+        if self._own != self.work:
+            os.replace(self._own / SETTINGS_FILE, self.work / SETTINGS_FILE)
+        self._parts = PartFolder(self._own, settings)
+        with _reading(self.out / VIDEOS_FILE, FINISH_OR_FRESH) as lines:
+            self._committed_videos = [VideoReport.from_values(parse_json(line)) for line in lines.splitlines()]
+        self.reports = {report.sha256: report for report in self._committed_videos}
+        self._rivals: dict[str, list[VideoReport]] = {}  # what is not committed yet, by sha256
+        for note in self._notes():
+            self._rivals.setdefault(note.video.sha256, []).append(note.video)
+            self.reports[note.video.sha256] = note.video
+        self.broken = self._read_broken()
+
+    @property
+    def has_empty_context(self) -> bool:
+        """Whether the embedding of the empty prompt is stored already."""
+        return (self.out / DATASET_FILE).is_file() or self._empty_context() is not None
+
+    def store_empty_context(self, context: np.ndarray) -> None:
+        """Store the embedding of the empty prompt, `n d`; it is these settings' own and moves out with the scenes."""
+        write_atomically(self._own / EMPTY_FILE, npy_bytes(context.astype(np.float16)))
+
+    def done(self, sha256: str, source: str, captions: list[str], twins: Collection[str] = ()) -> VideoReport | None:
+        """The report of a video that is prepared already. Raises DatasetError when that was with other captions.
+
+        twins: other files with the same bytes, which only count as this one once they are in the index.
+        """
+        for rival in self._rivals.get(sha256, []):
+            if rival.source == source:
+                self.reports[sha256] = rival
+        report = self.reports.get(sha256)
+        if report is not None and sha256 in self._rivals and report.source != source and report.source in twins:
+            return None
+        if report is not None and report.captions != captions:
+            raise DatasetError(
+                f"{self.out}: {source} was prepared with the captions {report.captions}, now they are {captions}: "
+                f"{FINISH_OR_FRESH}"
+            )
+        return report
+
+    @contextmanager
+    def video(self, source: str, sha256: str, captions: list[str]) -> Iterator[PartWriter]:
+        """Write one video's scenes; they count only when the block ends without an error."""
+        with self._parts.video(source, sha256, captions) as writer:
+            yield writer
+        self.reports[sha256] = writer.report
+        self.broken.pop(sha256, None)
+
+    def adopt(self, note: str, content: Iterable[bytes]) -> VideoReport:
+        """Take over a video that was prepared elsewhere, under the same settings: its note and the bytes of its tar."""
+        report = self._parts.adopt(note, content)
+        self.reports[report.sha256] = report
+        self.broken.pop(report.sha256, None)
+        return report
+
+    def note_broken(self, source: str, sha256: str, reason: str) -> None:
+        """Remember that a video cannot be prepared, so that the next run need not find out again."""
+        self.broken[sha256] = Broken(source, sha256, reason)
+        write_atomically(self._own / BROKEN_FILE, "".join(broken.to_line() for broken in self.broken.values()))
+
+    def leave(self) -> None:
+        """End without finishing: what was prepared waits for those who prepare other shares."""
+        self._own_lock.close()
+        self._lock.close()
+
+    def finish(self) -> PreparedSet | None:
+        """Move everything prepared into shards, write the index, tidy up; None when the folder holds no scene."""
+        notes = [note for note in self._notes() if note.video == self.reports[note.video.sha256]]
+        notes = list({note.video.sha256: note for note in notes}.values())
+        if notes:
+            self._commit(self._assemble(notes), [note.video for note in notes])
+        if (self.out / DATASET_FILE).is_file() and (self.broken or (self.out / BROKEN_FILE).is_file()):
+            lines = [broken.to_line() for broken in sorted(self.broken.values())]
+            write_atomically(self.out / BROKEN_FILE, "".join(lines))
+        shutil.rmtree(self.work)
+        self.leave()
+        return PreparedSet(self.out) if (self.out / DATASET_FILE).is_file() else None
+
+    @property
+    def _begin_again(self) -> str:
+        return f"delete the folder {self.work} (what was finished lies outside it and stays), or {FINISH_OR_FRESH}"
+
+    def _take_lock(self, folder: Path, kind: int) -> IO[str]:
+        """A lock on the whole folder, or a share of it; several may hold a shared one."""
+        file = (folder / "lock").open("a+")
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+        except OSError as error:
+            file.close()
+            which = "" if folder == self.work else f" (share {folder.name})"
+            raise DatasetError(
+                f"{self.out}: another scripts/prepare.py is writing here{which}; wait until it ends"
+            ) from error
+        return file
+
+    def _check_settings(self) -> None:
+        dataset, begun = self.out / DATASET_FILE, self.work / SETTINGS_FILE
+        if dataset.is_file():
+            info = asdict(read_info(self.out))
+            found = {name: info[name] for name in asdict(self.settings)}
+        elif begun.is_file():
+            with _reading(begun, self._begin_again) as content:
+                found = asdict(Settings(**parse_json(content)))
+        else:
+            return
+        differences = [
+            f"{name} was {str(found[name])[:16]}, now {str(value)[:16]}"
+            for name, value in asdict(self.settings).items()
+            if found[name] != value
+        ]
+        if differences:
+            raise DatasetError(
+                f"{self.out}: prepared with other settings ({'; '.join(differences)}), which cannot be mixed: "
+                f"repeat them or {FINISH_OR_FRESH}"
+            )
+        if dataset.is_file() and not (self.work.is_dir() and (self.out / INDEX_FILE).is_file()):
+            PreparedSet(self.out)  # nothing is added to a damaged folder
+
+    def _notes(self) -> list[Note]:
+        """What each finished part holds, in the order in which it goes into the shards; of all shares."""
+        notes = []
+        for path in [*self.work.glob("*.json"), *self.work.glob("*-of-*/*.json")]:
+            if path.name == SETTINGS_FILE:
+                continue
+            with _reading(path, self._begin_again) as content:
+                notes.append(Note.from_json(content, path.parent))
+        return sorted(notes, key=lambda note: (note.video.source, note.video.sha256))
+
+    def _read_broken(self) -> dict[str, Broken]:
+        """What could not be prepared so far, in this run or an earlier one, by sha256."""
+        broken = {}
+        for path in [self.out / BROKEN_FILE, *self.work.glob(BROKEN_FILE), *self.work.glob(f"*-of-*/{BROKEN_FILE}")]:
+            with _reading(path, FINISH_OR_FRESH if path.parent == self.out else self._begin_again) as lines:
+                found = [Broken.from_values(parse_json(line)) for line in lines.splitlines()]
+            broken.update((entry.sha256, entry) for entry in found if entry.sha256 not in self.reports)
+        return broken
+
+    def _empty_context(self) -> Path | None:
+        """Where the embedding of the empty prompt waits; those of all shares are the same."""
+        paths = [self.work / EMPTY_FILE, *sorted(self.work.glob(f"*-of-*/{EMPTY_FILE}"))]
+        return next((path for path in paths if path.is_file()), None)
+
+    def _assemble(self, notes: list[Note]) -> list[SceneEntry]:
+        """Copy the scenes of all parts into new shards; returns the whole index, old entries first."""
+        index = _read_lines(self.out / INDEX_FILE)
+        keys = {entry.key for entry in index}
+        for journal in sorted(self.work.glob("shard-*.jsonl")):  # of a run that was killed while assembling
+            index += [entry for entry in _read_lines(journal) if entry.key not in keys]
+        keys.update(entry.key for entry in index)
+        readers = {folder: ShardReader(folder) for folder in {note.folder for note in notes}}
+        parts = {entry.key: readers[note.folder] for note in notes for entry in note.scenes}
+        numbers = (_NUMBERED.fullmatch(entry.shard) for entry in index)
+        number = max((int(found[1]) for found in numbers if found), default=-1) + 1
+        pending = [entry for note in notes for entry in note.scenes if entry.key not in keys]
+        for group in _shard_loads(pending, self._shard_bytes):
+            name = f"shard-{number:06d}.tar"
+            with replacing(self.out / name) as partial, ShardWriter(partial, name) as shard:
+                written = [_copy(parts[entry.key], entry, shard) for entry in group]
+            write_atomically(self.work / f"{name[:-4]}.jsonl", "".join(entry.to_line() for entry in written))
+            index += written
+            keys.update(entry.key for entry in written)
+            for note in notes:
+                if all(entry.key in keys for entry in note.scenes):
+                    (note.folder / f"{note.video.sha256}.tar").unlink(missing_ok=True)
+            number += 1
+        return index
+
+    def _commit(self, index: list[SceneEntry], videos: list[VideoReport]) -> None:
+        known = {report.sha256 for report in self._committed_videos}
+        reports = self._committed_videos + [report for report in videos if report.sha256 not in known]
+        if not index:  # nothing was kept: the folder is not begun, other settings may try
+            return
+        write_atomically(self.out / VIDEOS_FILE, "".join(report.to_line() for report in reports))
+        lines = "".join(entry.to_line() for entry in index).encode()
+        write_atomically(self.out / INDEX_FILE, lines)
+        if not (self.out / DATASET_FILE).is_file():
+            write_atomically(self.out / EMPTY_FILE, self._empty_context().read_bytes())
+        empty = (self.out / EMPTY_FILE).read_bytes()
+        info = DatasetInfo(
+            schema_version=SCHEMA_VERSION,
+            **asdict(self.settings),
+            moments_shape=self._stored_shape(index[0], index[0].latents)[1:],
+            context_shape=self._stored_shape(index[0], index[0].contexts[0]),
+            empty_context_crc32=zlib.crc32(empty),
+            num_videos=sum(report.num_scenes > 0 for report in reports),
+            num_scenes=len(index),
+            num_frames=sum(entry.num_frames for entry in index),
+            index_crc32=zlib.crc32(lines),
+        )
+        write_atomically(self.out / DATASET_FILE, info.to_json())
+
+    def _stored_shape(self, entry: SceneEntry, span: Any) -> list[int]:
+        """The shape in the header of an array that we wrote just now."""
+        with (self.out / entry.shard).open("rb") as file:
+            file.seek(span.offset)
+            np.lib.format.read_magic(file)
+            return list(np.lib.format.read_array_header_1_0(file)[0])
+
+
+def _copy(part: ShardReader, entry: SceneEntry, shard: ShardWriter) -> SceneEntry:
+    latents = part.read_span(entry, entry.latents)
+    return shard.copy(entry, latents, [part.read_span(entry, span) for span in entry.contexts])
+
+
+def _shard_loads(entries: Iterable[SceneEntry], max_bytes: int) -> Iterator[list[SceneEntry]]:
+    """Cut a list of scenes into runs that fill a shard each; a scene above the limit has a shard to itself."""
+    load: list[SceneEntry] = []
+    num_bytes = 0
+    for entry in entries:
+        size = entry.latents.length + sum(span.length for span in entry.contexts)
+        if load and num_bytes + size > max_bytes:
+            yield load
+            load, num_bytes = [], 0
+        load.append(entry)
+        num_bytes += size
+    if load:
+        yield load
+
+
+def _read_lines(path: Path) -> list[SceneEntry]:
+    return parse_index(path.read_bytes().splitlines(), path) if path.is_file() else []
+
+
+@contextmanager
+def _reading(path: Path, advice: str) -> Iterator[bytes]:
+    """Give a file's content, none if it is missing; a block that cannot make sense of it ends in a DatasetError."""
+    try:
+        yield path.read_bytes() if path.is_file() else b""
+    except (ValueError, KeyError, TypeError) as error:
+        raise DatasetError(f"{path}: damaged, or of another version of this project ({error}); {advice}") from error

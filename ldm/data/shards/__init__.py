@@ -1,0 +1,237 @@
+"""Prepared clips on disk: tar shards with a byte index beside them, read at random, checked as they are read.
+
+`data/README.md` is the contract. Reading is `os.pread` of exactly the bytes that are wanted; no array header and no
+pickle is ever interpreted, shapes come from the index. Sets behind an address are read by `remote_shards.py`. Writing
+is `shard_writer.py` and `preparation.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ldm.data.shards.address import Address, place_of
+from ldm.data.shards.bytes import ShardBytes
+from ldm.data.shards.index import (
+    DATASET_FILE,
+    EMPTY_FILE,
+    FLOAT16,
+    INDEX_FILE,
+    SCHEMA_VERSION,
+    TAR_BLOCK,
+    VIDEOS_FILE,
+    DatasetError,
+    DatasetInfo,
+    SceneEntry,
+    Span,
+    check_array,
+    check_member,
+    member_names,
+    parse_index,
+    read_index,
+    read_info,
+)
+from ldm.data.shards.remote import RemoteShardReader
+
+__all__ = [
+    "DATASET_FILE",
+    "EMPTY_FILE",
+    "INDEX_FILE",
+    "SCHEMA_VERSION",
+    "VIDEOS_FILE",
+    "DatasetError",
+    "DatasetInfo",
+    "PreparedSet",
+    "SceneEntry",
+    "ShardReader",
+    "Span",
+    "parse_index",
+    "read_info",
+]
+
+MAX_OPEN_SHARDS = 64
+MAX_ARRAY_HEADER = 4096
+
+
+def _float16(content: bytes, shape: Sequence[int]) -> np.ndarray:
+    """Raw values as an array; what stands before them (the header) is skipped unread."""
+    size = int(np.prod(shape)) * FLOAT16.itemsize
+    return np.frombuffer(content, FLOAT16, offset=len(content) - size).reshape(shape)
+
+
+class ShardReader(ShardBytes):
+    """Bytes out of the shards of one folder; files are opened when first needed, so it may be forked and pickled."""
+
+    def __init__(self, root: Path | str) -> None:
+        self.root = Path(root)
+        self._files: dict[str, int] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"root": self.root, "_files": {}}
+
+    def __del__(self) -> None:
+        for descriptor in self._files.values():
+            os.close(descriptor)
+
+    def read(self, entry: SceneEntry, offset: int, length: int) -> bytes:
+        descriptor = self._descriptor(entry)
+        length_here = max(0, os.fstat(descriptor).st_size - offset)  # before memory is taken for it
+        content = os.pread(descriptor, min(length, length_here), offset)
+        if len(content) != length:
+            raise self.cut_short(entry, offset, length, len(content))
+        return content
+
+    def read_into(self, entry: SceneEntry, offset: int, place: np.ndarray) -> None:
+        found = os.preadv(self._descriptor(entry), [place], offset)
+        if found != len(place):
+            raise self.cut_short(entry, offset, len(place), found)
+
+    def _descriptor(self, entry: SceneEntry) -> int:
+        if entry.shard not in self._files:
+            if len(self._files) >= MAX_OPEN_SHARDS:
+                os.close(self._files.pop(next(iter(self._files))))
+            try:
+                self._files[entry.shard] = os.open(self.root / entry.shard, os.O_RDONLY | os.O_NONBLOCK)  # of a pipe
+            except FileNotFoundError as error:
+                raise self.missing(entry) from error
+        return self._files[entry.shard]
+
+
+class PreparedSet:
+    """A prepared folder, open for reading: `info`, `scenes`, `empty_context` (float16 `n d`).
+
+    `root` is a folder or an address such as `s3://bucket/set`. Opening reads the index and compares it with the sizes
+    of the shards; `verify=True` also reads every byte. Raises DatasetError, naming shard and scene, for anything that
+    is missing, cut short, damaged or of another version, and for an address that does not answer.
+    """
+
+    def __init__(self, root: Path | str | Address, verify: bool = False) -> None:
+        self.root = place_of(root)
+        self.info = read_info(self.root)
+        self.scenes = read_index(self.root, self.info)
+        self.empty_context = _read_empty_context(self.root, self.info)
+        sizes = _shard_sizes(self.root, {scene.shard for scene in self.scenes})
+        self._reader = _reader_of(self.root, sizes, self.info)
+        self._check_sizes(sizes)
+        if verify:
+            for scene in self.scenes:
+                self.verify(scene)
+
+    def read_moments(self, scene: SceneEntry, start: int = 0, count: int | None = None, stride: int = 1) -> np.ndarray:
+        """`count` frames of a scene from `start`, every `stride`-th (None: to its end), float16 `t 2c h w`.
+
+        Only the bytes of these frames are read, and each frame is checked. Raises IndexError outside the scene.
+        """
+        wanted = range(start, scene.num_frames, stride)
+        wanted = wanted if count is None else range(start, start + count * stride, stride)
+        if start < 0 or stride < 1 or not wanted or wanted[-1] >= scene.num_frames:
+            raise IndexError(f"frames {wanted} are not in scene {scene.key}, which has {scene.num_frames}")
+        shape = self.info.moments_shape
+        size = int(np.prod(shape)) * FLOAT16.itemsize
+        first = scene.latents.offset + scene.latents.length - scene.num_frames * size
+        content = np.empty([len(wanted), size], np.uint8)
+        if stride == 1:
+            self._reader.read_into(scene, first + start * size, content.reshape(-1))
+        else:
+            self._reader.expect(scene, first + start * size, (wanted[-1] + 1 - start) * size)
+            for place, frame in zip(content, wanted, strict=True):
+                self._reader.read_into(scene, first + frame * size, place)
+        for place, frame in zip(content, wanted, strict=True):
+            if f"{zlib.crc32(place):08x}" != scene.frames_crc32[8 * frame : 8 * frame + 8]:
+                if self._reader.forget(scene, first + frame * size, size):
+                    return self.read_moments(scene, start, count, stride)
+                raise self._reader.damaged(scene, f"the bytes of frame {frame}")
+        return content.view(FLOAT16).reshape(len(wanted), *shape)
+
+    def read_context(self, scene: SceneEntry) -> np.ndarray:
+        """The embeddings of all captions of a scene, in their order: float16 `captions n d`."""
+        shape = self.info.context_shape
+        return np.stack([_float16(self._reader.read_span(scene, span), shape) for span in scene.contexts])
+
+    def read_caption(self, scene: SceneEntry, number: int) -> np.ndarray:
+        """The embedding of one caption of a scene: float16 `n d`."""
+        return _float16(self._reader.read_span(scene, scene.contexts[number]), self.info.context_shape)
+
+    def verify(self, scene: SceneEntry) -> None:
+        """Read everything a scene has; compare it with its crc32 and with its own headers. Raises DatasetError."""
+        shapes = [[scene.num_frames, *self.info.moments_shape], *[self.info.context_shape] * len(scene.contexts)]
+        names = member_names(len(scene.contexts))
+        for span, name, shape in zip([scene.latents, *scene.contexts], names, shapes, strict=True):
+            content = self._reader.read_span(scene, span)
+            try:
+                header = self._reader.read(scene, max(0, span.offset - TAR_BLOCK), TAR_BLOCK)
+                check_member(header, f"{scene.key}.{name}", span)
+                check_array(content, name, shape)
+            except ValueError as error:
+                raise DatasetError(
+                    f"{self.root / scene.shard}: scene {scene.key}: found {error}; the shard is not the one that "
+                    f"{INDEX_FILE} was written for, copy it again or prepare into a fresh folder"
+                ) from None
+
+    def check_encoders(self, first_stage: str, text_encoder: str, scale_factor: float) -> None:
+        """Raise DatasetError unless the set was made by these encoders (their identities) for this scale factor."""
+        for name, found, wanted in [
+            ("autoencoder", self.info.first_stage, first_stage),
+            ("text encoder", self.info.text_encoder, text_encoder),
+            ("scale factor", self.info.scale_factor, scale_factor),
+        ]:
+            if found != wanted:
+                raise DatasetError(
+                    f"{self.root}: prepared with another {name}: expected {str(wanted)[:16]}, found "
+                    f"{str(found)[:16]}; prepare the footage again, into a fresh folder, with this config"
+                )
+
+    def _check_sizes(self, sizes: Mapping[str, int]) -> None:
+        """Compare the index with itself, with the shapes of the data set and with the sizes of the files."""
+        frame_bytes = int(np.prod(self.info.moments_shape)) * FLOAT16.itemsize
+        context_bytes = int(np.prod(self.info.context_shape)) * FLOAT16.itemsize
+        for scene in self.scenes:
+            size = sizes[scene.shard]
+            end = max(span.offset + span.length for span in [scene.latents, *scene.contexts])
+            if end > size:
+                found = "is missing" if size < 0 else f"is cut short: expected at least {end} bytes, found {size}"
+                raise DatasetError(
+                    f"{self.root / scene.shard}: the shard {found} (scene {scene.key} is there); copy it again or "
+                    "prepare into a fresh folder"
+                )
+            if (
+                scene.latents.length < scene.num_frames * frame_bytes
+                or len(scene.frames_crc32) != 8 * scene.num_frames
+                or len(scene.contexts) != len(scene.captions)
+                or any(span.length < context_bytes for span in scene.contexts)
+            ):
+                raise DatasetError(f"{self.root / INDEX_FILE}: the line of scene {scene.key} contradicts itself")
+
+
+def _shard_sizes(root: Path | Address, names: Iterable[str]) -> dict[str, int]:
+    """Bytes of each shard, -1 for one that is missing."""
+    if isinstance(root, Address):
+        return root.sizes(names)
+    paths = {name: root / name for name in names}
+    return {name: path.stat().st_size if path.is_file() else -1 for name, path in paths.items()}
+
+
+def _reader_of(root: Path | Address, sizes: Mapping[str, int], info: DatasetInfo) -> ShardBytes:
+    return ShardReader(root) if isinstance(root, Path) else RemoteShardReader(root, sizes, info.index_crc32)
+
+
+def _read_empty_context(root: Path | Address, info: DatasetInfo) -> np.ndarray:
+    path = root / EMPTY_FILE
+    size = path.stat().st_size if path.is_file() else 0
+    least = int(np.prod(info.context_shape)) * FLOAT16.itemsize
+    content = path.read_bytes() if least <= size <= least + MAX_ARRAY_HEADER else b""
+    if zlib.crc32(content) != info.empty_context_crc32:
+        raise DatasetError(
+            f"{path}: the embedding of the empty prompt is missing or damaged; copy the folder again or prepare into a "
+            "fresh one"
+        )
+    try:
+        check_array(content, EMPTY_FILE, info.context_shape)
+    except ValueError as error:
+        raise DatasetError(f"{path}: found {error}; copy the folder again or prepare into a fresh one") from None
+    return _float16(content, info.context_shape)

@@ -1,0 +1,95 @@
+"""Captions of the drawn world: look, road and speed in words, from a small grammar with synonyms; and back, which look
+a prompt names."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+
+from ldm.data.world.looks import LOOKS, Look
+from ldm.data.world.scene import Road
+
+DRIVES = (
+    "scenic byway road drive",
+    "scenic byway road drive",
+    "scenic byway road drive",
+    "road drive",
+    "drive along a road",
+)
+SHAPES = {
+    "straight": ("straight ahead", "on a straight road", "straight"),
+    "left": ("bending left", "curving to the left", "round a left bend"),
+    "right": ("bending right", "curving to the right", "round a right bend"),
+    "winding": ("winding", "on a winding road", "along bends to both sides"),
+}
+HILLS = ("over hills", "hilly", "up and down")
+SPEEDS = (
+    (0.5, ("standing still", "stopped")),
+    (5.0, ("slow", "slowly", "at a gentle pace")),
+    (9.0, ("at medium speed", "at an easy speed", "cruising")),
+    (16.0, ("fast", "quickly", "at high speed")),
+    (np.inf, ("very fast", "racing", "at top speed")),
+)
+
+
+def road_shape(road: Road, start: float, end: float) -> str:
+    """straight, left, right or winding: what the road does from where the camera is first to 70 m beyond its last."""
+    headings = np.array([road.heading(z) for z in np.linspace(start, end + 70, 60)])
+    turned, both = headings[-1] - headings[0], headings.max() - headings.min()
+    if both < 0.10:
+        return "straight"
+    if abs(turned) < 0.62 * both:
+        return "winding"
+    return "right" if turned > 0 else "left"
+
+
+def is_hilly(road: Road, start: float, end: float) -> bool:
+    slopes = np.array([road.slope(z) for z in np.linspace(start, end + 70, 60)])
+    return bool(np.abs(slopes).max() > 0.03)
+
+
+def write_captions(
+    look: Look, road: Road, ends: tuple[float, float], speed: float, rng: np.random.Generator
+) -> list[str]:
+    """Four different captions: three with look, road and speed, the first of them with the look's own name, and last
+    the look alone. `ends`: where the camera is first and last, metres along z; `speed` in m/s."""
+    shape = road_shape(road, *ends)
+    hilly = is_hilly(road, *ends)
+    pace = next(words for limit, words in SPEEDS if speed < limit)
+
+    def pick(words: tuple[str, ...]) -> str:
+        return words[int(rng.integers(len(words)))]
+
+    def article(words: str) -> str:
+        return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+    captions: list[str] = []
+    while len(captions) < 3:
+        phrase = look.phrases[0] if not captions else pick(look.phrases)
+        details = [pick(SHAPES[shape]), *([pick(HILLS)] if hilly else []), pick(pace)]
+        drive = f"{phrase} {DRIVES[0] if not captions else pick(DRIVES)}"
+        text = ", ".join([article(drive) if rng.uniform() < 0.7 else drive, *details])
+        if text not in captions:
+            captions.append(text)
+    return [*captions, f"{look.phrases[0]} {DRIVES[0]}"]
+
+
+def look_of_prompt(prompt: str) -> str | None:
+    """The look that a prompt names, by its name or by what captions call it; None where it names none, or several.
+
+    Words that belong to a longer phrase do not count for themselves: "neon cyberpunk night" is cyberpunk, not night.
+    """
+    prompt = " ".join(prompt.lower().split())
+    found = [
+        (match.start(), match.end(), name)
+        for name, look in LOOKS.items()
+        for phrase in {name, *look.phrases}
+        for match in re.finditer(rf"\b{re.escape(phrase)}\b", prompt)
+    ]
+    looks = {
+        name
+        for start, end, name in found
+        if not any(first <= start and end <= last and last - first > end - start for first, last, _ in found)
+    }
+    return looks.pop() if len(looks) == 1 else None

@@ -1,0 +1,117 @@
+"""Frames of the drawn world, drawn as they are needed, one by one or a few in a row: for the image autoencoder and for
+what reads frames and captions. No frame is ever seen twice, and nothing lies on disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ldm.data.frames import FrameBatch, joined
+from ldm.data.stream import StreamDataModule
+from ldm.data.world import GROUPS, LOOKS, draw_clip
+from ldm.errors import UserError
+from ldm.video import from_uint8
+
+PASS = 10_000  # frames that count as one pass of the endless stream
+HELD_OUT_SEED = 2**40  # scenes from here on are never trained on
+FPS = 8.0  # a single frame does not show it
+
+
+@dataclass
+class DrawnBatch(FrameBatch):
+    """A batch of drawn frames, with one caption and the number of the look (its place in `LOOKS`) for each position."""
+
+    captions: list[str]
+    looks: Tensor
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> DrawnBatch:
+        pixels, looks = (tensor.to(device, non_blocking=non_blocking) for tensor in (self.pixels, self.looks))
+        return DrawnBatch(pixels, self.positions, self.captions, looks, rates=self.rates)
+
+    def pin_memory(self) -> DrawnBatch:
+        pixels, looks = self.pixels.pin_memory(), self.looks.pin_memory()
+        return DrawnBatch(pixels, self.positions, self.captions, looks, rates=self.rates)
+
+    @staticmethod
+    def cat(batches: Sequence[DrawnBatch]) -> DrawnBatch:
+        pixels, looks = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("pixels", "looks"))
+        positions, captions, rates = (joined(batches, name) for name in ("positions", "captions", "rates"))
+        return DrawnBatch(pixels, positions, captions, looks, rates=rates)
+
+
+class DrawnFrames(Dataset):
+    """Frames `t c size size` of the drawn world: position p shows scene `first_seed + p` in one of `looks`.
+
+    frames: t, in a row. rates: frames a second, of which each position has one.
+    """
+
+    def __init__(
+        self, looks: Sequence[str], size: int, first_seed: int, length: int, frames: int, rates: Sequence[float]
+    ) -> None:
+        self.looks, self.size, self.first_seed, self.length = list(looks), size, first_seed, length
+        self.frames, self.rates = frames, list(rates)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, position: int) -> DrawnBatch:
+        turn, place = divmod(position, len(self.looks))
+        order = np.random.default_rng((self.first_seed, turn)).permutation(len(self.looks))  # every look equally often
+        look, seed = self.looks[order[place]], self.first_seed + position
+        rate = self.rates[np.random.default_rng((seed, 2)).integers(len(self.rates))]
+        clip = draw_clip(look, seed, self.frames, self.size, rate)
+        caption = clip.captions[np.random.default_rng((seed, 1)).integers(len(clip.captions))]
+        look = torch.tensor([LOOKS.index(look)])
+        return DrawnBatch(from_uint8(clip.frames), [position], [caption], look, rates=[rate])
+
+
+class DriveFrameDataModule(StreamDataModule):
+    """Frames of the drawn world for training and validation.
+
+    looks: names of looks, or one of the groups all, moving and still; None for all. size: pixels of a side. batch_size:
+    scenes per process and step. num_workers: drawing processes; a frame takes about 20 ms. val_frames: scenes held out,
+    which are never trained on. seed: training draws scenes `seed * 10**9` and following; held-out ones begin at 2**40.
+    frames: of each scene, in a row. rates: frames a second, one of which is drawn for each scene; for clips alone.
+    """
+
+    def __init__(
+        self,
+        looks: str | Sequence[str] | None = None,
+        size: int = 128,
+        batch_size: int = 4,
+        num_workers: int = 0,
+        val_frames: int = 62,
+        seed: int = 23,
+        frames: int = 1,
+        rates: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__(batch_size, num_workers, DrawnBatch.cat)
+        self.looks = list(GROUPS.get(looks, (looks,)) if isinstance(looks, str) else looks or LOOKS)
+        unknown = [look for look in self.looks if look not in LOOKS]
+        if unknown:
+            known = f"names among {', '.join(LOOKS)}, or one of {', '.join(GROUPS)}"
+            raise UserError(f"data.params.looks: expected {known}; found {', '.join(unknown)}")
+        if not 0 <= seed <= 1000:
+            raise UserError(f"data.params.seed: expected 0 to 1000, found {seed!r}")
+        if (frames > 1) != bool(rates):
+            raise UserError(
+                "data.params.rates: expected frames a second for clips of several frames, and none for single frames, "
+                f"found {rates!r} with frames: {frames!r}"
+            )
+        draw = {"frames": frames, "rates": rates or [FPS]}
+        self.train_frames = DrawnFrames(self.looks, size, seed * 10**9, PASS, **draw)
+        self.val_frames = DrawnFrames(self.looks, size, HELD_OUT_SEED, val_frames, **draw)
+        what = "frames" if frames == 1 else f"clips of {frames} frames"
+        self.summary = f"{what} of {len(self.looks)} looks, drawn as they are needed; {val_frames} held out"
+
+    def train_dataloader(self) -> DataLoader:
+        return self.stream_loader(self.train_frames)
+
+    def val_dataloader(self) -> DataLoader | list:
+        return self.loader(self.val_frames) if len(self.val_frames) else []

@@ -1,0 +1,45 @@
+"""Make the tables of a document from the JSON of evaluations and ablations.
+
+    python scripts/dev/report.py docs/report.md [--check]
+
+The document says where: <!-- table: FILE.json -->, and below <!-- end of table -->; what stands between is replaced.
+FILE is a results.json of scripts/ablate.py, a report.json of scripts/evaluate.py or, as FILE.json#SECTION, a record of
+scripts/dev/benchmark.py. --check changes nothing and fails if a table is not what its file says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from ldm.errors import Parser, UserError, run_command
+from ldm.files import write_atomically
+from scripts.dev.tables import fill_document
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Fill in the tables of a document, or check them."""
+    parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("document", type=Path, help="Markdown with places for tables")
+    parser.add_argument("--check", action="store_true", help="whether the tables are up to date")
+    given = parser.parse_args(arguments)
+    if not given.document.is_file():
+        raise UserError(f"{given.document}: expected a document with places for tables, found no such file")
+    text = fill_document(given.document)
+    if text == given.document.read_text(encoding="utf-8"):
+        print(f"{given.document}: its tables are those of its files")
+    elif given.check:
+        raise UserError(
+            f"{given.document}: its tables are not those of its files; make them with scripts/dev/report.py"
+        )
+    else:
+        write_atomically(given.document, text)
+        print(f"{given.document}: tables made")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,200 @@
+"""The running average of the weights: its values, when it is applied, and how it is saved and resumed."""
+
+from __future__ import annotations
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
+
+from ldm.callbacks import WeightAverage
+from ldm.callbacks.average import average_key
+from ldm.errors import UserError
+from ldm.models.autoencoder import AutoencoderKL
+from tests.conftest import relative_error
+from tests.toy_run import ToyModel, fit, last, make_prepared, read
+
+pytestmark = pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return make_prepared(tmp_path_factory.mktemp("prepared") / "set", lengths=(12, 9, 7, 30))
+
+
+def test_the_average_is_that_of_the_original_code(goldens):
+    golden = goldens("schedule")
+    module, average = torch.nn.Linear(3, 2, bias=False), WeightAverage(decay=0.9999)
+    for step in range(4):
+        module.weight.data.copy_(golden[f"ema.w{step}"])
+        average.update(module)
+        if step:
+            assert relative_error(average.averages["weight"], golden[f"ema.shadow{step}"]) < 1e-6
+    assert average.num_updates == golden["ema.num_updates"].item() == 3
+
+
+def test_only_trained_weights_are_averaged_once_a_step(root, tmp_path):
+    average = WeightAverage(decay=0.5)
+    model = fit(root, tmp_path, [average], steps=3, accumulate_grad_batches=2)
+    assert set(average.averages) == {"head.weight", "head.bias"}
+    assert average.num_updates == 3, "once per optimiser step, not per micro-batch"
+    assert average.num_bytes == sum(weight.nbytes for weight in model.head.parameters())
+
+
+def test_the_average_of_half_precision_weights_is_kept_in_full():
+    module, average = torch.nn.Linear(3, 2).bfloat16(), WeightAverage(decay=0.9999)
+    module.weight.data.zero_()
+    average.update(module)
+    average.num_updates = 10**6
+    module.weight.data += 1
+    average.update(module)
+    assert average.averages["weight"].dtype == torch.float32
+    torch.testing.assert_close(average.averages["weight"], torch.full((2, 3), 1e-4))
+    with average.applied(module):
+        assert module.weight.dtype == torch.bfloat16
+
+
+def test_applied_swaps_and_gives_back_even_after_an_error():
+    module, average = torch.nn.Linear(3, 2), WeightAverage(decay=0.9)
+    average.update(module)
+    module.weight.data += 1
+    trained = module.weight.detach().clone()
+    with pytest.raises(RuntimeError), average.applied(module):
+        assert torch.equal(module.weight, average.averages["weight"])
+        raise RuntimeError
+    assert torch.equal(module.weight, trained)
+
+
+def test_validation_sees_the_average_and_training_does_not(root, tmp_path):
+    average, plain = WeightAverage(decay=0.9), fit(root, tmp_path / "plain", [])
+    seen = {}
+
+    class Watch(pl.Callback):
+        def on_validation_batch_start(self, trainer, pl_module, *_):
+            seen[trainer.global_step] = pl_module.head.weight.detach().clone()
+
+    averaged = fit(root, tmp_path / "averaged", [average, Watch()], val_check_interval=2)
+    assert torch.equal(plain.head.weight, averaged.head.weight)
+    assert torch.equal(seen[4], average.averages["head.weight"])
+    assert not torch.equal(seen[4], averaged.head.weight)
+
+
+def test_the_average_travels_in_the_state_dict_under_compvis_names(root, tmp_path):
+    average = WeightAverage(decay=0.9)
+    fit(root, tmp_path, [average])
+    tensors = read(last(tmp_path))["state_dict"]
+    assert torch.equal(tensors["model_ema.headweight"], average.averages["head.weight"])
+    assert tensors["model_ema.decay"].dtype == torch.float32 and tensors["model_ema.num_updates"].item() == 4
+    assert tensors["model_ema.num_updates"].dtype == torch.int32
+    assert "model_ema.frozenweight" not in tensors
+    assert average_key("unet.input_blocks.0.0.weight") == "model_ema.diffusion_modelinput_blocks00weight"
+
+
+def test_the_average_is_resumed_bit_by_bit(root, tmp_path):
+    straight, again = WeightAverage(decay=0.9), WeightAverage(decay=0.9)
+    fit(root, tmp_path / "straight", [straight], steps=9)
+    fit(root, tmp_path / "run", [WeightAverage(decay=0.9)], steps=5)
+    fit(root, tmp_path / "run", [again], steps=9, resume=last(tmp_path / "run"))
+    assert again.num_updates == 9
+    for name, value in straight.averages.items():
+        assert torch.equal(value, again.averages[name])
+
+
+def test_an_average_may_start_late_but_not_of_other_weights(root, tmp_path):
+    fit(root, tmp_path, [])
+    late = WeightAverage(decay=0.9)
+    fit(root, tmp_path, [late], steps=6, resume=last(tmp_path))
+    assert late.num_updates == 2
+    other = ToyModel(learning_rate=0.05)
+    other.frozen.requires_grad_(True)
+    with pytest.raises(UserError, match=r"no average of 2 of the 4 trained weights, such as frozen.weight"):
+        fit(root, tmp_path, [WeightAverage()], model=other, steps=8, resume=last(tmp_path))
+
+
+@pytest.mark.parametrize("decay", [1.0, -0.1])
+def test_a_decay_that_cannot_be(decay):
+    with pytest.raises(UserError, match=f"found {decay}"):
+        WeightAverage(decay=decay)
+
+
+def test_averages_are_never_lost_in_silence(root, tmp_path):
+    weights_only = ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=1, save_weights_only=True)
+    fit(root, tmp_path, [weights_only], steps=1)
+    with pytest.raises(UserError, match=r"save_weights_only: such a file would lack the averages; leave it out"):
+        fit(root, tmp_path, [WeightAverage(), weights_only], steps=1)
+
+    class Plain(ToyModel):
+        keeps_averages = False
+
+    with pytest.raises(UserError, match="the checkpoints of Plain hold no averages; take the callback out"):
+        fit(root, tmp_path, [WeightAverage()], model=Plain(learning_rate=0.1), steps=1)
+    assert not AutoencoderKL.keeps_averages
+
+
+def averaged(steps: int, **options) -> tuple[WeightAverage, torch.nn.Module]:
+    """The average over a slow drift: each step is a tenth of the last place of a bfloat16 near one."""
+    module, average = torch.nn.Linear(40, 50), WeightAverage(decay=0.999, **options)
+    module.weight.data, module.bias.data = torch.linspace(1, 1.9, 2000).view(50, 40), torch.zeros(50)
+    average.update(module)
+    average.num_updates = 10**6
+    for _ in range(steps):
+        module.weight.data += 8e-4
+        average.update(module)
+    return average, module
+
+
+def test_an_average_in_bfloat16_moves_as_it_should():
+    exact, module = averaged(400)
+    half, _ = averaged(400, dtype="bfloat16")
+    assert half.averages["weight"].dtype == torch.bfloat16 and half.averages["bias"].dtype == torch.float32
+    assert half.num_bytes == 2 * 2000 + 4 * 50
+    error = half.averages["weight"].double() - exact.averages["weight"].double()
+    assert error.mean().abs() < 3 * error.std() / 2000**0.5
+    assert error.std() < 4 * 2**-7, "a few of the last place"
+    moved = exact.averages["weight"] - torch.linspace(1, 1.9, 2000).view(50, 40)
+    assert moved.mean() > 0.04 and (error.mean() / moved.mean()).abs() < 0.02
+    nearest = torch.linspace(1, 1.9, 2000).view(50, 40).bfloat16()
+    assert torch.equal(nearest.float().lerp(module.weight, 1e-3).bfloat16(), nearest), "nearest rounding stands still"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_average_in_host_memory_is_the_same(dtype):
+    beside, away = (averaged(5, dtype=dtype, device=device)[0].averages for device in (None, "cpu"))
+    assert all(torch.equal(beside[name], away[name]) for name in beside)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_an_average_in_host_memory_is_the_same_on_a_card():
+    module, averages = torch.nn.Linear(64, 64).cuda(), {}
+    for device in (None, "cpu"):
+        average = averages[device] = WeightAverage(decay=0.9, device=device)
+        for step in range(4):
+            module.weight.data.fill_(step)
+            average.update(module)
+            average.on_before_backward(None, module, None)
+    torch.cuda.synchronize()
+    assert averages["cpu"].averages["weight"].device.type == "cpu"
+    assert torch.equal(averages[None].averages["weight"].cpu(), averages["cpu"].averages["weight"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_average_elsewhere_is_resumed_bit_by_bit(root, tmp_path, dtype):
+    words = {"decay": 0.9, "device": "cpu", "dtype": dtype}
+    straight, again = WeightAverage(**words), WeightAverage(**words)
+    fit(root, tmp_path / "straight", [straight], steps=6)
+    fit(root, tmp_path / "run", [WeightAverage(**words)], steps=3)
+    fit(root, tmp_path / "run", [again], steps=6, resume=last(tmp_path / "run"))
+    for name, value in straight.averages.items():
+        assert value.dtype == again.averages[name].dtype and torch.equal(value, again.averages[name])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "disk"}, "expected the device cpu, or null for that of the weights, found 'disk'"),
+        ({"dtype": "float16"}, "expected the dtype float32 or bfloat16, found 'float16'"),
+    ],
+)
+def test_an_average_that_cannot_be(options, message):
+    with pytest.raises(UserError, match=message):
+        WeightAverage(**options)

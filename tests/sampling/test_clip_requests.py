@@ -1,0 +1,116 @@
+"""What becomes of options before anything is made (`ldm/sampling/request.py`): defaults, plans, notes, refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from ldm.data.example_drive import draw_drive
+from ldm.errors import UserError
+from ldm.sampling.generator import ClipGenerator
+from ldm.sampling.request import ClipRequest, notes, read_request
+from ldm.video import write_mp4
+from tests.scripts.test_txt2vid_given import TOLD, config_of, save_told
+from tests.tiny_checkpoint import image_state, video_state
+
+NOISY = {"known_frames": {"mixture": {"first": 1}, "max_noise": 300}}
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory) -> ClipGenerator:
+    """A network of windows of 5 frames at 2 or 8 a second, that is told known frames and the rate."""
+    return ClipGenerator(save_told(tmp_path_factory.mktemp("told") / "told.ckpt", **NOISY))
+
+
+def of_images(path: Path, state: dict, words: dict | None = None) -> ClipGenerator:
+    """A checkpoint trained on single frames."""
+    config = config_of(words or {})
+    config["data"]["params"] |= {"frames": 1, "strides": [1]}
+    torch.save({"state_dict": state, "config": config}, path)
+    return ClipGenerator(path)
+
+
+def ask(generator: ClipGenerator, **words) -> ClipRequest:
+    return read_request({"prompt": "a road", **words}, generator)
+
+
+def test_a_schedule_goes_with_a_clip_whose_length_follows_from_a_video(told, tmp_path):
+    write_mp4(tmp_path / "a.mp4", draw_drive(9, 32, seed=0), 2)
+    words = {"interpolate": ("4", tmp_path / "a.mp4")}
+    request = ask(told, prompt="0: a | 20: b", **words)
+    assert request.settings.frames == 33 and request.prompts == ["a", "b", ""]
+    with pytest.raises(UserError, match=r"prompt schedule: expected frames from 0 to 32, as the clip has 33, found 33"):
+        ask(told, prompt="0: a | 33: b", **words)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3, 40])
+def test_a_network_of_pictures_makes_any_number_in_one_window(tmp_path, frames):
+    generator = of_images(tmp_path / "image.ckpt", image_state(), {"temporal": False})
+    request = ask(generator, frames=frames)
+    assert request.settings.window == frames
+    assert request.describe() == [f"{frames} frames at 8 fps in one window"]
+    assert any("every frame is a picture of its own" in note for note in notes(request, generator))
+    assert ask(generator, frames=40, window=10).settings.window == 10
+
+
+def test_layers_over_time_that_saw_single_frames_get_the_whole_clip_too(tmp_path):
+    generator = of_images(tmp_path / "video.ckpt", video_state())
+    request = ask(generator, frames=9)
+    assert request.settings.window == 9
+    assert list(notes(request, generator)) == ["clips of 9 frames: trained on 1; any length works, far ones may drift"]
+
+
+def test_channels_for_known_pixels_are_not_time(tmp_path):
+    words = {"temporal": False, "in_channels": 9}
+    unet = save_told(tmp_path / "whole.ckpt", words)
+    generator = of_images(tmp_path / "inpainting.ckpt", torch.load(unet, weights_only=True)["state_dict"], words)
+    assert generator.takes_known_frames and not generator.training.has_time
+    assert any("every frame is a picture of its own" in note for note in notes(ask(generator), generator))
+
+
+def test_a_network_that_is_not_told_the_rate_goes_on_at_its_own(told, tmp_path):
+    assert {stage.spacing for stage in ask(told, frames=40).plan.stages} == {1, 4}
+    untold = ClipGenerator(save_told(tmp_path / "untold.ckpt", TOLD | {"fps_embedding": False}))
+    request = ask(untold, frames=40)
+    assert [stage.spacing for stage in request.plan.stages] == [1] and len(request.plan.windows) > 2
+
+
+def test_noise_on_known_frames_is_suggested_once_where_windows_follow_each_other(told, tmp_path):
+    def suggestions(generator: ClipGenerator, **words) -> list[str]:
+        return [note for note in notes(ask(generator, **words), generator) if "--known-noise" in note]
+
+    assert suggestions(told, frames=40) == [
+        "in several windows: --known-noise, here up to 300, makes going on from earlier ones more robust"
+    ]
+    assert ask(told, frames=40).settings.known_noise == 0
+    Image.new("RGB", (24, 16)).save(tmp_path / "a.png")
+    assert suggestions(told) == suggestions(told, init_image=tmp_path / "a.png") == []
+    assert suggestions(told, frames=40, known_noise=100) == []
+    assert suggestions(ClipGenerator(save_told(tmp_path / "clean.ckpt")), frames=40) == []
+
+
+# bad input
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), -float("inf")])
+def test_guidance_of_no_number_is_refused(told, scale):
+    with pytest.raises(UserError, match=rf"scale: expected a finite number, found {scale}; set --scale"):
+        ask(told, scale=scale)
+    with pytest.raises(UserError, match=rf"motion scale: expected a finite number, found {scale}; set --motion-scale"):
+        ask(told, motion_scale=scale)
+
+
+@pytest.mark.parametrize("window", [1, 0, -3])
+def test_every_window_too_small_is_told_the_same_minimum(told, window):
+    for frames in (5, 13):
+        with pytest.raises(UserError, match=f"window: expected at least 2 frames, .* belong together, found {window}"):
+            ask(told, frames=frames, window=window)
+
+
+def test_a_continuation_without_overlap_is_refused(told, tmp_path):
+    write_mp4(tmp_path / "a.mp4", draw_drive(9, 32, seed=0), 8)
+    with pytest.raises(UserError, match="--overlap: expected at least 1, since that many of the last frames"):
+        ask(told, init_video=tmp_path / "a.mp4", overlap=0)
