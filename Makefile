@@ -3,7 +3,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: setup test lint demo demo-train clean
+.PHONY: setup test test-fast lint demo demo-train clean
 
 setup: $(READY)
 
@@ -16,10 +16,20 @@ $(READY): setup.py constraints.txt Makefile
 	$(PY) -m pip install --quiet --no-deps "open_clip_torch==3.3.0"
 	touch $(READY)
 
-# Two files of tests side by side; each test computes with one thread.
+PYTEST := $(PY) -m pytest tests -n 2 --dist loadfile
+
+# Two test files run at a time; each test computes with one thread. Numeric tests also run with the kernels of CPUs
+# without AVX-512 and without any vector extension: what they claim must hold on all of them.
 test: $(READY)
 	$(PY) -m ruff check .
-	$(PY) -m pytest tests -n 2 --dist loadfile
+	ATEN_CPU_CAPABILITY=default $(PYTEST) -m numeric
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) -m numeric
+	$(PYTEST)
+
+# Without the tests marked slow: two minutes on two cores.
+test-fast: $(READY)
+	$(PY) -m ruff check .
+	$(PYTEST) -m "not slow"
 
 lint: $(READY)
 	$(PY) -m ruff check .
