@@ -27,10 +27,10 @@ from ldm.config import load_config, to_container
 from ldm.data.world import choose_looks, unseen_scenes
 from ldm.errors import Parser, UserError, run_command
 from ldm.experiments.runs import START, Ablations, Sampling, file_name, gather, read_logged, read_words
+from ldm.experiments.tables import ablation_table
 from ldm.files import write_atomically
 from ldm.runs.arguments import parse_arguments
 from ldm.video import write_mp4
-from scripts.dev.tables import ablation_table
 
 ROOT = Path(__file__).resolve().parents[1]
 Runner = Callable[[Sequence[str]], int]  # runs ["script.py", "argument", ...] and returns its exit status

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from ldm.errors import Parser, UserError, run_command
-from ldm.experiments.runs import Plan, file_name, read_logged, read_words, table
+from ldm.experiments.runs import Plan, file_name, read_logged, read_words
+from ldm.experiments.tables import comparison_table
 from ldm.files import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,7 +59,7 @@ def compare(plan: Plan, out: Path, more: Sequence[str], run: Runner) -> dict[str
         results[name] = {"command": command, "seconds": seconds, "logged": read_logged(folder)}
         write_atomically(out / "results.json", json.dumps(results, indent=2) + "\n")
         logged = {done: results[done]["logged"] for done in plan.runs if done in results}
-        write_atomically(out / "table.md", table(plan.columns, logged))
+        write_atomically(out / "table.md", comparison_table(plan.columns, logged))
     return results
 
 

@@ -1,4 +1,4 @@
-"""Runs that differ in one thing, side by side: what is run, and the table of what the runs logged.
+"""Runs that differ in one thing, side by side: what is run and what the runs logged.
 
 A plan is a YAML file:
 
@@ -90,15 +90,6 @@ def read_logged(run_folder: Path) -> dict[str, float]:
         last = max(1, round(LAST_SHARE * len(values))) if tag.startswith("train/") else 1
         found[tag] = float(np.mean(values[-last:]))
     return found
-
-
-def table(columns: Mapping[str, str], results: Mapping[str, Mapping[str, float]]) -> str:
-    """Markdown: a row for each run, a column for each heading; a dash where a run has not logged it."""
-    lines = [f"| | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
-    for name, logged in results.items():
-        cells = [f"{logged[tag]:.4f}" if tag in logged else "-" for tag in columns.values()]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
 
 
 def read_words(path: Path) -> dict[str, Any]:

@@ -27,6 +27,7 @@ import torch
 from ldm.config import check, load_config
 from ldm.devices import choose_device, keep_freed_memory, set_up_card
 from ldm.errors import Parser, UserError, run_command
+from ldm.experiments.tables import markdown_table
 from ldm.files import write_atomically
 from scripts.dev.benchmarking.contestants import PEERS, PRECISIONS, check_peers
 from scripts.dev.benchmarking.plan import GPU_MINUTES, SECTIONS, SMALL, SMALL_SIDE, Plan, Settings
@@ -34,7 +35,6 @@ from scripts.dev.benchmarking.rows import Row, goal_rows, record, table_rows
 from scripts.dev.benchmarking.sections import Cap
 from scripts.dev.benchmarking.timing import Budget
 from scripts.dev.measuring import describe_machine
-from scripts.dev.tables import markdown
 
 TINY, TINY_SIDE, TINY_SCENES = (32, 32), 4, 4
 
@@ -141,9 +141,9 @@ def show(rows: Sequence[Row], kind: str) -> None:
         found = [row for row in rows if row.section == section]
         if found:
             headings, *lines = table_rows(found)
-            print(f"\n{section}\n\n{markdown(headings, lines)}", end="")
+            print(f"\n{section}\n\n{markdown_table(headings, lines)}", end="")
     headings, *lines = goal_rows(rows, kind)
-    print(f"\ngoals\n\n{markdown(headings, lines)}")
+    print(f"\ngoals\n\n{markdown_table(headings, lines)}")
 
 
 if __name__ == "__main__":

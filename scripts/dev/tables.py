@@ -14,16 +14,14 @@ Nothing is computed here: every number is one that a script has written. The con
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from html import escape
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ldm.checkpoint.files import read_file
 from ldm.checkpoint.layouts import BUNDLED, bundle_files, read_bundle
 from ldm.errors import UserError
-from ldm.evaluation.report import number
-from ldm.experiments.runs import CLIPS, LOGGED, MINUTES, OF_TRUE
+from ldm.experiments.tables import ablation_table, estimate_cell, markdown_table
 from ldm.files import parse_json
 from ldm.sampling.settings import Training, sampling_defaults
 from scripts.dev.benchmarking.rows import goal_rows, is_record, rows_of, table_rows
@@ -32,8 +30,8 @@ NETWORKS = {
     "autoencoder": "image autoencoder",
     "text_encoder": "text encoder",
     "unet": "UNet, image weights",
-    "temporal": "UNet, layers over time",
-    "temporal_decoder": "decoder of the autoencoder, layers over time",
+    "temporal": "UNet, temporal layers",
+    "temporal_decoder": "autoencoder decoder, temporal layers",
 }
 
 
@@ -43,32 +41,29 @@ def bundle_table(folder: Path = BUNDLED) -> str:
     Raises `CheckpointError` where the bundle is not whole.
     """
     _, config = read_bundle(folder)
-    lines, total_parameters, total_bytes = ["| file | | million parameters | MB |", "|---|---|---|---|"], 0, 0
+    rows, total_parameters, total_bytes = [], 0, 0
     for path in bundle_files(folder)[1:]:
         parameters = sum(tensor.numel() for tensor in read_file(path)["state_dict"].values())
         size = path.stat().st_size
         total_parameters, total_bytes = total_parameters + parameters, total_bytes + size
         network = NETWORKS[path.stem.partition("-")[0]]
-        lines.append(f"| `{path.name}` | {network} | {parameters / 1e6:.2f} | {size / 1e6:.1f} |")
-    lines.append(f"| all | | {total_parameters / 1e6:.2f} | {total_bytes / 1e6:.1f} |")
+        rows.append([f"`{path.name}`", network, f"{parameters / 1e6:.2f}", f"{size / 1e6:.1f}"])
+    rows.append(["all", "", f"{total_parameters / 1e6:.2f}", f"{total_bytes / 1e6:.1f}"])
     trained = Training.of_config(config, has_time=True)
-    words = {
+    settings = {
         "trained on clips of": f"{trained.frames} frames",
         "at": ", ".join(f"{rate:g}" for rate in trained.rates) + " frames a second",
         "of": "x".join(map(str, trained.size or ())) + " pixels",
+        **{f"`--{option}`": str(value) for option, value in sampling_defaults(config).items()},
     }
-    defaults = sampling_defaults(config).items()
-    lines += ["", "| " + " | ".join([*words, *(f"`--{word}`" for word, _ in defaults)]) + " |"]
-    lines.append("|---" * (len(words) + len(defaults)) + "|")
-    lines.append("| " + " | ".join([*words.values(), *(f"{value}" for _, value in defaults)]) + " |")
-    return "\n".join(lines) + "\n"
+    files = markdown_table(["file", "network", "million parameters", "MB"], rows)
+    return f"{files}\n{markdown_table(list(settings), [list(settings.values())])}"
 
 
 def training_table(stages: Mapping[str, Mapping[str, Any]]) -> str:
     """The stages that scripts/train_drive.py has trained: steps and minutes."""
-    lines = ["| stage | steps | minutes |", "|---|---|---|"]
-    lines += [f"| {name} | {stage['steps']:,} | {stage['seconds'] / 60:.1f} |" for name, stage in stages.items()]
-    return "\n".join(lines) + "\n"
+    rows = [[name, f"{stage['steps']:,}", f"{stage['seconds'] / 60:.1f}"] for name, stage in stages.items()]
+    return markdown_table(["stage", "steps", "minutes"], rows)
 
 
 def is_training(results: Any) -> bool:
@@ -80,9 +75,7 @@ def is_training(results: Any) -> bool:
     )
 
 
-NOTHING = "-"
 TERA = 1e12
-PLACES, PLACES_OF_SHARES = 4, 2  # of what a run logged, of parts of the true clips'
 PLACE = re.compile(r"(<!-- table: *(\S+) *-->\n).*?(<!-- end of table -->)", flags=re.DOTALL)
 BEGINS = "<!-- table:"
 
@@ -132,19 +125,19 @@ def benchmark_table(results: Mapping[str, Any], part: str, path: Path) -> str:
     rows = rows_of(results)
     if part == "run":
         if results["date"] is None:
-            return markdown(["run", "where"], [["none yet", ""]])
+            return markdown_table(["run", "where"], [["none yet", ""]])
         peaks = ", ".join(f"{peak / TERA:.3g} TFLOP/s in {name}" for name, peak in results["peaks"].items())
         lines = [[results["date"], results["machine"], f"{results['threads']}", peaks]]
-        return markdown(["run", "where", "threads", "fastest matrix product"], lines)
+        return markdown_table(["run", "where", "threads", "fastest matrix product"], lines)
     if part == "goals":
         headings, *lines = goal_rows(rows, results["device"])
-        return markdown(headings, lines)
+        return markdown_table(headings, lines)
     found = [row for row in rows if row.section == part]
     if not found:
         known = ", ".join(dict.fromkeys(row.section for row in rows))
         raise UserError(f"{path}#{part}: expected run, goals or a section that was run ({known}), found {part!r}")
     headings, *lines = table_rows(found)
-    return markdown(headings, lines)
+    return markdown_table(headings, lines)
 
 
 def evaluation_table(report: Mapping[str, Any]) -> str:
@@ -152,64 +145,12 @@ def evaluation_table(report: Mapping[str, Any]) -> str:
     kinds = [("estimates", name, its) for name, its in report["measures"].items()]
     kinds += [("distances", name, its) for name, its in report.get("distances", {}).items()]
     lines = [
-        [row["name"], str(row["num_clips"]), *(_cell(row[kind].get(name), its["places"]) for kind, name, its in kinds)]
+        [
+            row["name"],
+            str(row["num_clips"]),
+            *(estimate_cell(row[kind].get(name), its["places"]) for kind, name, its in kinds),
+        ]
         for row in report["rows"]
     ]
     titles = [its["title"] if kind == "estimates" else f"Frechet distance of {its['title']}" for kind, _, its in kinds]
-    return markdown(["", "clips", *titles], lines)
-
-
-def ablation_table(results: Mapping[str, Any]) -> str:
-    """A line for each row of an ablation, and before them the reference rows."""
-    columns, rows = results["columns"], results["rows"]
-    references: dict[str, dict[str, Any]] = {}
-    for evaluation, found in results["references"].items():
-        for row in found:
-            references.setdefault(row["name"], {})[evaluation] = row
-    lines = [[name, *_cells(results, found, None)] for name, found in references.items() if name not in rows]
-    for name, row in rows.items():
-        lines.append([name, *_cells(results, row["evaluations"], results["runs"].get(row["run"]))])
-    return markdown(["", *columns], lines)
-
-
-def _cells(
-    results: Mapping[str, Any], found: Mapping[str, Mapping[str, Any]], run: Mapping[str, Any] | None
-) -> Iterator[str]:
-    """One line. found: evaluation -> the row of its report. run: what was trained for it; None: nothing was."""
-    for column in results["columns"].values():
-        if column == MINUTES:
-            yield NOTHING if run is None else f"{run['seconds'] / 60:.1f}"
-        elif column.startswith(LOGGED):
-            value = None if run is None else run["logged"].get(column.removeprefix(LOGGED))
-            yield NOTHING if value is None else f"{value:.{PLACES}f}"
-        else:
-            evaluation, _, measure = column.partition("/")
-            yield NOTHING if evaluation not in found else _measure_cell(results, found[evaluation], measure)
-
-
-def _measure_cell(results: Mapping[str, Any], row: Mapping[str, Any], measure: str) -> str:
-    name = measure.removesuffix(OF_TRUE)
-    if measure == CLIPS:
-        return str(row["num_clips"])
-    if measure.endswith(OF_TRUE):
-        return _cell(row["of_true"].get(name), PLACES_OF_SHARES)
-    for kind, values in (("measures", "estimates"), ("distances", "distances")):
-        if name in results[kind]:
-            return _cell(row[values].get(name), results[kind][name]["places"])
-    return NOTHING
-
-
-def _cell(found: Mapping[str, Any] | None, places: int) -> str:
-    mean, interval = number(found, places)
-    return f"{mean} ({interval})" if interval else mean
-
-
-def markdown(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Headings and lines of cells as a table."""
-    cells = [headings, ["---"] * len(headings), *lines]
-    return "".join(f"| {' | '.join(map(in_cell, line))} |\n" for line in cells)
-
-
-def in_cell(text: str) -> str:
-    """Text as part of a Markdown table: on one line, neither HTML nor another cell."""
-    return " ".join(escape(text, quote=False).replace("|", "\\|").split())
+    return markdown_table(["", "clips", *titles], lines)

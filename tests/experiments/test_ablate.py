@@ -16,10 +16,10 @@ from ldm.config import check, load_config
 from ldm.errors import UserError
 from ldm.evaluation.motion import MEASURES
 from ldm.experiments.runs import CLIPS, LOGGED, MINUTES, OF_TRUE, Ablations, Sampling, gather, read_words
+from ldm.experiments.tables import ablation_table
 from ldm.sampling.options import read_prompt_file
 from ldm.video import read_video
 from scripts.ablate import Laboratory, main
-from scripts.dev.tables import ablation_table
 
 ROOT = Path(__file__).parents[2]
 PUBLISHED = [ROOT / "configs/drive/ablations.yaml", ROOT / "configs/drive/known.yaml"]

@@ -10,7 +10,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from ldm.config import check, load_config
 from ldm.errors import UserError
-from ldm.experiments.runs import Plan, file_name, table
+from ldm.experiments.runs import Plan, file_name
+from ldm.experiments.tables import comparison_table
 from scripts.compare import compare, main, read_plan
 
 ROOT = Path(__file__).parents[2]
@@ -52,7 +53,8 @@ def test_each_run_gets_its_own_words_and_a_row(tmp_path):
     assert results["plain"]["logged"]["train/loss"] == pytest.approx(1.85)  # mean of the last two of ten
     assert json.loads((tmp_path / "results.json").read_text()) == results
     assert (tmp_path / "table.md").read_text() == (
-        "| | loss | held out |\n|---|---|---|\n| plain | 1.8500 | 0.2500 |\n| More noise, 0.1 | 2.8500 | 0.2500 |\n"
+        "|  | loss | held out |\n| --- | --- | --- |\n"
+        "| plain | 1.8500 | 0.2500 |\n| More noise, 0.1 | 2.8500 | 0.2500 |\n"
     )
 
 
@@ -72,7 +74,7 @@ def test_a_run_that_fails_stops_the_comparison(tmp_path):
 
 
 def test_a_table_shows_what_was_not_logged_as_a_dash():
-    assert table({"x": "val/x"}, {"a": {}}) == "| | x |\n|---|---|\n| a | - |\n"
+    assert comparison_table({"x": "val/x"}, {"a": {}}) == "|  | x |\n| --- | --- |\n| a | - |\n"
 
 
 def test_names_become_folder_names():

@@ -20,12 +20,12 @@ from ldm.errors import UserError, run_command
 from ldm.evaluation import page
 from ldm.evaluation import page as plots
 from ldm.evaluation.report import ShownClip
+from ldm.experiments.tables import escape_cell
 from ldm.modules import tokenizer
 from ldm.sampling.given_frames import read_mask, read_picture
 from ldm.sampling.prompts import odd_part, read_schedule
 from ldm.video import contact_sheet, read_metadata, read_video, write_mp4
 from scripts import evaluate
-from scripts.dev.tables import in_cell
 
 FRAMES = np.random.default_rng(0).integers(0, 255, (6, 64, 64, 3), np.uint8)
 
@@ -204,10 +204,10 @@ def test_pages_show_names_and_captions_as_text():
     found = {"mean": 1.0, "low": 0.0, "high": 2.0}
     shown = [
         page._figure(ShownClip(FRAMES, evil), 8.0), page._rich_table(table), page._told([("is", evil)]),
-        plots._plot([plots._Line(evil, "given", found, [(evil, 1.0)])], evil), in_cell(evil),
+        plots._plot([plots._Line(evil, "given", found, [(evil, 1.0)])], evil), escape_cell(evil),
     ]  # fmt: skip
     assert all("<script" not in text and "script" in text for text in shown)
-    assert in_cell("a | b\nc") == "a \\| b c"
+    assert escape_cell("a | b\nc") == "a \\| b c"
 
 
 def test_messages_steer_no_terminal(capsys):
