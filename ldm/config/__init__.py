@@ -57,6 +57,7 @@ MOVED = {
     "ldm.callbacks.videos": "ldm.callbacks.samples",
     "ldm.callbacks.waiting": "ldm.callbacks.reports",
     "ldm.data.drive_frames": "ldm.data.world.frames",
+    "ldm.models.diffusion.schedule": "ldm.diffusion.schedule",
 }
 # Arguments of Lightning's Trainer that have places of their own in the config, or none.
 TRAINER_OWN = {"callbacks", "logger", "plugins", "default_root_dir", "enable_checkpointing", "model_registry"}

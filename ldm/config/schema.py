@@ -90,6 +90,7 @@ def in_words(annotation: Any) -> str:
 # Packages, modules and classes; what lies below one of them may be named.
 KNOWN = (
     "ldm.models",
+    "ldm.diffusion",
     "ldm.modules",
     "ldm.callbacks",
     "ldm.data.clips",

@@ -352,7 +352,7 @@ KILLED = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
 import pytest
-from tests import test_prepare
+from tests.data.preparing import test_prepare
 patch = pytest.MonkeyPatch()
 test_prepare.stand_in(patch)
 test_prepare.sources.CHUNK_PIXELS = 4 * 64 * 64
