@@ -41,10 +41,10 @@ from ldm.evaluation.clip_files import (
 )
 from ldm.evaluation.commanded_rate import rate_table, summarise_rates
 from ldm.evaluation.flow import measure_motion
-from ldm.evaluation.metrics import Instruments, Needs, choose_instruments
-from ldm.evaluation.motion import REFERENCES, judge_motion, zoomed_still
+from ldm.evaluation.metrics import MetricNeeds, MetricSet, choose_metrics
+from ldm.evaluation.motion import CONTROLS, read_measures, zoomed_still
 from ldm.evaluation.page import html_page
-from ldm.evaluation.report import TRUE, JudgedClip, Report, Row, ShownClip, distance_table, notes, table
+from ldm.evaluation.report import TRUE, MeasuredClip, Report, Row, ShownClip, distance_table, notes, table
 from ldm.evaluation.true_flow import FlowReading, flow_table, read_flow, summarise_flow
 from ldm.experiments.evaluation_plan import (
     WORLD,
@@ -110,13 +110,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def judge_row(planned: PlannedRow, form: ClipFormat, instruments: Instruments, advance: Callable[[], object]) -> Row:
+def judge_row(planned: PlannedRow, form: ClipFormat, metrics: MetricSet, advance: Callable[[], object]) -> Row:
     """Measure the given clips of one row; `advance` is called after each."""
     row = Row(planned.name, is_reference=False)
     shown = places_shown(planned.num_clips)
     for number, (video, start, frames) in enumerate(read_clips(planned, form)):
-        seen = instruments.look_at(frames, video.prompt)
-        row.add(JudgedClip(str(video.path), start, seen.readings, video.prompt), seen.features)
+        seen = metrics.measure(frames, video.prompt)
+        row.add(MeasuredClip(str(video.path), start, seen.readings, video.prompt), seen.features)
         if number in shown:
             row.shown.append(ShownClip(frames, video.prompt))
         advance()
@@ -124,20 +124,20 @@ def judge_row(planned: PlannedRow, form: ClipFormat, instruments: Instruments, a
 
 
 def judge_reference(
-    planned: PlannedRow, form: ClipFormat, instruments: Instruments, spoilt: bool, advance: Callable[[], object]
+    planned: PlannedRow, form: ClipFormat, metrics: MetricSet, spoilt: bool, advance: Callable[[], object]
 ) -> list[Row]:
     """Measure true clips and, where wanted, spoilt ones made of each of them; `advance` is called after every one."""
-    rows = {name: Row(name, is_reference=True) for name in (TRUE, *(REFERENCES if spoilt else ()))}
+    rows = {name: Row(name, is_reference=True) for name in (TRUE, *(CONTROLS if spoilt else ()))}
     shown = places_shown(planned.num_clips)
     for number, (video, start, frames) in enumerate(read_clips(planned, form)):
-        true = instruments.look_at(frames, video.prompt)
+        true = metrics.measure(frames, video.prompt)
         for name, row in rows.items():
             made, seen = frames, true
             if name != TRUE:
-                make = REFERENCES[name]
+                make = CONTROLS[name]
                 made = zoomed_still(frames, true.motion) if make is zoomed_still else make(frames)
-                seen = instruments.look_at(made, video.prompt)
-            row.add(JudgedClip(str(video.path), start, seen.readings, video.prompt), seen.features)
+                seen = metrics.measure(made, video.prompt)
+            row.add(MeasuredClip(str(video.path), start, seen.readings, video.prompt), seen.features)
             if number in shown:
                 row.shown.append(ShownClip(made, video.prompt))
             advance()
@@ -172,18 +172,18 @@ def evaluate(options: argparse.Namespace, console: Console, words: str) -> tuple
     with console.status("looking for what measures"):
         everything = [*(row for row, _ in rows), *([reference] if reference else [])]
         has_prompts = any(video.prompt is not None for row in everything for video in row.cuts)
-        needs = Needs(form.num_frames, reference is not None, has_prompts)
-        instruments = choose_instruments(options.judge, options.clip_model, options.i3d, needs)
-    num_kinds = 1 if options.no_spoilt else 1 + len(REFERENCES)
+        needs = MetricNeeds(form.num_frames, reference is not None, has_prompts)
+        metrics = choose_metrics(options.judge, options.clip_model, options.i3d, needs)
+    num_kinds = 1 if options.no_spoilt else 1 + len(CONTROLS)
     total = sum(row.num_clips for row, _ in rows) + (num_kinds * reference.num_clips if reference else 0)
     with progress_bar(console, "clips", total) as advance:
         judged = []
         if reference:
-            judged += judge_reference(reference, form, instruments, not options.no_spoilt, advance)
+            judged += judge_reference(reference, form, metrics, not options.no_spoilt, advance)
         for row, is_reference in rows:
-            judged.append(judge_row(row, form, instruments, advance))
+            judged.append(judge_row(row, form, metrics, advance))
             judged[-1].is_reference = is_reference
-    return Report(form, judged, instruments), measure_besides(made, console) if made else {}
+    return Report(form, judged, metrics), measure_besides(made, console) if made else {}
 
 
 def measure_besides(made: EvaluationPlan, console: Console) -> dict[str, Any]:
@@ -222,7 +222,7 @@ def ground_speeds(row: MadeRow, advance: Callable[[], object]) -> list[float | N
     """The ground speed of each clip of a row, None where it cannot be judged."""
     found = []
     for _, _, frames in read_clips(*planned_of(row)):
-        found.append(judge_motion(measure_motion(frames))["speed"].value)
+        found.append(read_measures(measure_motion(frames))["speed"].value)
         advance()
     return found
 

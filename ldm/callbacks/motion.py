@@ -21,9 +21,9 @@ from ldm.checkpoint import load_text_encoder_of
 from ldm.data.batch import SceneRange
 from ldm.data.clips import ClipDataModule, HeldOutClips
 from ldm.errors import UserError
-from ldm.evaluation.look_judge import load_judge
-from ldm.evaluation.metrics import OUR_JUDGE, Instruments
-from ldm.evaluation.text_alignment import agreement_by
+from ldm.evaluation.look_judge import load_style_classifier
+from ldm.evaluation.metrics import BUNDLED_CLASSIFIER, MetricSet
+from ldm.evaluation.text_alignment import style_alignment
 from ldm.files import parse_json, write_atomically
 from ldm.sampling.loop import initial_noise
 from ldm.sharding import is_divided
@@ -86,7 +86,7 @@ class MotionLogger(pl.Callback):
         self.prompts, self.every_n_steps, self.at_start = prompts, every_n_steps, at_start
         self.num_clips, self.frames, self.fps = num_clips, frames, fps
         self.recipe, self.seed, self.judge = Recipe(sampler, steps, scale), seed, judge
-        self._instruments = Instruments()
+        self._metrics = MetricSet()
         self._clips: HeldOutClips | None = None
         self._captions: list[str] = []
         self._context: Tensor | None = None
@@ -96,8 +96,8 @@ class MotionLogger(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the data's clips, encode the prompts and try the settings: mistakes show before the first step."""
         self.recipe.check(pl_module, "MotionLogger")
-        if self.judge is not None or OUR_JUDGE.is_file():
-            self._instruments = Instruments(agreement_by(load_judge(self.judge or OUR_JUDGE)))
+        if self.judge is not None or BUNDLED_CLASSIFIER.is_file():
+            self._metrics = MetricSet(style_alignment(load_style_classifier(self.judge or BUNDLED_CLASSIFIER)))
         if not trainer.is_global_zero and not is_divided(pl_module.unet):
             return
         data = trainer.datamodule
@@ -118,7 +118,7 @@ class MotionLogger(pl.Callback):
     def _begin_record(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """What was measured before, and the data's own clips, measured once."""
         self._record = _begin(self.path, self._settings(), trainer.global_step)
-        measures = self._instruments.measures
+        measures = self._metrics.measures
         if set(self._record.get("data", {}).get("values", ())) != set(measures):
             parts = [part for part, _, _ in self._clips.windows]
             found = self._measure(pl_module, self._data_latents(pl_module), [part.scene.captions[0] for part in parts])
@@ -164,7 +164,7 @@ class MotionLogger(pl.Callback):
             logger.log_metrics({f"{self.tag}_data/{name}": mean for name, mean in of_data.items()}, step=step)
         words = ", ".join(
             f"{measure.title} {of_samples[name]:.{measure.places}f} (data {of_data[name]:.{measure.places}f})"
-            for name, measure in self._instruments.measures.items()
+            for name, measure in self._metrics.measures.items()
             if name in of_samples and name in of_data
         )
         log.info(
@@ -190,8 +190,8 @@ class MotionLogger(pl.Callback):
     def _measure(self, pl_module: pl.LightningModule, latents: Tensor, captions: Sequence[str]) -> dict[str, Readings]:
         """All measures of each clip."""
         clips = decode_clips(self.config, pl_module, latents)
-        seen = [self._instruments.look_at(*clip).readings for clip in zip(clips, captions, strict=True)]
-        return {"values": {name: [readings[name].value for readings in seen] for name in self._instruments.measures}}
+        seen = [self._metrics.measure(*clip).readings for clip in zip(clips, captions, strict=True)]
+        return {"values": {name: [readings[name].value for readings in seen] for name in self._metrics.measures}}
 
     def _read_captions(self) -> tuple[Sequence[str], Tensor]:
         """What the clips are to show: the words and their embeddings `k n d`."""

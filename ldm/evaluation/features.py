@@ -25,7 +25,7 @@ from ldm.evaluation.flow import Motion
 GRID = 4  # cells across and down
 
 
-class LooksAtFrames(Protocol):
+class StyleClassifier(Protocol):
     """What is needed of a judge (`judge.py`): it tells the looks of frames uint8 `t h w 3` and has features of them."""
 
     looks: tuple[str, ...]
@@ -55,7 +55,7 @@ class Extractor:
     shortest: int = 2
 
 
-def own_extractors(judge: LooksAtFrames) -> dict[str, Extractor]:
+def own_extractors(judge: StyleClassifier) -> dict[str, Extractor]:
     """Those of frames and of clips by the judge."""
     return {
         "frechet_frames": Extractor(

@@ -20,13 +20,13 @@ from ldm.files import parse_json, write_atomically
 from ldm.modules.frame_tower import FrameClassifier
 from ldm.video import from_uint8
 
-WORDS = "judge of looks"  # where the metadata of its files has the words about it
+METADATA_KEY = "judge of looks"  # where the metadata of its files has the words about it
 MAX_BLOCKS, MAX_WIDTH = 32, 4096
 AT_ONCE = 128  # frames
 
 
 @dataclass(frozen=True)
-class Judge:
+class StyleClassifier:
     """A trained judge.
 
     looks: the names that its answers are places in. accuracy: share of held-out frames of the drawn world whose look it
@@ -55,7 +55,7 @@ class Judge:
         return np.concatenate([self.network.tower(from_uint8(part)).numpy() for part in parts])
 
 
-def save_judge(
+def save_style_classifier(
     path: Path | str,
     network: FrameClassifier,
     looks: Sequence[str],
@@ -63,14 +63,14 @@ def save_judge(
     accuracy_damaged: float,
     steps: int,
 ) -> None:
-    """Write a judge, in half precision, with what `Judge` says of it; the file appears whole or not at all."""
+    """Write a style classifier in half precision, atomically; see `StyleClassifier` for the fields."""
     tensors = {name: tensor.detach().cpu().half().contiguous() for name, tensor in network.state_dict().items()}
     words = {"looks": list(looks), "accuracy": accuracy, "accuracy_damaged": accuracy_damaged, "steps": steps}
     words["widths"] = list(network.tower.widths)
-    write_atomically(path, save(tensors, {WORDS: json.dumps(words)}))
+    write_atomically(path, save(tensors, {METADATA_KEY: json.dumps(words)}))
 
 
-def load_judge(path: Path | str) -> Judge:
+def load_style_classifier(path: Path | str) -> StyleClassifier:
     """A judge from its file, on the CPU; raises UserError for a file that is none."""
     path = Path(path)
     words, tensors = _read(path)
@@ -88,7 +88,7 @@ def load_judge(path: Path | str) -> Judge:
             f"({' '.join(str(error).split())[:200]}). Train it again with configs/drive/judge.yaml."
         ) from None
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
-    return Judge(network.requires_grad_(False).eval(), looks, *accuracies, steps, f"{path.stem} {digest}")
+    return StyleClassifier(network.requires_grad_(False).eval(), looks, *accuracies, steps, f"{path.stem} {digest}")
 
 
 def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
@@ -104,13 +104,13 @@ def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
             tensors = {name: file.get_tensor(name).float() for name in file.keys()}
     except SafetensorError as error:
         raise UserError(f"{path}: expected a judge of looks in a .safetensors file, found another ({error})") from None
-    if WORDS not in metadata:
+    if METADATA_KEY not in metadata:
         raise UserError(
             f"{path}: expected a judge of looks, found a .safetensors file of something else; the project's own is "
             "models/drive/judge.safetensors"
         )
     try:
-        words = parse_json(metadata[WORDS])
+        words = parse_json(metadata[METADATA_KEY])
     except ValueError as error:
         raise UserError(f"{path}: expected a judge of looks, found one whose words are no JSON ({error})") from None
     return words, tensors

@@ -1,6 +1,6 @@
 """Everything that looks at a clip beside the measures of motion: text agreement and what Frechet distances are between.
 
-Which of it there is depends on the files at hand; `Instruments.told` says in words what was used and what was not.
+Which of it there is depends on the files at hand; `MetricSet.told` says in words what was used and what was not.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import numpy as np
 from ldm.errors import UserError
 from ldm.evaluation.features import MOTION_ON_A_GRID, NUM_FRAMES, Extractor, load_i3d, own_extractors
 from ldm.evaluation.flow import Motion, measure_motion
-from ldm.evaluation.look_judge import load_judge
-from ldm.evaluation.motion import MEASURES, NO_TEXTURE, Measure, Reading, has_texture, judge_motion
-from ldm.evaluation.text_alignment import Agreement, agreement_by
+from ldm.evaluation.look_judge import load_style_classifier
+from ldm.evaluation.motion import MEASURES, NO_TEXTURE, Measure, Reading, has_texture, read_measures
+from ldm.evaluation.text_alignment import TextAlignment, style_alignment
 
-AGREEMENT = "text_agreement"
-OUR_JUDGE = Path(__file__).parents[2] / "models" / "drive" / "judge.safetensors"
+TEXT_ALIGNMENT = "text_agreement"
+BUNDLED_CLASSIFIER = Path(__file__).parents[2] / "models" / "drive" / "judge.safetensors"
 
 
 @dataclass(frozen=True)
-class Seen:
+class ClipMetrics:
     """What was found in one clip: a reading of each measure, and features by each extractor, None of an empty picture.
 
     motion: at the working size.
@@ -35,42 +35,42 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Instruments:
+class MetricSet:
     """The measures of a clip and the extractors of its features; the motion alone when nothing else is given."""
 
-    agreement: Agreement | None = None
+    agreement: TextAlignment | None = None
     extractors: Mapping[str, Extractor] = field(default_factory=dict)
     told: Sequence[str] = ()
 
     @property
     def measures(self) -> dict[str, Measure]:
         """All measures by name, in the order of a report."""
-        return {**MEASURES, **({AGREEMENT: self.agreement.measure} if self.agreement else {})}
+        return {**MEASURES, **({TEXT_ALIGNMENT: self.agreement.measure} if self.agreement else {})}
 
-    def look_at(self, frames: np.ndarray, prompt: str | None) -> Seen:
+    def measure(self, frames: np.ndarray, prompt: str | None) -> ClipMetrics:
         """Read one clip, uint8 RGB `t h w 3`, and its prompt, None where none is known."""
         motion = measure_motion(frames)
-        readings = dict(judge_motion(motion))
+        readings = dict(read_measures(motion))
         if not has_texture(motion):
             if self.agreement:
-                readings[AGREEMENT] = Reading(None, NO_TEXTURE)
-            return Seen(readings, dict.fromkeys(self.extractors), motion)
+                readings[TEXT_ALIGNMENT] = Reading(None, NO_TEXTURE)
+            return ClipMetrics(readings, dict.fromkeys(self.extractors), motion)
         if self.agreement:
-            readings[AGREEMENT] = self.agreement.read(frames, prompt)
+            readings[TEXT_ALIGNMENT] = self.agreement.read(frames, prompt)
         features = {name: extractor.extract(frames, motion) for name, extractor in self.extractors.items()}
-        return Seen(readings, features, motion)
+        return ClipMetrics(readings, features, motion)
 
 
 @dataclass(frozen=True)
-class Needs:
-    """What of the instruments an evaluation can use: its clips' frames, and whether it knows true clips and prompts."""
+class MetricNeeds:
+    """What of the metrics an evaluation can use: its clips' frames, and whether it knows true clips and prompts."""
 
     num_frames: int
     has_true_clips: bool
     has_prompts: bool
 
 
-def choose_instruments(judge: Path | None, clip: Path | None, i3d: Path | None, needs: Needs) -> Instruments:
+def choose_metrics(judge: Path | None, clip: Path | None, i3d: Path | None, needs: MetricNeeds) -> MetricSet:
     """Load what is named; `judge` None is the bundled one, which may be missing.
 
     `clip` is a folder of CLIP and takes the judge's place for text agreement, `i3d` a file for FVD. Raises UserError
@@ -78,15 +78,17 @@ def choose_instruments(judge: Path | None, clip: Path | None, i3d: Path | None, 
     """
     _check_use(clip, i3d, needs)
     told, agreement, extractors = [], None, {}
-    found = load_judge(judge or OUR_JUDGE) if judge or OUR_JUDGE.is_file() else None
+    found = load_style_classifier(judge or BUNDLED_CLASSIFIER) if judge or BUNDLED_CLASSIFIER.is_file() else None
     if found is None:
-        told.append(f"{OUR_JUDGE.name} is not there: no text agreement by it and no Frechet distances of what it sees")
+        told.append(
+            f"{BUNDLED_CLASSIFIER.name} is not there: no text agreement by it and no Frechet distances of what it sees"
+        )
     if needs.has_prompts and clip is not None:
-        from ldm.evaluation.text_alignment import load_clip  # noqa: PLC0415 - transformers takes seconds to load
+        from ldm.evaluation.text_alignment import load_clip_alignment  # noqa: PLC0415 - transformers takes seconds to load
 
-        agreement = load_clip(clip)
+        agreement = load_clip_alignment(clip)
     elif needs.has_prompts and found is not None:
-        agreement = agreement_by(found)
+        agreement = style_alignment(found)
     if agreement is not None:
         told.append(agreement.told)
     elif not needs.has_prompts:
@@ -98,10 +100,10 @@ def choose_instruments(judge: Path | None, clip: Path | None, i3d: Path | None, 
         told += [f"Frechet distance of {its.title} by {its.name}" for its in extractors.values()]
     else:
         told.append("no Frechet distances: they are taken from true clips, which --reference gives")
-    return Instruments(agreement, extractors, told)
+    return MetricSet(agreement, extractors, told)
 
 
-def _check_use(clip: Path | None, i3d: Path | None, needs: Needs) -> None:
+def _check_use(clip: Path | None, i3d: Path | None, needs: MetricNeeds) -> None:
     if clip is not None and not needs.has_prompts:
         raise UserError(
             "--clip-model: expected clips with prompts, found none; prompts are in the files that txt2vid.py writes, "

@@ -31,7 +31,7 @@ STRIPS = (0.06, 0.08, 0.1, 0.13, 0.16, 0.2, 0.25, 0.3)  # of the height, below t
 MIN_OVERLAP = 0.25  # share of the picture that must still be inside after motion compensation
 
 
-class CannotJudgeError(Exception):
+class NotMeasurableError(Exception):
     """The clip does not show what the measure needs; the message says what is missing."""
 
 
@@ -66,11 +66,11 @@ class MotionMeasure(Measure):
 
 
 def judge(frames: np.ndarray) -> dict[str, Reading]:
-    """All measures of one clip, uint8 RGB `t h w 3`, by their names in `MEASURES`; see `judge_motion`."""
-    return judge_motion(measure_motion(frames))
+    """All measures of one clip, uint8 RGB `t h w 3`, by their names in `MEASURES`; see `read_measures`."""
+    return read_measures(measure_motion(frames))
 
 
-def judge_motion(motion: Motion) -> dict[str, Reading]:
+def read_measures(motion: Motion) -> dict[str, Reading]:
     """All measures of a clip whose motion is known.
 
     A clip without texture - black, of one colour, a smooth gradient - has a reason and no number for any of them.
@@ -81,7 +81,7 @@ def judge_motion(motion: Motion) -> dict[str, Reading]:
     for name, measure in MEASURES.items():
         try:
             readings[name] = Reading(measure.compute(motion))
-        except CannotJudgeError as reason:
+        except NotMeasurableError as reason:
             readings[name] = Reading(None, str(reason))
     return readings
 
@@ -130,14 +130,14 @@ def _expansion(motion: Motion, region: np.ndarray, where: str) -> float:
         if seen.mean() >= MIN_TEXTURE
     ]
     if 2 * len(pairs) < len(motion.flow):
-        raise CannotJudgeError(f"too little texture {where} in more than half of the frames")
+        raise NotMeasurableError(f"too little texture {where} in more than half of the frames")
     return float(np.mean(pairs))
 
 
 def smoothness(motion: Motion) -> float:
     """How much of the motion goes on from one pair of frames to the next."""
     if len(motion.flow) < 2:
-        raise CannotJudgeError("the clip has 2 frames, and whether motion goes on is seen from 3 on")
+        raise NotMeasurableError("the clip has 2 frames, and whether motion goes on is seen from 3 on")
     place = positions(motion.grey.shape[1:])
     scores = []
     for now, then, seen in zip(motion.flow[:-1], motion.flow[1:], motion.textured[:-1], strict=True):
@@ -149,7 +149,7 @@ def smoothness(motion: Motion) -> float:
         both = lengths(now[inside]) + lengths(later)
         scores.append(((both - lengths(later - now[inside])) / (both + 2 * TAU)).mean())
     if not scores:
-        raise CannotJudgeError("nothing textured stays inside the picture for three frames")
+        raise NotMeasurableError("nothing textured stays inside the picture for three frames")
     return float(np.mean(scores))
 
 
@@ -160,7 +160,7 @@ def parallax_order(motion: Motion) -> float:
     near = motion.textured & ground_region(motion) & (dy > 0.08 * height)
     far = motion.textured & sides_region(motion) & (dy < 0.04 * height)
     if min(near.mean(), far.mean()) < MIN_TEXTURE:
-        raise CannotJudgeError("too little texture on the ground or at the horizon to compare the two")
+        raise NotMeasurableError("too little texture on the ground or at the horizon to compare the two")
     growth = motion.outward / motion.distance
     near_growth, far_growth = float(np.median(growth[near])), float(np.median(growth[far]))
     return (near_growth - far_growth) / (abs(near_growth) + abs(far_growth) + 4 * TAU / width)
@@ -176,7 +176,7 @@ def speed(motion: Motion) -> float:
     dy = motion.offset[..., 1]
     seen = motion.textured & ground_region(motion)
     if seen.mean() < MIN_TEXTURE:
-        raise CannotJudgeError("too little texture on the road and its verge")
+        raise NotMeasurableError("too little texture on the road and its verge")
     approach = motion.outward / (motion.distance * np.maximum(dy, 1)) * height
     strips = [seen & (dy >= top * height) & (dy < bottom * height) for top, bottom in pairwise(STRIPS)]
     medians = [float(np.median(approach[strip])) for strip in strips if strip.mean() >= MIN_TEXTURE / len(strips)]
@@ -208,7 +208,7 @@ def flicker(motion: Motion) -> float:
         if inside.mean() >= MIN_OVERLAP:
             changes.append(abs(patches).mean() / 255)
     if not changes:
-        raise CannotJudgeError("no two frames show the same place")
+        raise NotMeasurableError("no two frames show the same place")
     return float(np.mean(changes))
 
 
@@ -326,7 +326,7 @@ def zoomed_still(frames: np.ndarray, motion: Motion | None = None) -> np.ndarray
     return np.stack(stills)
 
 
-REFERENCES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+CONTROLS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "reversed": reversed_clip,
     "frozen": frozen_clip,
     "shuffled": shuffled_clip,

@@ -17,7 +17,7 @@ from rich.table import Table
 from ldm.data.world.captions import look_of_prompt
 from ldm.evaluation.clip_files import ClipFormat
 from ldm.evaluation.frechet import FEW_FOR_DISTANCE, FeatureRow, estimate_distance
-from ldm.evaluation.metrics import Instruments
+from ldm.evaluation.metrics import MetricSet
 from ldm.evaluation.motion import NO_TEXTURE, Reading
 from ldm.evaluation.statistics import estimate, estimate_ratio, warnings
 
@@ -27,7 +27,7 @@ NO_NUMBER = "-"
 
 
 @dataclass(frozen=True)
-class JudgedClip:
+class MeasuredClip:
     """The measures of one clip, where it comes from - a video and its frame where the clip starts - and its prompt."""
 
     video: str
@@ -54,11 +54,11 @@ class Row:
 
     name: str
     is_reference: bool
-    clips: list[JudgedClip] = field(default_factory=list)
+    clips: list[MeasuredClip] = field(default_factory=list)
     features: dict[str, list[np.ndarray | None]] = field(default_factory=dict)
     shown: list[ShownClip] = field(default_factory=list)
 
-    def add(self, clip: JudgedClip, features: Mapping[str, np.ndarray | None]) -> None:
+    def add(self, clip: MeasuredClip, features: Mapping[str, np.ndarray | None]) -> None:
         """One more clip."""
         self.clips.append(clip)
         for name, found in features.items():
@@ -80,39 +80,39 @@ class Report:
 
     form: ClipFormat
     rows: list[Row]
-    instruments: Instruments = field(default_factory=Instruments)
+    metrics: MetricSet = field(default_factory=MetricSet)
 
     def summary(self) -> dict[str, Any]:
         """Everything in plain containers, ready for JSON: the clips' format, the measures and the rows."""
         true = next((row for row in self.rows if row.is_reference and row.name == TRUE), None)
         return {
             "clips": {**asdict(self.form), "rate": float(self.form.rate)},
-            "told": list(self.instruments.told),
+            "told": list(self.metrics.told),
             "measures": {
                 name: {key: value for key, value in vars(measure).items() if key != "compute"}
-                for name, measure in self.instruments.measures.items()
+                for name, measure in self.metrics.measures.items()
             },
             "distances": {
                 name: {key: value for key, value in vars(extractor).items() if key not in ("extract", "shortest")}
-                for name, extractor in self.instruments.extractors.items()
+                for name, extractor in self.metrics.extractors.items()
             },
-            "rows": [_summarise(row, true, self.instruments) for row in self.rows],
+            "rows": [_summarise(row, true, self.metrics) for row in self.rows],
         }
 
 
-def _summarise(row: Row, true: Row | None, instruments: Instruments) -> dict[str, Any]:
+def _summarise(row: Row, true: Row | None, metrics: MetricSet) -> dict[str, Any]:
     """One row; `of_true` are its means as parts of those of the true clips, None where that says nothing.
 
     The distances of the true row are those of one half of it from the other.
     """
-    measures, of_true, distances = instruments.measures, {}, {}
+    measures, of_true, distances = metrics.measures, {}, {}
     for name, measure in measures.items():
         if true is not None and row is not true and measure.better >= 0:
             ratio = estimate_ratio(row.values(name), row.videos, true.values(name), true.videos)
             of_true[name] = ratio and asdict(ratio)
     if true is not None:
         kinds = [look_of_prompt(clip.prompt or "") or "" for clip in true.clips]
-        for name in instruments.extractors:
+        for name in metrics.extractors:
             target = FeatureRow(true.features[name], true.videos)
             pair = target.halves(kinds) if row is true else (FeatureRow(row.features[name], row.videos), target)
             distances[name] = asdict(estimate_distance(*pair))
@@ -130,7 +130,7 @@ def _summarise(row: Row, true: Row | None, instruments: Instruments) -> dict[str
     }
 
 
-def _reasons(clips: Sequence[JudgedClip], measure: str) -> dict[str, int]:
+def _reasons(clips: Sequence[MeasuredClip], measure: str) -> dict[str, int]:
     """Why clips could not be judged, and how many for each reason."""
     return dict(Counter(clip.readings[measure].reason for clip in clips if clip.readings[measure].value is None))
 

@@ -18,7 +18,7 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from ldm.data.world.captions import look_of_prompt
 from ldm.errors import UserError
-from ldm.evaluation.features import LooksAtFrames
+from ldm.evaluation.features import StyleClassifier
 from ldm.evaluation.motion import Measure, Reading
 from ldm.files import parse_json
 
@@ -26,7 +26,7 @@ NO_PROMPT = "no prompt is known: neither the video nor a text file of its name b
 
 
 @dataclass(frozen=True)
-class Agreement:
+class TextAlignment:
     """Reads a clip, uint8 RGB `t h w 3`, against its prompt; None where no prompt is known. `told` says what judges."""
 
     measure: Measure
@@ -34,7 +34,7 @@ class Agreement:
     read: Callable[[np.ndarray, str | None], Reading]
 
 
-def agreement_by(judge: LooksAtFrames) -> Agreement:
+def style_alignment(judge: StyleClassifier) -> TextAlignment:
     """The share of a clip's frames whose look, to the judge, is the one that the prompt names."""
 
     def read(frames: np.ndarray, prompt: str | None) -> Reading:
@@ -55,7 +55,7 @@ def agreement_by(judge: LooksAtFrames) -> Agreement:
         2,
     )
     told = f"text agreement by {judge.name}, right in {judge.accuracy:.1%} of unseen frames of the drawn world"
-    return Agreement(measure, told, read)
+    return TextAlignment(measure, told, read)
 
 
 FILES = ("config.json", "vocab.json", "merges.txt")
@@ -63,7 +63,7 @@ FILES = ("config.json", "vocab.json", "merges.txt")
 MEAN, SPREAD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
-def load_clip(folder: Path | str) -> Agreement:
+def load_clip_alignment(folder: Path | str) -> TextAlignment:
     """The mean over a clip's frames of CLIP's cosine with the prompt. Raises UserError for a folder that is no CLIP."""
     folder = Path(folder)
     if missing := [name for name in FILES if not (folder / name).is_file()]:
@@ -95,7 +95,7 @@ def load_clip(folder: Path | str) -> Agreement:
         1,
         3,
     )
-    return Agreement(measure, f"text agreement by CLIP in {folder}", read)
+    return TextAlignment(measure, f"text agreement by CLIP in {folder}", read)
 
 
 def _load(folder: Path) -> tuple[CLIPModel, CLIPTokenizer]:

@@ -16,7 +16,7 @@ from rich import box
 from rich.table import Table
 
 from ldm.evaluation.flow import endpoint_error, measure_motion, working_flow
-from ldm.evaluation.motion import CannotJudgeError, roadside_expansion
+from ldm.evaluation.motion import NotMeasurableError, roadside_expansion
 from ldm.evaluation.report import number
 from ldm.evaluation.statistics import estimate
 
@@ -54,7 +54,7 @@ def read_flow(frames: np.ndarray, true_flow: np.ndarray, occluded: np.ndarray) -
     for motion in (measured, true):
         try:
             expansions.append(roadside_expansion(motion))
-        except CannotJudgeError:
+        except NotMeasurableError:
             expansions.append(None)
     return FlowReading(error, length, *expansions)
 

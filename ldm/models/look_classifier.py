@@ -18,7 +18,7 @@ from torch import Tensor
 from ldm.data.world import LOOKS
 from ldm.data.world.frames import DrawnBatch
 from ldm.errors import UserError
-from ldm.evaluation.look_judge import save_judge
+from ldm.evaluation.look_judge import save_style_classifier
 from ldm.models.augmentation import damage_frames
 from ldm.modules.frame_tower import FrameClassifier
 from ldm.optim import rate_schedule
@@ -97,7 +97,7 @@ class JudgeWriter(pl.Callback):
             return
         found = [float(trainer.callback_metrics[f"val/{name}"]) for name in ("accuracy", "accuracy_damaged")]
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        save_judge(self.path, pl_module.network, LOOKS, *found, trainer.global_step)
+        save_style_classifier(self.path, pl_module.network, LOOKS, *found, trainer.global_step)
         shares = (100 * share for share in found)
         log.info("%s: right in %.1f %% of held-out frames, %.1f %% of damaged ones", self.path, *shares)
 

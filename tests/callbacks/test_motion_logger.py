@@ -46,15 +46,15 @@ def loaded(monkeypatch):
             shown = latents.mean(dim=1, keepdim=True)
             return torch.cat([shown / 400, shown, shown], dim=1).repeat(1, 1, 8, 8)
 
-    def look_at(self, frames, prompt):
+    def measure(self, frames, prompt):
         red, green, _ = (float(value) / 127.5 - 1 for value in frames.mean(axis=(0, 1, 2)))
         values = {"roadside_expansion": 400 * red, "road_expansion": green, "smoothness": float(len(frames))}
         return SimpleNamespace(readings={name: Reading(values.get(name)) for name in MEASURES})
 
     monkeypatch.setattr(motion, "load_text_encoder_of", lambda config: loaded.append("text") or Text())
     monkeypatch.setattr(sampling, "load_first_stage_of", lambda config: loaded.append("first stage") or FirstStage())
-    monkeypatch.setattr(motion.Instruments, "look_at", look_at)
-    monkeypatch.setattr(motion, "OUR_JUDGE", Path("none"))
+    monkeypatch.setattr(motion.MetricSet, "measure", measure)
+    monkeypatch.setattr(motion, "BUNDLED_CLASSIFIER", Path("none"))
     return loaded
 
 
@@ -161,7 +161,7 @@ def test_what_captions_name_is_looked_for(root, tmp_path, loaded, monkeypatch):
     )
     monkeypatch.setattr(sampling, "load_first_stage_of", lambda config: noise)
     monkeypatch.setattr(motion, "load_text_encoder_of", lambda config: text)
-    monkeypatch.setattr(motion, "load_judge", lambda path: judge)
+    monkeypatch.setattr(motion, "load_style_classifier", lambda path: judge)
 
     def train(steps, **words):
         prompts = ["snow road drive", "fog road drive", "a road"]
@@ -169,7 +169,7 @@ def test_what_captions_name_is_looked_for(root, tmp_path, loaded, monkeypatch):
         fit(root, tmp_path, [callback], model=ToyVideoModel(), steps=steps, resume=last(tmp_path) if words else None)
         return record(tmp_path)
 
-    monkeypatch.setattr(motion, "OUR_JUDGE", Path("none"))
+    monkeypatch.setattr(motion, "BUNDLED_CLASSIFIER", Path("none"))
     found = train(1)
     assert "text_agreement" not in found["measures"] | found["data"]["values"]
     found = train(2, judge="judge.safetensors")

@@ -24,7 +24,7 @@ from ldm.data.shards import PreparedSet
 from ldm.data.shards.index import DATASET_FILE, EMPTY_FILE, INDEX_FILE, DatasetError
 from ldm.data.stream import StreamDataModule
 from ldm.errors import UserError
-from ldm.evaluation.look_judge import WORDS, load_judge
+from ldm.evaluation.look_judge import METADATA_KEY, load_style_classifier
 from ldm.experiments.runs import Plan, read_words
 from ldm.files import parse_json
 from ldm.runs.arguments import check_places, find_run, parse_arguments
@@ -355,6 +355,6 @@ def test_the_record_of_a_run_is_one(tmp_path, text):
 )
 def test_a_judge_is_small(tmp_path, changes):
     words = {"looks": ["a", "b"], "accuracy": 1.0, "accuracy_damaged": 1.0, "steps": 1, "widths": [8, 8]} | changes
-    save_file({"x": torch.ones(2)}, tmp_path / "judge.safetensors", {WORDS: json.dumps(words)})
+    save_file({"x": torch.ones(2)}, tmp_path / "judge.safetensors", {METADATA_KEY: json.dumps(words)})
     with pytest.raises(UserError, match=r"found one whose tensors or words do not fit together .\d+ looks, widths"):
-        load_judge(tmp_path / "judge.safetensors")
+        load_style_classifier(tmp_path / "judge.safetensors")

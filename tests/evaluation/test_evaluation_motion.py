@@ -11,11 +11,11 @@ from ldm.data.world import draw_clip
 from ldm.errors import UserError
 from ldm.evaluation.flow import PRIOR_FOCUS, dense_flow, endpoint_error, find_texture, measure_motion, working_flow
 from ldm.evaluation.motion import (
+    CONTROLS,
     MEASURES,
-    REFERENCES,
     frozen_clip,
     judge,
-    judge_motion,
+    read_measures,
     reversed_clip,
     shuffled_clip,
     zoomed_still,
@@ -102,7 +102,7 @@ def test_turning_is_told_from_driving(shift):
     flow = (0.02 * nearness * np.stack([x, y], -1) + shift)[None].astype(np.float32)
     turned = measure_motion(np.repeat(motion.grey[..., None], 3, axis=-1), flow)
     np.testing.assert_allclose(turned.rotation[0], shift, atol=0.4)
-    assert judge_motion(turned)["roadside_expansion"].value > 0.8
+    assert read_measures(turned)["roadside_expansion"].value > 0.8
 
 
 def test_a_turn_alone_expands_nothing():
@@ -190,7 +190,7 @@ def test_two_frames_have_no_smoothness(drive):
 
 def test_what_leaves_the_picture_at_once_cannot_be_followed(drive):
     flow = np.full((4, SIZE, SIZE, 2), 500, np.float32)
-    found = judge_motion(measure_motion(drive, flow))
+    found = read_measures(measure_motion(drive, flow))
     assert found["smoothness"].reason == "nothing textured stays inside the picture for three frames"
     assert found["flicker"].reason == "no two frames show the same place"
 
@@ -212,7 +212,7 @@ def test_every_measure_says_what_it_is():
 
 
 def test_references_are_made_of_the_same_frames(drive):
-    for name, make in REFERENCES.items():
+    for name, make in CONTROLS.items():
         made = make(drive)
         assert made.shape == drive.shape, name
         assert made.dtype == np.uint8, name
@@ -251,7 +251,7 @@ def test_real_footage(footage, every):
 
     assert mean(true, "roadside_expansion") >= 0.55
     assert mean(true, "road_expansion") >= 0.55
-    made = {name: [values(make(clip)) for clip in clips] for name, make in REFERENCES.items()}
+    made = {name: [values(make(clip)) for clip in clips] for name, make in CONTROLS.items()}
     assert mean(made["reversed"], "roadside_expansion") <= -0.5
     assert abs(mean(made["frozen"], "roadside_expansion")) <= 0.1
     assert abs(mean(made["shuffled"], "roadside_expansion")) <= 0.35

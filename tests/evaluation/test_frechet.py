@@ -12,7 +12,7 @@ from ldm.evaluation.features import GRID, MOTION_ON_A_GRID, features_over_time, 
 from ldm.evaluation.flow import Motion, measure_motion
 from ldm.evaluation.frechet import FeatureRow, Gaussian, estimate_distance, frechet_distance
 from ldm.evaluation.motion import frozen_clip, reversed_clip, zoomed_still
-from tests.made_judge import MadeJudge
+from tests.fake_style_classifier import FakeStyleClassifier
 
 
 def vectors(seed: int, count: int, size: int = 4, mean: float = 0.0, spread: float = 1.0) -> np.ndarray:
@@ -138,7 +138,7 @@ def clips() -> list[np.ndarray]:
 
 def test_which_distance_sees_what(clips):
     """Backwards: motion alone. Frozen and zoomed: motion, and how features change."""
-    extractors = {**own_extractors(MadeJudge()), "frechet_motion": MOTION_ON_A_GRID}
+    extractors = {**own_extractors(FakeStyleClassifier()), "frechet_motion": MOTION_ON_A_GRID}
     names = [str(number) for number in range(len(clips))]
 
     def extract(side: list[np.ndarray]) -> dict[str, FeatureRow]:

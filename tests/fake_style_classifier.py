@@ -11,7 +11,7 @@ LOOKS = ("snow", "night", "mars")
 SIDE = 4
 
 
-class MadeJudge:
+class FakeStyleClassifier:
     """The look whose mean colour is nearest."""
 
     looks = LOOKS

@@ -17,18 +17,18 @@ from ldm.data.world.captions import look_of_prompt
 from ldm.errors import UserError
 from ldm.evaluation.clip_files import read_prompt
 from ldm.evaluation.features import load_i3d
-from ldm.evaluation.look_judge import save_judge
-from ldm.evaluation.metrics import Instruments, Needs, choose_instruments
+from ldm.evaluation.look_judge import save_style_classifier
+from ldm.evaluation.metrics import MetricNeeds, MetricSet, choose_metrics
 from ldm.evaluation.motion import reversed_clip
-from ldm.evaluation.text_alignment import agreement_by, load_clip
+from ldm.evaluation.text_alignment import load_clip_alignment, style_alignment
 from ldm.modules.frame_tower import FrameClassifier
 from ldm.video import write_gif, write_mp4
 from scripts import evaluate
-from tests.made_judge import LOOKS, MadeJudge
+from tests.fake_style_classifier import LOOKS, FakeStyleClassifier
 
 SIZE = (32, 128)
 FRAMES = draw_clip("snow", 5, 16, SIZE, 8, 8.0).frames
-ALL = Needs(16, True, True)
+ALL = MetricNeeds(16, True, True)
 WORDS = ["<|startoftext|>", "<|endoftext|>", "a</w>", "s", "n", "o", "w</w>"]
 
 
@@ -78,7 +78,7 @@ def files(tmp_path_factory) -> Path:
     (folder / "half.pt").write_bytes((folder / "plain.pt").read_bytes()[:500])
     torch.save({"weight": torch.ones(2)}, folder / "weights.pt")
     torch.manual_seed(0)
-    save_judge(folder / "judge.safetensors", FrameClassifier(len(LOOKS), (8, 16)), LOOKS, 0.5, 0.25, 1)
+    save_style_classifier(folder / "judge.safetensors", FrameClassifier(len(LOOKS), (8, 16)), LOOKS, 0.5, 0.25, 1)
     tower = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     text = {**tower, "vocab_size": len(WORDS), "max_position_embeddings": 12, "bos_token_id": 0, "eos_token_id": 1}
     vision = {**tower, "image_size": 16, "patch_size": 8}
@@ -92,7 +92,7 @@ def files(tmp_path_factory) -> Path:
 
 def test_agreement_is_the_share_of_frames_with_the_look_of_the_prompt():
     frames = np.concatenate([draw_clip(look, 3, 2, 32, 8).frames for look in ("snow", "snow", "night")])
-    agreement = agreement_by(MadeJudge())
+    agreement = style_alignment(FakeStyleClassifier())
     assert agreement.read(frames, "snow scenic byway road drive, straight, fast").value == pytest.approx(4 / 6)
     assert agreement.read(frames, "mars scenic byway road drive").value == 0
     for prompt in ("a forest road", "0: snow road | 9: night road", "underwater scenic byway road drive"):
@@ -146,7 +146,7 @@ def test_broken_i3d(files, name, message):
 
 
 def test_clip_reads_words_and_frames(files):
-    agreement = load_clip(files / "clip")
+    agreement = load_clip_alignment(files / "clip")
     found = {prompt: agreement.read(FRAMES[:2], prompt).value for prompt in ("a snow", "snow a a", "snow " * 40)}
     assert len(set(found.values())) == 3
     assert all(-1 <= value <= 1 for value in found.values())
@@ -160,35 +160,39 @@ def test_colours_are_scaled_as_the_folder_says(files, tmp_path):
     folder.mkdir()
     for path in (files / "clip").iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
-    usual = load_clip(folder).read(FRAMES[:1], "a snow").value
+    usual = load_clip_alignment(folder).read(FRAMES[:1], "a snow").value
     (folder / "preprocessor_config.json").write_text('{"image_mean": [0, 0, 0], "image_std": [1, 1, 1]}')
-    assert load_clip(folder).read(FRAMES[:1], "a snow").value != usual
+    assert load_clip_alignment(folder).read(FRAMES[:1], "a snow").value != usual
     for content in ('{"image_mean": [0, 0], "image_std": [1, 1, 1]}', "{", "[]"):
         (folder / "preprocessor_config.json").write_text(content)
         with pytest.raises(UserError, match=r"preprocessor_config.json: expected image_mean and image_std, three"):
-            load_clip(folder)
+            load_clip_alignment(folder)
     (folder / "model.safetensors").write_bytes(b"broken")
     with pytest.raises(UserError, match=r"clip: expected a folder with CLIP .* found one that cannot be loaded"):
-        load_clip(folder)
+        load_clip_alignment(folder)
 
 
 def test_folders_that_are_no_clip(files, tmp_path):
     with pytest.raises(UserError, match=r"found no config.json, vocab.json, merges.txt; save_pretrained of model"):
-        load_clip(tmp_path)
+        load_clip_alignment(tmp_path)
     with pytest.raises(UserError, match=r"half_clip: expected all of CLIP's weights, found none for .* alone is not"):
-        load_clip(files / "half_clip")
+        load_clip_alignment(files / "half_clip")
 
 
 @pytest.mark.parametrize(
     ("needs", "options", "message"),
     [
         (
-            Needs(5, True, True),
+            MetricNeeds(5, True, True),
             {"i3d": "plain.pt"},
             "--i3d: expected clips of at least 16 frames, found 5; make longer",
         ),
-        (Needs(16, False, True), {"i3d": "plain.pt"}, "--i3d: expected true clips .*; give them with --reference"),
-        (Needs(16, True, False), {"clip": "clip"}, "--clip-model: expected clips with prompts, found none"),
+        (
+            MetricNeeds(16, False, True),
+            {"i3d": "plain.pt"},
+            "--i3d: expected true clips .*; give them with --reference",
+        ),
+        (MetricNeeds(16, True, False), {"clip": "clip"}, "--clip-model: expected clips with prompts, found none"),
         (ALL, {"judge": "nowhere.safetensors"}, "nowhere.safetensors: expected a judge of looks, found no such file"),
         (ALL, {"judge": "plain.pt"}, "plain.pt: expected a judge of looks in a .safetensors file"),
     ],
@@ -196,36 +200,36 @@ def test_folders_that_are_no_clip(files, tmp_path):
 def test_instruments_that_cannot_be_had(files, needs, options, message):
     words = {"judge": files / "judge.safetensors", "clip": None, "i3d": None}
     with pytest.raises(UserError, match=message):
-        choose_instruments(**{**words, **{name: files / file for name, file in options.items()}}, needs=needs)
+        choose_metrics(**{**words, **{name: files / file for name, file in options.items()}}, needs=needs)
 
 
 def test_what_is_used_follows_from_what_there_is(files, monkeypatch):
     judge = files / "judge.safetensors"
-    everything = choose_instruments(judge, None, files / "plain.pt", ALL)
+    everything = choose_metrics(judge, None, files / "plain.pt", ALL)
     assert list(everything.extractors) == ["frechet_frames", "frechet_clips", "frechet_motion", "fvd"]
     assert "text_agreement" in everything.measures
     assert any("right in 50.0% of unseen frames" in line for line in everything.told)
-    assert "CLIP in" in choose_instruments(judge, files / "clip", None, ALL).told[0]
-    alone = choose_instruments(judge, None, None, Needs(5, False, False))
+    assert "CLIP in" in choose_metrics(judge, files / "clip", None, ALL).told[0]
+    alone = choose_metrics(judge, None, None, MetricNeeds(5, False, False))
     assert (alone.agreement, dict(alone.extractors)) == (None, {})
     assert [line.partition(":")[0] for line in alone.told] == ["no text agreement", "no Frechet distances"]
-    monkeypatch.setattr("ldm.evaluation.metrics.OUR_JUDGE", files / "nowhere.safetensors")
-    without = choose_instruments(None, None, None, ALL)
+    monkeypatch.setattr("ldm.evaluation.metrics.BUNDLED_CLASSIFIER", files / "nowhere.safetensors")
+    without = choose_metrics(None, None, None, ALL)
     assert list(without.extractors) == ["frechet_motion"]
     assert without.told[0].startswith("nowhere.safetensors is not there: no text agreement")
 
 
 @pytest.mark.parametrize("colour", [0, 90])
 def test_an_empty_picture_has_no_number_and_no_features(files, colour):
-    instruments = choose_instruments(files / "judge.safetensors", None, files / "plain.pt", ALL)
-    seen = instruments.look_at(np.full((16, *SIZE, 3), colour, np.uint8), "a snowy road")
-    assert set(seen.readings) == set(instruments.measures)
+    metrics = choose_metrics(files / "judge.safetensors", None, files / "plain.pt", ALL)
+    seen = metrics.measure(np.full((16, *SIZE, 3), colour, np.uint8), "a snowy road")
+    assert set(seen.readings) == set(metrics.measures)
     assert all(reading.value is None and "black or constant" in reading.reason for reading in seen.readings.values())
     assert set(seen.features.values()) == {None} and len(seen.features) == 4
 
 
 def test_motion_alone_needs_no_files():
-    assert set(Instruments().look_at(FRAMES[:3], None).readings) == set(Instruments().measures)
+    assert set(MetricSet().measure(FRAMES[:3], None).readings) == set(MetricSet().measures)
 
 
 @pytest.fixture(scope="module")
@@ -247,8 +251,8 @@ def clips(tmp_path_factory) -> Path:
 
 def test_everything_together(clips, files, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(clips)
-    monkeypatch.setattr("ldm.evaluation.metrics.load_judge", lambda path: MadeJudge())
-    monkeypatch.setattr(evaluate, "REFERENCES", {"reversed": reversed_clip})
+    monkeypatch.setattr("ldm.evaluation.metrics.load_style_classifier", lambda path: FakeStyleClassifier())
+    monkeypatch.setattr(evaluate, "CONTROLS", {"reversed": reversed_clip})
     monkeypatch.setattr(evaluate, "NUM_SHOWN", 1)
     named = ["--judge", str(files / "judge.safetensors"), "--i3d", str(files / "switched.pt"), "--trust-i3d"]
     evaluate.main(["made", "--reference", "true", *named, "--out", str(tmp_path)])

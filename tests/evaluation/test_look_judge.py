@@ -16,7 +16,7 @@ from ldm.data.frames import FrameBatch
 from ldm.data.world import LOOKS, draw_clip
 from ldm.data.world.frames import DriveFrameDataModule
 from ldm.errors import UserError
-from ldm.evaluation.look_judge import WORDS, load_judge, save_judge
+from ldm.evaluation.look_judge import METADATA_KEY, load_style_classifier, save_style_classifier
 from ldm.models.augmentation import KINDS, damage_frames, quantise
 from ldm.models.look_classifier import JudgeWriter, LookClassifier
 from ldm.modules.frame_tower import FrameClassifier
@@ -31,10 +31,10 @@ def make_frames(num: int = 4, size: int = 64) -> torch.Tensor:
     return torch.cat([data.val_frames[position].pixels for position in range(num)])
 
 
-def made_judge(path: Path, looks: list[str] | None = None) -> Path:
+def fake_style_classifier(path: Path, looks: list[str] | None = None) -> Path:
     torch.manual_seed(0)
     looks = looks or ["day", "night"]
-    save_judge(path, FrameClassifier(len(looks), (8, 16)), looks, 0.75, 0.5, 12)
+    save_style_classifier(path, FrameClassifier(len(looks), (8, 16)), looks, 0.75, 0.5, 12)
     return path
 
 
@@ -49,7 +49,7 @@ def test_a_few_steps_tell_looks_apart_and_the_file_says_how_well(tmp_path):
     writer = JudgeWriter(tmp_path)
     trainer = pl.Trainer(accelerator="cpu", devices=1, max_steps=40, val_check_interval=40, callbacks=[writer], **quiet)
     trainer.fit(model := LookClassifier(learning_rate=3e-3, warmup_steps=2, cooldown_steps=20), data)
-    judge = load_judge(writer.path)
+    judge = load_style_classifier(writer.path)
     assert judge.accuracy > 0.8 and judge.steps == 40 and judge.looks == LOOKS
     assert 0.3 < judge.accuracy_damaged <= 1
     frames = [draw_clip(FEW[number % 4], 10**9 + number, 1, 16, 8).frames for number in range(16)]
@@ -131,10 +131,10 @@ def test_quantised_blocks_have_few_different_coefficients():
 
 
 def test_a_file_gives_the_judge_back(tmp_path):
-    judge = load_judge(path := made_judge(tmp_path / "small.safetensors"))
+    judge = load_style_classifier(path := fake_style_classifier(tmp_path / "small.safetensors"))
     assert (judge.looks, judge.accuracy, judge.accuracy_damaged, judge.steps) == (("day", "night"), 0.75, 0.5, 12)
     assert judge.name.startswith("small ") and len(judge.name) == len("small ") + 8
-    assert path.read_bytes() == made_judge(tmp_path / "again.safetensors").read_bytes()
+    assert path.read_bytes() == fake_style_classifier(tmp_path / "again.safetensors").read_bytes()
     frames = np.random.default_rng(0).integers(0, 256, (130, 24, 40, 3)).astype(np.uint8)
     features, answers = judge.features(frames), judge.predict(frames)
     assert features.shape == (130, 16) and features.dtype == np.float32 and answers.dtype == np.int64
@@ -146,20 +146,20 @@ def test_a_file_gives_the_judge_back(tmp_path):
 @pytest.mark.parametrize(("shape", "kind"), [((0, 8, 8, 3), np.uint8), ((2, 8, 8, 3), float), ((8, 8, 3), np.uint8)])
 def test_what_are_no_frames_is_refused(tmp_path, shape, kind):
     with pytest.raises(UserError, match="judge: expected frames, uint8 t h w 3, found"):
-        load_judge(made_judge(tmp_path / "small.safetensors")).predict(np.zeros(shape, kind))
+        load_style_classifier(fake_style_classifier(tmp_path / "small.safetensors")).predict(np.zeros(shape, kind))
 
 
 def test_files_that_are_no_judge_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"none.safetensors: expected a judge of looks, found no such file"):
-        load_judge(tmp_path / "none.safetensors")
+        load_style_classifier(tmp_path / "none.safetensors")
     (tmp_path / "text").write_text("a page of the web")
     with pytest.raises(UserError, match=r"expected a judge of looks in a .safetensors file, found another"):
-        load_judge(tmp_path / "text")
+        load_style_classifier(tmp_path / "text")
     save_file({"weight": torch.zeros(2)}, path := tmp_path / "other.safetensors")
     with pytest.raises(UserError, match=r"found a .safetensors file of something else"):
-        load_judge(path)
+        load_style_classifier(path)
     words = {"looks": ["a"], "accuracy": 1, "accuracy_damaged": 1, "steps": 1, "widths": [8, 16]}
     for kept in (words, {"looks": ["a"]}, {}):
-        save_file({"weight": torch.zeros(2)}, path, {WORDS: json.dumps(kept)})
+        save_file({"weight": torch.zeros(2)}, path, {METADATA_KEY: json.dumps(kept)})
         with pytest.raises(UserError, match="tensors or words do not fit together"):
-            load_judge(path)
+            load_style_classifier(path)
