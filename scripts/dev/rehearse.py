@@ -1,6 +1,6 @@
 """Rehearse the reference run at full size, without its weights: one file to another, one training step, one clip.
 
-    python scripts/dev/rehearse.py [--video PATH] [--workdir DIR] [--report docs/rehearsal.md] [key=value ...]
+    python scripts/dev/rehearse.py [--video PATH] [--workdir DIR] [--report docs/experiments/rehearsal.md] [key=value ...]
     python scripts/dev/rehearse.py --step-only --base configs/video-sd.yaml configs/fit-8gb.yaml --most 9
 
 Writes a file of the exact form and size of the public Stable Diffusion v1 checkpoint with random weights in it,
@@ -109,7 +109,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "-b", "--base", nargs="+", metavar="YAML", default=["configs/video-sd.yaml"], help="configs, merged in turn"
     )
-    parser.add_argument("--report", type=Path, default=Path("docs/rehearsal.md"), help="default: %(default)s")
+    parser.add_argument("--report", type=Path, default=Path("docs/experiments/rehearsal.md"), help="default: %(default)s")
     parser.add_argument("--keep", action="store_true", help="do not delete the files at the end")
     parser.add_argument("--write", type=Path, metavar="FILE", help="only write the image checkpoint, there")
     parser.add_argument("--step-only", action="store_true", help="only the training step, on made-up clips")

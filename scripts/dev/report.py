@@ -1,6 +1,6 @@
 """Make the tables of a document from the JSON of evaluations and ablations.
 
-    python scripts/dev/report.py docs/report.md [--check]
+    python scripts/dev/report.py docs/performance.md [--check]
 
 The document says where: <!-- table: FILE.json -->, and below <!-- end of table -->; what stands between is replaced.
 FILE is a results.json of scripts/ablate.py, a report.json of scripts/evaluate.py or, as FILE.json#SECTION, a record of

@@ -1,6 +1,6 @@
 """Contact sheets of clips that nobody chose: the seed decides the look, which makes the prompt, and the noise.
 
-    python scripts/dev/show_seeds.py --ckpt models/drive --page docs/seeds.md
+    python scripts/dev/show_seeds.py --ckpt models/drive --page docs/experiments/seeds.md
 
 One sheet for each seed, as docs/images/drive/NN.png, and a page that shows them all and says which looks were ever seen
 in motion in training. The clips themselves, with everything they were made from, stay in --outdir.
@@ -101,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--images", type=Path, default=Path("docs/images/drive"), metavar="DIR", help="default: %(default)s"
     )
-    parser.add_argument("--page", type=Path, default=Path("docs/seeds.md"), metavar="FILE", help="default: %(default)s")
+    parser.add_argument("--page", type=Path, default=Path("docs/experiments/seeds.md"), metavar="FILE", help="default: %(default)s")
     parser.add_argument(
         "--outdir", type=Path, default=Path("outputs/seeds"), metavar="DIR", help="default: %(default)s"
     )

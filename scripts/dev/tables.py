@@ -2,7 +2,7 @@
 
 A document has places for tables, each with the file it comes from, relative to the document:
 
-    <!-- table: report/ablations.json -->
+    <!-- table: drive/ablations.json -->
     ... whatever stood here is replaced ...
     <!-- end of table -->
 
