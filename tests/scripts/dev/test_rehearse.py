@@ -41,7 +41,7 @@ from scripts.dev.rehearsal import (
 )
 
 ROOT = Path(__file__).parents[3]
-SCRIPT = ROOT / "scripts" / "rehearse.py"
+SCRIPT = ROOT / "scripts" / "dev" / "rehearse.py"
 CONFIG = str(ROOT / "configs" / "video-sd.yaml")
 UNET, ENCODERS = "model.params.unet_config.params", "model.params.{}_config.params"
 TINY = [
