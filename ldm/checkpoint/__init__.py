@@ -40,7 +40,6 @@ from ldm.checkpoint.names import (
     TEXT_PREFIX,
     UNET_PREFIX,
     average_names,
-    is_temporal,
 )
 from ldm.checkpoint.reading import (
     UNET,
@@ -57,6 +56,7 @@ from ldm.checkpoint.shapes import refuse_linear_projections, split_known, unet_w
 from ldm.config import build, load_config
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.modules.encoders import CLIPTextEmbedder, FirstStage
+from ldm.modules.temporal import is_temporal
 from ldm.modules.unet import UNetModel
 
 __all__ = [

@@ -19,7 +19,7 @@ from transformers import CLIPTokenizer
 from ldm.checkpoint import has_temporal_layers, latent_scale, load_first_stage, unet_node, unet_tensors
 from ldm.checkpoint import names as checkpoint_author
 from ldm.checkpoint.encoders import SD_V1_SCALE, build_text_encoder, has_temporal_decoder
-from ldm.checkpoint.names import FIRST_STAGE_PREFIX, POSITION_IDS, TEXT_PREFIX, is_temporal, unet_to_diffusers
+from ldm.checkpoint.names import FIRST_STAGE_PREFIX, POSITION_IDS, TEXT_PREFIX, unet_to_diffusers
 from ldm.checkpoint.reading import Checkpoint, CheckpointError, account
 from ldm.checkpoint.shapes import KNOWN, join_known
 from ldm.checkpoint.temporal import MODEL_WORDS
@@ -30,6 +30,7 @@ from ldm.diffusion.known_frames import fill_of_config
 from ldm.errors import UserError
 from ldm.files import write_atomically
 from ldm.modules.encoders import KLFirstStage
+from ldm.modules.temporal import is_temporal
 from ldm.modules.unet import Embedding
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

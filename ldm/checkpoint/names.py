@@ -171,11 +171,6 @@ def is_first_stage_attention_weight(name: str) -> bool:
     return re.search(r"\.attn(_1|\.\d+)\.(q|k|v|proj_out)\.weight$", name) is not None
 
 
-def is_temporal(name: str) -> bool:
-    """True for the tensors that make a video network of an image network, which an image checkpoint lacks."""
-    return ".temporal." in name
-
-
 def text_name(name: str) -> str:
     """A name of a CLIP text model, with or without the `text_model.` that transformers 5 leaves out -> with it."""
     return name if name.startswith("text_model.") else f"text_model.{name}"

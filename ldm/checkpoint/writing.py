@@ -42,7 +42,6 @@ from ldm.checkpoint.names import (
     TEMPORAL_DECODER_PREFIX,
     TEXT_PREFIX,
     UNET_PREFIX,
-    is_temporal,
 )
 from ldm.checkpoint.reading import (
     CLASSES,
@@ -55,6 +54,7 @@ from ldm.checkpoint.reading import (
 from ldm.checkpoint.temporal import CLIP_WORDS, MODEL, MODEL_WORDS, temporal_part
 from ldm.errors import UserError
 from ldm.files import replacing
+from ldm.modules.temporal import is_temporal
 from ldm.sampling.settings import sampling_defaults
 
 SUFFIXES = {

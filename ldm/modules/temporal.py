@@ -27,6 +27,11 @@ from ldm.modules.backends.triton_op import check_fused, temporal_attention, why_
 from ldm.modules.nn import AttentionProjections, angles_of_frames, at_each_pixel, is_smaller_than_kernel, zeroed
 
 
+def is_temporal(name: str) -> bool:
+    """True for names of tensors of temporal layers, which an image checkpoint lacks."""
+    return ".temporal." in name
+
+
 @dataclass(frozen=True)
 class Window:
     """What a frame sees: `num_frames`, odd, with itself in the middle, and the clip's first frame if `sees_first`."""

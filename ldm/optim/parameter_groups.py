@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from ldm.checkpoint import is_temporal
 from ldm.errors import UserError
 from ldm.modules.attention import SpatialTransformer
+from ldm.modules.temporal import is_temporal
 
 GROUPS = ("temporal", "spatial_attention", "time_embed", "convolutions")
 
