@@ -22,7 +22,7 @@ from rich.logging import RichHandler
 from ldm.callbacks import AtomicCheckpointIO, ProgressBar, StopRequested
 from ldm.config import ConfigError, accepted_names, build, check, to_container
 from ldm.config.schema import trusting
-from ldm.devices import keep_freed_memory, set_up_card
+from ldm.devices import keep_freed_memory, set_up_gpu
 from ldm.errors import UserError, run_command
 from ldm.runs.arguments import Run, check_places, find_run, num_devices, parse_arguments, trainer_arguments
 from ldm.runs.distributed import launch_plugins, strategy_words
@@ -104,7 +104,7 @@ def train(
     options: Namespace,
 ) -> None:
     """Fit, and test if the model has a test; a stop that was asked for is a normal end."""
-    set_up_card(exact=str(flags.get("precision", "32-true")) in FULL_PRECISION, repeatable=False)
+    set_up_gpu(exact=str(flags.get("precision", "32-true")) in FULL_PRECISION, repeatable=False)
     keep_freed_memory()
     trainer = build_trainer(run, config, flags, strategy_words(flags, num_devices(flags), model, data))
     if trainer.is_global_zero:

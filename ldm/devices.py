@@ -39,7 +39,7 @@ def choose_precision(given: str | None, device: torch.device) -> str:
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "full"
 
 
-def set_up_card(exact: bool, repeatable: bool) -> None:
+def set_up_gpu(exact: bool, repeatable: bool) -> None:
     """Choose what torch leaves open on NVIDIA cards, for the whole process; elsewhere it changes nothing.
 
     exact: products and convolutions of float32 numbers are computed in float32. If not, in TF32, whose factors have 10

@@ -29,7 +29,7 @@ def mean_over_processes(value: Tensor) -> Tensor:
     return total / num_processes()
 
 
-def divide_trained(network: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh) -> None:
+def shard_trained(network: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh) -> None:
     """Divide the trained weights of a network among the processes of a mesh; what is frozen stays whole in each.
 
     blocks: parts of the network that are called as modules; each is gathered when it computes, what is in none of them
@@ -46,30 +46,30 @@ def divide_trained(network: nn.Module, blocks: Sequence[nn.Module], mesh: Device
     fully_shard(network, mesh=mesh, reshard_after_forward=True, ignored_params=frozen)
 
 
-def is_divided(network: nn.Module) -> bool:
-    """Whether `divide_trained` has been here: every process must take part wherever the network computes."""
+def is_sharded(network: nn.Module) -> bool:
+    """Whether `shard_trained` has been here: every process must take part wherever the network computes."""
     return isinstance(network, FSDPModule)
 
 
-def is_part(tensor: Tensor) -> bool:
+def is_shard(tensor: Tensor) -> bool:
     """Whether this process has but a part of the tensor."""
     return isinstance(tensor, DTensor)
 
 
-def own_part(tensor: Tensor) -> Tensor:
+def local_shard(tensor: Tensor) -> Tensor:
     """What this process has of a divided tensor, in the same memory; any other tensor is returned as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def part_like(full: Tensor, like: Tensor) -> Tensor:
+def shard_like(full: Tensor, like: Tensor) -> Tensor:
     """Divided as `like` is, on its device; nothing is sent: each process has all of `full`."""
     if not isinstance(like, DTensor):
         return full
     return distribute_tensor(full.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
-def with_own_part(part: Tensor, like: Tensor) -> Tensor:
-    """The reverse of `own_part`: the divided tensor of which every process has such a part."""
+def from_local_shard(part: Tensor, like: Tensor) -> Tensor:
+    """The reverse of `local_shard`: the divided tensor of which every process has such a part."""
     if not isinstance(like, DTensor):
         return part
     return DTensor.from_local(
@@ -77,7 +77,7 @@ def with_own_part(part: Tensor, like: Tensor) -> Tensor:
     )
 
 
-def whole(tensor: Tensor) -> Tensor:
+def gather_full(tensor: Tensor) -> Tensor:
     """All of a divided tensor, in host memory; any other is returned as it is. All processes must ask for it."""
     if not isinstance(tensor, DTensor):
         return tensor

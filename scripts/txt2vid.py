@@ -26,7 +26,7 @@ from ldm.checkpoint.reading import confined
 from ldm.checkpoint.temporal import Merged, load_with_temporal
 from ldm.config import check, load_config, to_container
 from ldm.config.schema import trusting
-from ldm.devices import choose_device, choose_precision, keep_freed_memory, set_up_card
+from ldm.devices import choose_device, choose_precision, keep_freed_memory, set_up_gpu
 from ldm.errors import UserError, printable, run_command
 from ldm.sampling.generator import ClipGenerator
 from ldm.sampling.options import DECODE_CHUNK, parse_arguments, read_prompt_file, refuse_beside_replay
@@ -161,7 +161,7 @@ def carry_out(options: argparse.Namespace, words: Sequence[str]) -> None:
     if record and record["config"] is not None:
         config = confined(record["config"], str(options.replay))
     precision = choose_precision(options.precision, device)
-    set_up_card(exact=precision == "full", repeatable=True)
+    set_up_gpu(exact=precision == "full", repeatable=True)
     keep_freed_memory()
     merged = Merged(read_checkpoint(path), None) if temporal is None else load_with_temporal(path, temporal)
     over_time = True if options.temporal_decoder is None else read_checkpoint(options.temporal_decoder)

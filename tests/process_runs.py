@@ -29,7 +29,7 @@ from ldm.data.batch import Batch
 from ldm.data.clips import ClipDataModule
 from ldm.models.diffusion import ddpm
 from ldm.runs.distributed import strategy_words
-from ldm.sharding import own_part
+from ldm.sharding import local_shard
 from ldm.video import to_uint8
 from tests.models.test_ddpm import NOT_BUILT, REFERENCE, UNET
 from tests.toy_run import ToyModel
@@ -247,8 +247,8 @@ def carry_out(job: Job, size: int) -> Result:
         **words,
     )  # fmt: skip
     trainer.fit(model, data, ckpt_path=job.resume, weights_only=True)
-    weights = [own_part(weight.data) for weight in model.parameters() if weight.requires_grad]
-    states = [own_part(value) for state in watch.states for value in state.values() if value.ndim]
+    weights = [local_shard(weight.data) for weight in model.parameters() if weight.requires_grad]
+    states = [local_shard(value) for state in watch.states for value in state.values() if value.ndim]
     kept = (sum(weight.nbytes for weight in weights), sum(state.nbytes for state in states), average.num_bytes)
     return Result(watch.losses, watch.positions, watch.held_out, kept)
 

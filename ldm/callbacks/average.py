@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ldm.callbacks.bad_steps import SkipBadSteps
 from ldm.checkpoint.names import AVERAGE_PREFIX, average_name
-from ldm.diffusion.noise import mixed
+from ldm.diffusion.noise import mix_seed
 from ldm.errors import UserError
 from ldm.optim.stored_weights import rounded_at_random
-from ldm.sharding import is_part, own_part, part_like, whole, with_own_part
+from ldm.sharding import from_local_shard, gather_full, is_shard, local_shard, shard_like
 
 AVERAGE_STREAM = 500  # of random draws
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -86,7 +86,7 @@ class WeightAverage(pl.Callback):
             [] if self.in_host_memory else [name for name, weight in weights.items() if self._is_full(name, weight)]
         )
         if in_one:
-            parts = [own_part(weights[n]) for n in in_one]
+            parts = [local_shard(weights[n]) for n in in_one]
             shares = [share] * len(in_one) if isinstance(share, Tensor) else share
             torch._foreach_lerp_([self.averages[n] for n in in_one], parts, shares)
         with self._beside(next(iter(weights.values())).device):
@@ -106,7 +106,7 @@ class WeightAverage(pl.Callback):
         kept = average.to(weight.device, non_blocking=True)
         mean = kept.float().lerp_(weight, share)
         if average.dtype == torch.bfloat16:
-            generator = torch.Generator(weight.device).manual_seed(mixed(self.num_updates, AVERAGE_STREAM, place))
+            generator = torch.Generator(weight.device).manual_seed(mix_seed(self.num_updates, AVERAGE_STREAM, place))
             mean = rounded_at_random(mean, generator)
         average.copy_(mean, non_blocking=True)
 
@@ -199,7 +199,9 @@ class WeightAverage(pl.Callback):
             self.num_updates, self._skipped = self.num_updates - int(self._skipped), None
         if self.averages:
             weights = _trained(pl_module)
-            tensors = {average_key(n): whole(with_own_part(part, weights[n])) for n, part in self.averages.items()}
+            tensors = {
+                average_key(n): gather_full(from_local_shard(part, weights[n])) for n, part in self.averages.items()
+            }
             tensors[AVERAGE_PREFIX + "decay"] = torch.tensor(self.decay, dtype=torch.float32)
             tensors[AVERAGE_PREFIX + "num_updates"] = torch.tensor(self.num_updates, dtype=torch.int32)
             checkpoint["state_dict"].update(tensors)
@@ -219,15 +221,15 @@ class WeightAverage(pl.Callback):
                 f"{missing[0]}: it was written by a run that trained others. Resume with its own config"
             )
         self.num_updates = int(tensors[AVERAGE_PREFIX + "num_updates"])
-        self.averages = {n: own_part(part_like(tensors[key], weights[n])).clone() for n, key in names.items()}
+        self.averages = {n: local_shard(shard_like(tensors[key], weights[n])).clone() for n, key in names.items()}
 
     def _apply(self, module: torch.nn.Module) -> None:
         if not self._set_aside and self.averages:
             self._join()
             for name, weight in _trained(module).items():
-                if is_part(weight):  # its memory is what other processes are sent
-                    self._set_aside[name] = own_part(weight.data).clone()
-                    own_part(weight.data).copy_(self.averages[name])
+                if is_shard(weight):  # its memory is what other processes are sent
+                    self._set_aside[name] = local_shard(weight.data).clone()
+                    local_shard(weight.data).copy_(self.averages[name])
                 else:
                     self._set_aside[name] = weight.data
                     weight.data = self.averages[name].to(weight)
@@ -236,8 +238,8 @@ class WeightAverage(pl.Callback):
         for name, weight in _trained(module).items():
             if name not in self._set_aside:
                 continue
-            if is_part(weight):
-                own_part(weight.data).copy_(self._set_aside.pop(name))
+            if is_shard(weight):
+                local_shard(weight.data).copy_(self._set_aside.pop(name))
             else:
                 weight.data = self._set_aside.pop(name)
 
@@ -249,7 +251,7 @@ def _trained(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 def _full(module: torch.nn.Module, weight: torch.nn.Parameter) -> Tensor:
     """A trained weight of a module in float32, also where the module keeps it in parts or in fewer bits."""
     stored = getattr(module, "stored_weights", None)
-    return own_part(weight.detach()).float() if stored is None else own_part(stored.full(weight))
+    return local_shard(weight.detach()).float() if stored is None else local_shard(stored.full(weight))
 
 
 def _strip(module: torch.nn.Module, state_dict: dict[str, Tensor], *_: Any) -> None:

@@ -26,7 +26,7 @@ from ldm.evaluation.metrics import BUNDLED_CLASSIFIER, MetricSet
 from ldm.evaluation.text_alignment import style_alignment
 from ldm.files import parse_json, write_atomically
 from ldm.sampling.loop import initial_noise
-from ldm.sharding import is_divided
+from ldm.sharding import is_sharded
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ class MotionLogger(pl.Callback):
         self.recipe.check(pl_module, "MotionLogger")
         if self.judge is not None or BUNDLED_CLASSIFIER.is_file():
             self._metrics = MetricSet(style_alignment(load_style_classifier(self.judge or BUNDLED_CLASSIFIER)))
-        if not trainer.is_global_zero and not is_divided(pl_module.unet):
+        if not trainer.is_global_zero and not is_sharded(pl_module.unet):
             return
         data = trainer.datamodule
         self.frames = data.frames if self.frames is None else self.frames
@@ -149,7 +149,7 @@ class MotionLogger(pl.Callback):
 
     def _log_motion(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.is_global_zero:
-            if is_divided(pl_module.unet):
+            if is_sharded(pl_module.unet):
                 self._sample(trainer, pl_module)
             return
         begin, step = time.monotonic(), trainer.global_step

@@ -23,7 +23,7 @@ from ldm.errors import UserError
 from ldm.files import replacing
 from ldm.sampling.denoisers import KnownDenoiser, KnownLatents
 from ldm.sampling.loop import GuidedDenoiser, build_scheduler, decode_video, initial_noise, sample, set_steps
-from ldm.sharding import is_divided
+from ldm.sharding import is_sharded
 from ldm.video import contact_sheet, to_uint8, write_gif
 
 
@@ -139,7 +139,7 @@ class VideoLogger(pl.Callback):
                     log.warning("the prompt '%.40s...' is longer than the text encoder holds; cut: '%s'", prompt, lost)
             with torch.no_grad():
                 self._context = text_encoder.encode(self.prompts).cpu()
-        if is_divided(pl_module.unet):
+        if is_sharded(pl_module.unet):
             self._context = trainer.strategy.broadcast(self._context)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -157,7 +157,7 @@ class VideoLogger(pl.Callback):
 
     def _log_videos(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch_idx: int) -> None:
         if not trainer.is_global_zero:
-            if is_divided(pl_module.unet):
+            if is_sharded(pl_module.unet):
                 self._sample_latents(trainer, pl_module)
             return
         videos, fps = self.sample(trainer, pl_module)

@@ -28,7 +28,7 @@ def fill_of_config(words: Mapping[str, Any] | None) -> str:
     return fill
 
 
-def filled(latents: Tensor, mask: Tensor, fill: str = "blend") -> Tensor:
+def fill_unknown(latents: Tensor, mask: Tensor, fill: str = "blend") -> Tensor:
     """Known latents, and between them the blend of those nearest in time, beyond them the nearest: `b t c h w`.
 
     mask: 1 where latents are not known, `b t 1 h w`; what `latents` holds there is not read. Images, without t, and
@@ -66,7 +66,7 @@ WORDS = {"mixture", "max_noise", "fill"}
 
 
 @dataclass(frozen=True)
-class Known:
+class KnownLatents:
     """What the network is told of a clip's latents: mask `b t 1 h w`, 1 where they are to be made; latents `b t c h w`
     with the noise of `level`, `b`, a diffusion step or 0 for none; of images without t."""
 
@@ -75,7 +75,7 @@ class Known:
     level: Tensor
 
     @classmethod
-    def nothing(cls, like: Tensor) -> Known:
+    def nothing(cls, like: Tensor) -> KnownLatents:
         """All latents of the shape of `like` are to be made."""
         mask = torch.ones_like(like[..., :1, :, :])
         return cls(mask, torch.zeros_like(like), torch.zeros(len(like), dtype=torch.long, device=like.device))
@@ -113,7 +113,7 @@ class KnownFrameMixture:
         self.fill = fill_of_config({"fill": fill})
 
     @classmethod
-    def of_config(cls, words: Mapping[str, object] | None) -> KnownFrameMixture | None:
+    def from_config(cls, words: Mapping[str, object] | None) -> KnownFrameMixture | None:
         """What `model.params.known_frames` describes, None for None; raises `UserError`."""
         if words is None:
             return None

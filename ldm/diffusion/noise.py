@@ -58,7 +58,7 @@ class NoiseFamily:
         return noise + offset
 
     @classmethod
-    def of_config(cls, words: object) -> NoiseFamily:
+    def from_config(cls, words: object) -> NoiseFamily:
         """The family that `model.params.noise` describes; None: independent frames. Raises `UserError`."""
         words = {} if words is None else words
         known = ("kind", "share", "offset")
@@ -72,7 +72,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def mixed(seed: int, stream: int, position: int) -> int:
+def mix_seed(seed: int, stream: int, position: int) -> int:
     """One 63-bit seed from three numbers, far apart for near ones (the finaliser of splitmix64, Steele et al. 2014)."""
     mix = (seed * 0x9E3779B97F4A7C15 + stream * 0xD1B54A32D192ED03 + position) & 0xFFFFFFFFFFFFFFFF
     for multiplier, shift in ((0xBF58476D1CE4E5B9, 30), (0x94D049BB133111EB, 27)):

@@ -22,7 +22,7 @@ from ldm.checkpoint.encoders import DECODER_PATH, digest_of, own_node, temporal_
 from ldm.config import build
 from ldm.config.schema import check_values
 from ldm.data.frames import FrameBatch
-from ldm.diffusion.noise import mixed
+from ldm.diffusion.noise import mix_seed
 from ldm.errors import UserError
 from ldm.models.autoencoder import psnr
 from ldm.modules.nn import GroupNorm32
@@ -232,14 +232,14 @@ class TemporalDecoderTraining(pl.LightningModule):
         clips, latents = [], []
         for place, (shown, position) in enumerate(zip(batch.pixels.chunk(len(batch)), batch.positions, strict=True)):
             clip, caption = shown, captions[place]
-            generator = torch.Generator().manual_seed(mixed(seed, RECOLOURING, position))
+            generator = torch.Generator().manual_seed(mix_seed(seed, RECOLOURING, position))
             with torch.autocast(shown.device.type, enabled=False):
                 if torch.rand((), generator=generator).item() < recoloured:
                     clip, caption = recolour(shown, generator), ""  # the caption speaks of other colours
                 moments = self._source.first_stage.encode(clip)  # alone: no clip depends on what it is in a batch with
             clips.append(clip)
             own = posterior_mean(moments.float())[None] * self._source.scale_factor
-            latents.append(self._spoilt(own, caption, batch.rates[place], mixed(seed, SPOILING, position)))
+            latents.append(self._spoilt(own, caption, batch.rates[place], mix_seed(seed, SPOILING, position)))
         return torch.stack(clips), torch.cat(latents).float()
 
     def _spoilt(self, latents: Tensor, caption: str, rate: float, seed: int) -> Tensor:

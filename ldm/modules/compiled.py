@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ldm.errors import UserError
 
-MOST_GRAPHS = 64  # of one network; frames, sizes, guidance or not, gradients or not
+MAX_GRAPHS = 64  # of one network; frames, sizes, guidance or not, gradients or not
 BACKENDS = ("inductor", "aot_eager", "eager")  # the latter two compile nothing: they show whether a graph can be had
 
 
@@ -34,13 +34,13 @@ class CompiledByShape:
 
     def __call__(self, x: Tensor, *inputs: Any, **named: Any) -> Tensor:
         self.shapes.add((tuple(x.shape), x.dtype, torch.is_grad_enabled(), *map(_shape, (*inputs, *named.values()))))
-        if len(self.shapes) > MOST_GRAPHS:
+        if len(self.shapes) > MAX_GRAPHS:
             raise UserError(
-                f"compile: {_frames(x)} would be graph {MOST_GRAPHS + 1} of the network; make clips of fewer sizes or "
+                f"compile: {_frames(x)} would be graph {MAX_GRAPHS + 1} of the network; make clips of fewer sizes or "
                 "leave compile out"
             )
         # Graphs belong to the code of the class, so all its networks in a process count.
-        limits = {_limit(): 16 * MOST_GRAPHS, _limit("accumulated_"): 16 * MOST_GRAPHS}
+        limits = {_limit(): 16 * MAX_GRAPHS, _limit("accumulated_"): 16 * MAX_GRAPHS}
         try:
             with torch._dynamo.config.patch(limits):
                 return self.compiled(x, *inputs, **named)
@@ -82,7 +82,7 @@ Play = Callable[[], Tensor]  # runs what was recorded again and returns the tens
 WARM_UPS = 3  # runs before recording, in which libraries choose kernels and allocate
 
 
-class PlayedBack:
+class GraphReplay:
     """Calls `network`'s forward by playing back a recording of it for the shapes at hand.
 
     record: makes a recording of a call without arguments; another one than that of CUDA is for tests.
@@ -111,21 +111,21 @@ class PlayedBack:
         return play().clone()  # the next playback writes over it
 
 
-def check_has_graphs(device: torch.device) -> None:
+def check_cuda_graphs(device: torch.device) -> None:
     """Raise `UserError` for a device that cannot record."""
     if device.type != "cuda":
         raise UserError(f"--cuda-graphs: expected an NVIDIA GPU, found '{device.type}'; leave it out")
 
 
-def play_back(network: nn.Module) -> PlayedBack:
+def use_cuda_graphs(network: nn.Module) -> GraphReplay:
     """Have all calls of a frozen `network`, which is on a card, be played back."""
     if any(weight.requires_grad for weight in network.parameters()):
         raise ValueError("a recording has no gradients; freeze the network first")
-    network.forward = PlayedBack(network, record_on_card)
+    network.forward = GraphReplay(network, record_cuda_graph)
     return network.forward
 
 
-def record_on_card(call: Callable[[], Tensor]) -> Play:
+def record_cuda_graph(call: Callable[[], Tensor]) -> Play:
     """A CUDA graph of a call, on the current card, after some runs on a stream of its own as CUDA asks for."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

@@ -43,7 +43,7 @@ def is_smaller_than_kernel(x: Tensor, kernel: Tensor) -> bool:
     return not x.is_cuda and kernel.is_contiguous() and kernel.numel() > x.numel()
 
 
-def lay_channels_last(network: nn.Module) -> None:
+def use_channels_last(network: nn.Module) -> None:
     """Lay the kernels of `network` in memory as its activations lie, channels last: names, shapes, values stay.
 
     A convolution over channels-last activations would else copy its kernel at every call, and its gradient back.
@@ -53,12 +53,6 @@ def lay_channels_last(network: nn.Module) -> None:
         if isinstance(layer, nn.Conv1d | nn.Conv2d) and layer.weight[0, 0].numel() > 1:
             rows = rearrange(layer.weight.data, "o i ... -> o ... i").contiguous()
             layer.weight.data = rearrange(rows, "o ... i -> o i ...")
-
-
-def lay_for_this_machine(network: nn.Module) -> None:
-    """Lay kernels channels last where there is a card; a processor does as `is_smaller_than_kernel` says."""
-    if torch.cuda.is_available():
-        lay_channels_last(network)
 
 
 def zeroed(module: nn.Module) -> nn.Module:

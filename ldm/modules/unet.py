@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ldm.errors import UserError
 from ldm.modules.attention import SpatialTransformer
 from ldm.modules.backends import check_backend
-from ldm.modules.nn import GroupNorm32, lay_for_this_machine, timestep_embedding, zeroed
+from ldm.modules.nn import GroupNorm32, timestep_embedding, use_channels_last, zeroed
 from ldm.modules.recompute import check_memory_words, chosen_runs, run_directly
 from ldm.modules.temporal import PseudoConv3d, see_changes_only
 
@@ -295,7 +295,8 @@ class UNetModel(nn.Module):
         self.conditioning = build_conditioning(
             known, model_channels, emb_channels, fps_embedding, known_level_embedding
         )
-        lay_for_this_machine(self)
+        if torch.cuda.is_available():
+            use_channels_last(self)
 
     def forward(
         self,

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor, nn
 
-from ldm.diffusion.noise import mixed
+from ldm.diffusion.noise import mix_seed
 from ldm.errors import UserError
 
 ROUNDING_STREAM = 1000  # the first of the streams of random draws, one for each weight
@@ -105,7 +105,7 @@ class StoredWeights(nn.Module):
             lower.copy_(new_lower)
             return
         generator = torch.Generator(weight.device)
-        generator.manual_seed(mixed(self.seed, ROUNDING_STREAM + self._places[weight], step))
+        generator.manual_seed(mix_seed(self.seed, ROUNDING_STREAM + self._places[weight], step))
         weight.copy_(rounded_at_random(values, generator))
 
     def in_full(self, tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

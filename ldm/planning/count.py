@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ldm.config import build, to_container
 from ldm.data.shards import DATASET_FILE, read_info
-from ldm.diffusion.known_frames import Known
+from ldm.diffusion.known_frames import KnownLatents
 from ldm.errors import UserError
 from ldm.modules.backends.triton_op import MAX_FRAMES
 from ldm.modules.temporal import TemporalAttention
@@ -310,7 +310,7 @@ def _batch(model: nn.Module, shape: Shape, device: torch.device) -> tuple[Any, .
     steps = torch.zeros(b, dtype=torch.long, device=device)
     known = None
     if model.mixture is not None and t > 1:
-        known = Known(empty(b, t, 1, shape.height, shape.width), torch.empty_like(clean), steps)
+        known = KnownLatents(empty(b, t, 1, shape.height, shape.width), torch.empty_like(clean), steps)
     return clean, noise, steps, empty(b, NUM_TOKENS, model.unet.context_dim), empty(b), known
 
 

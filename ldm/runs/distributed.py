@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 from ldm.errors import UserError
 from ldm.optim.stored_weights import MemorySwitches
 from ldm.runs.launch import find_launch
-from ldm.sharding import part_like, whole
+from ldm.sharding import gather_full, shard_like
 
 WORDS = ("auto", "ddp", "ddp_find_unused_parameters_true", "fsdp")
 
@@ -69,7 +69,7 @@ class Parts(ModelParallelStrategy):
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         own = self.lightning_module.state_dict()
         divided = {
-            name: part_like(tensor, own[name]) if name in own else tensor
+            name: shard_like(tensor, own[name]) if name in own else tensor
             for name, tensor in checkpoint["state_dict"].items()
         }
         self.lightning_module.load_state_dict(divided, strict=strict)
@@ -91,7 +91,7 @@ class Parts(ModelParallelStrategy):
         def gathered(value: Any) -> Any:
             if not isinstance(value, DTensor):
                 return value
-            full = whole(value)
+            full = gather_full(value)
             return full if is_first else None
 
         return tree_map(gathered, tree)
@@ -100,7 +100,7 @@ class Parts(ModelParallelStrategy):
 def _placed(value: Any, weight: torch.Tensor) -> Any:
     """An optimiser's state divided as its weight is; counters stay as they are."""
     is_of_weight = isinstance(value, torch.Tensor) and value.shape == weight.shape and value.ndim > 0
-    return part_like(value, weight) if is_of_weight else value
+    return shard_like(value, weight) if is_of_weight else value
 
 
 def strategy_words(

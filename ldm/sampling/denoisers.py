@@ -16,7 +16,7 @@ import torch
 from einops import rearrange, reduce
 from torch import Tensor
 
-from ldm.diffusion.known_frames import filled
+from ldm.diffusion.known_frames import fill_unknown
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
 
@@ -95,7 +95,7 @@ class KnownDenoiser:
             told = self._noised(told, generator)
         self.told = torch.where(self.is_known, told, 0)
         mask = (~self.is_known).to(self.noise).expand(len(noise), -1, -1, -1, -1)
-        self.conditions = torch.cat([mask, filled(self.told, mask, fill)], dim=2)
+        self.conditions = torch.cat([mask, fill_unknown(self.told, mask, fill)], dim=2)
 
     def __call__(self, latents: Tensor, timesteps: Tensor) -> Tensor:
         """One evaluation, with known latents noised to these timesteps, which may be fractional."""

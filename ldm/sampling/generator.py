@@ -41,7 +41,7 @@ from ldm.diffusion.known_frames import fill_of_config
 from ldm.diffusion.noise import NoiseFamily
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
-from ldm.modules.compiled import check_has_graphs, compile_by_shape, play_back
+from ldm.modules.compiled import check_cuda_graphs, compile_by_shape, use_cuda_graphs
 from ldm.modules.nn import join_projections
 from ldm.modules.posterior import posterior_mean
 from ldm.modules.temporal_decoder import TemporalDecoder
@@ -210,7 +210,7 @@ class ClipGenerator:
         self.config, self.device, self.dtype = config, torch.device(device), PRECISIONS[precision]
         self.compiled, self.played_back = compiled, played_back
         if played_back:
-            check_has_graphs(self.device)
+            check_cuda_graphs(self.device)
         whole = config or self.checkpoint.config or {}
         self._params = mapping_at("model.params", mapping_at("model", whole.get("model")).get("params"))
         unet = unet_node(self.checkpoint, config)
@@ -224,7 +224,7 @@ class ClipGenerator:
         schedule = {key: self._params.get(key, value) for key, value in SD_V1_SCHEDULE.items()}
         node = {"target": "ldm.diffusion.schedule.NoiseSchedule", "params": schedule}
         self.schedule = build(node, "model").to(self.device)
-        self.noise = NoiseFamily.of_config(self._params.get("noise"))
+        self.noise = NoiseFamily.from_config(self._params.get("noise"))
         self.fill = fill_of_config(self._params.get("known_frames"))
         self.scale_factor = latent_scale(whole) if self._params else SD_V1_SCALE
         first_stage = outline_first_stage(self._params.get("first_stage_config") or SD_V1_FIRST_STAGE)
@@ -400,7 +400,7 @@ class ClipGenerator:
             if self.compiled:
                 compile_by_shape(unet)
             if self.played_back:
-                play_back(unet)
+                use_cuda_graphs(unet)
             self._unet = unet
         return self._unet
 

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 from ldm.config import check, load_config
-from ldm.devices import choose_device, keep_freed_memory, set_up_card
+from ldm.devices import choose_device, keep_freed_memory, set_up_gpu
 from ldm.errors import Parser, UserError, run_command
 from ldm.experiments.tables import markdown_table
 from ldm.files import write_atomically
@@ -106,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.list:
         rows = plan.outline()
     else:
-        set_up_card(exact=False, repeatable=False)
+        set_up_gpu(exact=False, repeatable=False)
         keep_freed_memory()
         for row in plan.run():
             rows.append(row)

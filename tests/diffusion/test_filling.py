@@ -2,7 +2,7 @@
 
 import torch
 
-from ldm.diffusion.known_frames import filled
+from ldm.diffusion.known_frames import fill_unknown
 
 
 def frames(*values: float) -> torch.Tensor:
@@ -10,7 +10,7 @@ def frames(*values: float) -> torch.Tensor:
 
 
 def fill(values, unknown) -> list[float]:
-    return filled(frames(*values), frames(*unknown)).flatten().tolist()
+    return fill_unknown(frames(*values), frames(*unknown)).flatten().tolist()
 
 
 def test_between_two_known_frames_lies_their_blend():
@@ -27,18 +27,20 @@ def test_where_nothing_is_known_is_nothing():
     images = torch.randn(2, 4, 3, 3)
     mask = torch.zeros(2, 1, 3, 3)
     mask[:, :, 1] = 1
-    assert torch.equal(filled(images, mask), images * (1 - mask))
+    assert torch.equal(fill_unknown(images, mask), images * (1 - mask))
 
 
 def test_every_place_is_filled_from_its_own_frames():
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(2, 6, 4, 5, 3, generator=generator)
     mask = (torch.rand(2, 6, 1, 5, 3, generator=generator) < 0.6).float()
-    whole = filled(latents, mask)
+    whole = fill_unknown(latents, mask)
     for b, y, x in ((0, 0, 0), (1, 4, 2), (0, 2, 1), (1, 3, 0)):
-        alone = filled(latents[b : b + 1, :, :, y : y + 1, x : x + 1], mask[b : b + 1, :, :, y : y + 1, x : x + 1])
+        alone = fill_unknown(
+            latents[b : b + 1, :, :, y : y + 1, x : x + 1], mask[b : b + 1, :, :, y : y + 1, x : x + 1]
+        )
         assert torch.equal(alone[0, :, :, 0, 0], whole[b, :, :, y, x])
     is_known = (mask == 0).expand_as(latents)
     assert torch.equal(whole[is_known], latents[is_known])  # bit for bit
     changed = torch.where(is_known, latents, 99)
-    assert torch.equal(filled(changed, mask), whole)
+    assert torch.equal(fill_unknown(changed, mask), whole)

@@ -86,4 +86,4 @@ def test_half_of_the_clips_get_noise_up_to_the_greatest_step():
 )
 def test_impossible_mixtures_are_refused(words, message):
     with pytest.raises(UserError, match=message):
-        KnownFrameMixture.of_config(words)
+        KnownFrameMixture.from_config(words)

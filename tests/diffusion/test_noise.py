@@ -64,9 +64,9 @@ def test_a_longer_clip_starts_with_the_noise_of_the_shorter(family):
 )
 def test_impossible_families_are_refused(words, message):
     with pytest.raises(UserError, match=message):
-        NoiseFamily.of_config(words)
+        NoiseFamily.from_config(words)
 
 
 def test_no_words_mean_independent_frames():
-    family = NoiseFamily.of_config(None)
+    family = NoiseFamily.from_config(None)
     assert (family.kind, family.share, family.offset) == ("independent", 0.0, 0.0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ldm.data.clips import Batch
-from ldm.diffusion.known_frames import KINDS, Known, filled
+from ldm.diffusion.known_frames import KINDS, KnownLatents, fill_unknown
 from ldm.errors import UserError
 from ldm.models.diffusion.ddpm import LatentVideoDiffusion
 from tests.conftest import relative_error
@@ -54,7 +54,7 @@ def test_the_network_sees_noisy_latents_mask_and_known_latents():
     (clean, noise, timesteps), known, _, (x, _, _, told) = recorded(model, batch)
     assert x.shape == (12, 5, 9, 8, 8)
     assert torch.equal(x[:, :, 4:5], known.mask)
-    assert torch.equal(x[:, :, 5:], filled(known.latents, known.mask))
+    assert torch.equal(x[:, :, 5:], fill_unknown(known.latents, known.mask))
     shown = known.mask * clean + (1 - known.mask) * known.latents
     assert torch.allclose(x[:, :, :4], model.schedule.add_noise(shown, noise, timesteps), atol=1e-6)
     assert torch.equal(told["fps"], batch.fps) and torch.equal(told["known_level"], known.level)
@@ -223,7 +223,7 @@ def test_noise_on_known_frames_needs_a_network_that_is_told_of_it():
 def test_the_network_finds_between_known_frames_what_was_set(fill):
     mixture = {"mixture": {"ends": 1}, "fill": fill}
     _, known, _, (x, _, _, _) = recorded(make_told(known_frames=mixture), make_batch([0, 1]))
-    assert torch.equal(x[:, :, 5:], filled(known.latents, known.mask, fill))
+    assert torch.equal(x[:, :, 5:], fill_unknown(known.latents, known.mask, fill))
     assert bool(x[:, 2, 5:].any()) == (fill == "blend")
 
 
@@ -236,6 +236,6 @@ def test_of_a_clip_of_one_frame_nothing_is_known():
 
 def test_nothing_known_is_said_of_images_and_of_clips():
     for shape in ((2, 5, 4, 8, 8), (2, 4, 8, 8)):
-        nothing = Known.nothing(torch.randn(shape))
+        nothing = KnownLatents.nothing(torch.randn(shape))
         assert nothing.mask.shape == (*shape[:-3], 1, 8, 8) and nothing.mask.min() == 1
         assert not nothing.latents.any() and not nothing.level.any()

@@ -83,7 +83,7 @@ def test_what_cannot_be_compiled_is_an_error_that_names_the_frames(network):
 
 
 def test_too_many_sizes_are_an_error(network, monkeypatch):
-    monkeypatch.setattr(compiling, "MOST_GRAPHS", 1)
+    monkeypatch.setattr(compiling, "MAX_GRAPHS", 1)
     compile_by_shape(network, "eager")
     network(clip(2), torch.tensor([3.0]))
     with pytest.raises(UserError, match="3 frames of 8x8 would be graph 2 of the network"):

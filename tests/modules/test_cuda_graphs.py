@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ldm.devices import set_up_card
+from ldm.devices import set_up_gpu
 from ldm.errors import UserError
 from ldm.modules.attention import CrossAttention
-from ldm.modules.compiled import PlayedBack, check_has_graphs, play_back
+from ldm.modules.compiled import GraphReplay, check_cuda_graphs, use_cuda_graphs
 from ldm.modules.nn import join_projections
 from ldm.modules.temporal import TemporalAttention
 from tests.conftest import relative_error
@@ -41,7 +41,7 @@ class Network(torch.nn.Module):
 
 def test_playback_reads_new_inputs_and_gives_tensors_that_stay():
     network, recorder = Network(), Recorder()
-    plain, network.forward = network.forward, PlayedBack(network, recorder)
+    plain, network.forward = network.forward, GraphReplay(network, recorder)
     kept = []
     for step in range(3):
         for size, words in ((2, {}), (3, {}), (2, {"enable_time": False}), (2, {"fps": torch.full((2,), float(step))})):
@@ -53,14 +53,14 @@ def test_playback_reads_new_inputs_and_gives_tensors_that_stay():
 
 def test_graphs_are_refused_where_there_are_none():
     with pytest.raises(UserError, match="--cuda-graphs: expected an NVIDIA GPU, found 'cpu'; leave it out"):
-        check_has_graphs(torch.device("cpu"))
+        check_cuda_graphs(torch.device("cpu"))
 
 
 @pytest.mark.skipif(not ON_GPU, reason="needs an NVIDIA GPU")
 def test_a_card_plays_back_the_same_bits():
     network = Network().cuda()
     plain = network.forward
-    play_back(network)
+    use_cuda_graphs(network)
     for _ in range(3):
         inputs = torch.randn(2, 4).cuda(), torch.randn(2).cuda(), torch.randn(1, 3).cuda()
         assert torch.equal(network(*inputs), plain(*inputs))
@@ -104,7 +104,7 @@ def test_settings_of_a_card_are_chosen(exact, repeatable, monkeypatch):
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda word: chosen.update(products=word))
     flags = {name: getattr(torch.backends.cudnn, name) for name in ("allow_tf32", "deterministic", "benchmark")}
     try:
-        set_up_card(exact, repeatable)
+        set_up_gpu(exact, repeatable)
         chosen |= {name: getattr(torch.backends.cudnn, name) for name in flags}
     finally:
         for name, value in flags.items():
@@ -120,5 +120,5 @@ def test_settings_of_a_card_are_chosen(exact, repeatable, monkeypatch):
 def test_without_a_card_nothing_is_set(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
-    set_up_card(exact=False, repeatable=False)
+    set_up_gpu(exact=False, repeatable=False)
     assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark) == before

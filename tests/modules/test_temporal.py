@@ -9,7 +9,7 @@ from torch import nn
 
 from ldm.errors import UserError
 from ldm.modules.backends import attend, check_backend, num_launches
-from ldm.modules.nn import lay_channels_last
+from ldm.modules.nn import use_channels_last
 from ldm.modules.temporal import PseudoConv3d, TemporalAttention, TemporalConv, see_changes_only
 from tests.conftest import fill_by_rule, golden_tensor, relative_error
 
@@ -195,7 +195,7 @@ def test_kernels_lie_as_activations_do_and_so_do_their_gradients():
     torch.manual_seed(0)
     plain, laid = (PseudoConv3d(8, 16) for _ in range(2))
     laid.load_state_dict(plain.state_dict())
-    lay_channels_last(laid)
+    use_channels_last(laid)
     x = torch.randn(10, 8, 4, 4).contiguous(memory_format=torch.channels_last)
     outs = [conv(x, 5) for conv in (plain, laid)]
     for out in outs:

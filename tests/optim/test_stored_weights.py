@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ldm.errors import UserError
-from ldm.modules.nn import lay_channels_last
+from ldm.modules.nn import use_channels_last
 from ldm.modules.unet import UNetModel
 from ldm.optim import build_optimizer
 from ldm.optim.per_weight import state_bytes
@@ -212,7 +212,7 @@ def test_the_order_in_memory_changes_no_number(kind):
         torch.manual_seed(0)
         network = torch.nn.Conv2d(32, 64, 3)
         if laid:
-            lay_channels_last(network)
+            use_channels_last(network)
         stored = StoredWeights(network, kind)
         groups = [{"params": list(network.parameters()), "lr": 1e-3}]
         return network, stored, build_optimizer(groups, weights=None if kind == "float32" else stored)

@@ -9,7 +9,7 @@ import torch
 from einops import rearrange
 from torch import Generator
 
-from ldm.diffusion.known_frames import filled
+from ldm.diffusion.known_frames import fill_unknown
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
 from ldm.sampling.denoisers import KnownDenoiser, KnownLatents, check_known_level, check_takes_known_frames
@@ -101,7 +101,7 @@ def test_what_the_network_is_told(name):
         for half in range(2):
             part = {key: call[key][2 * half : 2 * half + 2] for key in ("noisy", "mask", "known")}
             assert torch.equal(part["mask"], known.mask)
-            assert torch.equal(part["known"], filled(known.latents, known.mask))
+            assert torch.equal(part["known"], fill_unknown(known.latents, known.mask))
             is_known = (known.mask == 0).expand_as(noise)
             assert torch.allclose(part["noisy"][is_known], expected[is_known], atol=1e-5)
     assert len(steps) == 6

@@ -22,8 +22,8 @@ from ldm.checkpoint.names import FIRST_STAGE_PREFIX, TEXT_PREFIX, UNET_PREFIX
 from ldm.config import build
 from ldm.data.clips import Batch, check_prepared
 from ldm.data.stream import num_real
-from ldm.diffusion.known_frames import Known, KnownFrameMixture, filled
-from ldm.diffusion.noise import NoiseFamily, mixed
+from ldm.diffusion.known_frames import KnownFrameMixture, KnownLatents, fill_unknown
+from ldm.diffusion.noise import NoiseFamily, mix_seed
 from ldm.diffusion.schedule import NoiseSchedule, checked_gamma
 from ldm.errors import UserError
 from ldm.modules.posterior import sample_posterior
@@ -32,7 +32,7 @@ from ldm.optim.parameter_groups import ParameterGroups
 from ldm.optim.per_weight import WeightByWeight
 from ldm.optim.skippable import ClipsByKnownNorm
 from ldm.optim.stored_weights import MemorySwitches, StoredWeights
-from ldm.sharding import divide_trained, is_divided, mean_over_processes, num_processes
+from ldm.sharding import is_sharded, mean_over_processes, num_processes, shard_trained
 
 log = logging.getLogger(__name__)
 
@@ -96,9 +96,9 @@ class LatentVideoDiffusion(ClipsByKnownNorm, pl.LightningModule):
         super().__init__()
         self.unet = build(unet_config, "model.params.unet_config")
         self.schedule = NoiseSchedule(timesteps, linear_start, linear_end, parameterization, zero_terminal_snr)
-        self.noise = NoiseFamily.of_config(noise)
+        self.noise = NoiseFamily.from_config(noise)
         self.min_snr_gamma = checked_gamma(min_snr_gamma, zero_terminal_snr)
-        self.mixture = KnownFrameMixture.of_config(known_frames)
+        self.mixture = KnownFrameMixture.from_config(known_frames)
         if self.mixture is not None:
             self.mixture.check_network(self.unet, timesteps)
         self.learning_rate = learning_rate
@@ -170,15 +170,15 @@ class LatentVideoDiffusion(ClipsByKnownNorm, pl.LightningModule):
         timesteps: Tensor,
         context: Tensor,
         fps: Tensor | None = None,
-        known: Known | None = None,
+        known: KnownLatents | None = None,
     ) -> Tensor:
         """The network's prediction: `b t c h w`, `b`, `b n d`, `b` -> `b t c h w`; or of images, without t."""
         if not self.unet.takes_known_frames:
             return self.unet(noisy, timesteps, context, fps=fps)
         if known is None:
-            known = Known.nothing(noisy)
+            known = KnownLatents.nothing(noisy)
         fill = "zeros" if self.mixture is None else self.mixture.fill
-        inputs = torch.cat([noisy, known.mask, filled(known.latents, known.mask, fill)], dim=-3)
+        inputs = torch.cat([noisy, known.mask, fill_unknown(known.latents, known.mask, fill)], dim=-3)
         return self.unet(inputs, timesteps, context, fps=fps, known_level=known.level)
 
     def error(
@@ -188,7 +188,7 @@ class LatentVideoDiffusion(ClipsByKnownNorm, pl.LightningModule):
         timesteps: Tensor,
         context: Tensor,
         fps: Tensor | None = None,
-        known: Known | None = None,
+        known: KnownLatents | None = None,
     ) -> Tensor:
         """Squared error of the prediction (DDPM eq. 14) where latents are to be made, its mean for each clip.
 
@@ -263,7 +263,7 @@ class LatentVideoDiffusion(ClipsByKnownNorm, pl.LightningModule):
         generator = torch.Generator(device)
         clean, noise, timesteps = [], [], []
         for moments, position in zip(batch.moments.float(), batch.positions, strict=True):
-            generator.manual_seed(mixed(self.seed, stream, position))
+            generator.manual_seed(mix_seed(self.seed, stream, position))
             mean = moments.chunk(2, dim=-3)[0]
             sampled = sample_posterior(moments, _normal_like(mean, generator))
             clean.append(self.scale_factor * sampled)
@@ -271,7 +271,7 @@ class LatentVideoDiffusion(ClipsByKnownNorm, pl.LightningModule):
             timesteps.append(torch.randint(first, after, (), generator=generator, device=device))
         return torch.stack(clean), torch.stack(noise), torch.stack(timesteps)
 
-    def draw_known(self, batch: Batch, clean: Tensor, stream: int = KNOWN_STREAM) -> Known | None:
+    def draw_known(self, batch: Batch, clean: Tensor, stream: int = KNOWN_STREAM) -> KnownLatents | None:
         """What of each clip is known, drawn from the mixture; None without a mixture. `clean`: `b t c h w`."""
         if self.mixture is None:
             return None
@@ -279,20 +279,20 @@ class LatentVideoDiffusion(ClipsByKnownNorm, pl.LightningModule):
         on_cpu, on_device = torch.Generator(), torch.Generator(clean.device)
         masks, levels, noise = [], [], []
         for latents, position in zip(clean, batch.positions, strict=True):
-            seed = mixed(self.seed, stream, position)
+            seed = mix_seed(self.seed, stream, position)
             mask, level = self.mixture.draw(frames, h, w, on_cpu.manual_seed(seed))
             masks.append(mask)
             levels.append(level)
             noise.append(_normal_like(latents, on_device.manual_seed(seed)))
         mask = torch.stack(masks).to(clean.device, non_blocking=True)
         level = torch.tensor(levels).to(clean.device, non_blocking=True)
-        return Known(mask, self.schedule.with_level(clean, torch.stack(noise), level), level)
+        return KnownLatents(mask, self.schedule.with_level(clean, torch.stack(noise), level), level)
 
     def configure_model(self) -> None:
         """Divide the trained weights among the processes where the strategy is to; their groups are then of parts."""
-        if self.device_mesh is not None and not is_divided(self.unet):
+        if self.device_mesh is not None and not is_sharded(self.unet):
             blocks = [*self.unet.input_blocks[1:], self.unet.middle_block, *self.unet.output_blocks]
-            divide_trained(self.unet, blocks, self.device_mesh["data_parallel"])
+            shard_trained(self.unet, blocks, self.device_mesh["data_parallel"])
             self.groups = ParameterGroups(self.unet, self.trainable)
 
     def configure_optimizers(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from ldm.config import check, load_config, to_container
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError, is_lack_of_memory
-from ldm.modules.compiled import play_back
+from ldm.modules.compiled import use_cuda_graphs
 from ldm.modules.nn import join_projections
 from ldm.planning.count import count_step, shape_of
 from ldm.planning.proposals import needed, propose
@@ -138,7 +138,7 @@ def sample_clips(
     row = Row("sample", words, "ours", Seconds.of(take_turns({"ours": clips}, rounds, device, budget)["ours"]))
     rows = [row]
     if device.type == "cuda":
-        play_back(network)
+        use_cuda_graphs(network)
         clips(2)
         taken = take_turns({"played back": clips}, rounds, device, budget)["played back"]
         rows.append(Row("sample", words, "ours, played back", Seconds.of(taken)))

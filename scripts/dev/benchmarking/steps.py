@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ldm.callbacks import ComputeCount
 from ldm.config import build, load_config, to_container
 from ldm.data.batch import Batch
-from ldm.devices import keep_freed_memory, set_up_card
+from ldm.devices import keep_freed_memory, set_up_gpu
 from ldm.models.diffusion.ddpm import LatentVideoDiffusion
 from scripts.dev.benchmarking.contestants import CONTESTANTS, PRECISIONS, Case, Inputs
 from scripts.dev.benchmarking.timing import wait_for
@@ -139,7 +139,7 @@ class StepClock(pl.Callback):
 
 def take_steps(request: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Seconds of each of `steps` steps of the configs `base` with `overrides`, operations of one, and the last loss."""
-    set_up_card(exact=False, repeatable=False)
+    set_up_gpu(exact=False, repeatable=False)
     keep_freed_memory()
     without_files = ["model.params.ckpt_path=null", "model.params.scale_factor=1.0"]
     config = to_container(load_config(request["base"], [*request["overrides"], *without_files]))
