@@ -9,6 +9,7 @@ INSTALL_REQUIRES = [
     "transformers>=5.17,<6",
     "omegaconf>=2.3,<3",
     "einops>=0.8",
+    "matplotlib>=3.8",
     "numpy>=2",
     "pillow>=11",
     "safetensors>=0.6",

@@ -1,8 +1,8 @@
-"""Which clips are evaluated: video files on disk, alike in size, rate and length, a row of results for each folder.
+"""The clips of an evaluation: video files of one size, rate and length, a row of results per folder.
 
-What is given is cut from its first frame on, without a look at what it shows: a break in a generated video is the
-model's. Reference footage is cut inside its scenes, and read at the rate, size and length of what it is held against,
-cropped in the middle as `prepare.py` does: motion from frame to frame depends on all of these.
+Given videos are cut from their first frame on, across scene changes: a break in a generated video is the model's.
+Reference footage is cut inside its scenes and read at the rate, size and length of the evaluated clips, centre-cropped
+as by `prepare.py`: motion per frame depends on all of these.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from ldm.errors import UserError
 from ldm.evaluation.flow import WORKING_SIDE, working_size
 from ldm.video import read_metadata
 
-MOST_REFERENCE_CLIPS = 64  # unless there are more of the row it is held against
+MOST_REFERENCE_CLIPS = 64  # unless an evaluated row has more
 
 
 @dataclass(frozen=True)
 class ClipFormat:
-    """What all clips of an evaluation have in common; height and width as read, not above the working size."""
+    """The common format of all clips of an evaluation; height and width as read, at most the working size."""
 
     num_frames: int
     height: int
     width: int
-    rate: Fraction  # frames a second
+    rate: Fraction  # frames per second
 
 
 @dataclass(frozen=True)
 class VideoCuts:
-    """One video and the frames, at the rate of the format, where its clips start, in order; and its prompt if known."""
+    """A video, the frames (at the rate of the format) where its clips start, in order, and its prompt if known."""
 
     path: Path
     starts: tuple[int, ...]
@@ -46,28 +46,27 @@ class VideoCuts:
 
 @dataclass(frozen=True)
 class PlannedRow:
-    """The clips of one row, before they are read."""
+    """The clips of one row, not yet read."""
 
     name: str
     cuts: tuple[VideoCuts, ...]
 
     @property
     def num_clips(self) -> int:
-        """Of all its videos."""
         return sum(len(video.starts) for video in self.cuts)
 
 
 def plan_rows(given: Sequence[Path | str], num_frames: int | None) -> tuple[list[PlannedRow], ClipFormat]:
-    """A row for each folder, and one for all files named one by one; every video is decoded once, to count its frames.
+    """One row per folder, and one for all files named individually; each video is decoded once, to count its frames.
 
-    `num_frames` cuts videos into clips of that length and drops what is left over; None takes each video whole.
-    Raises UserError for a path that is no video, a row of a single clip, and clips that are not alike.
+    num_frames: videos are cut into clips of that length, the remainder is dropped; None: each video is one clip.
+    Raises UserError for a path that is no video, a row of a single clip, and clips of different formats.
     """
     if num_frames is not None and num_frames < 2:
-        raise UserError(f"--frames: expected at least 2, found {num_frames}; nothing moves in a single picture")
+        raise UserError(f"--frames: expected at least 2, found {num_frames}; a single frame has no motion")
     named: dict[str, list[Path]] = {}
-    for place in map(Path, given):
-        named.setdefault(str(place) if place.is_dir() else "files", []).append(place)
+    for path in map(Path, given):
+        named.setdefault(str(path) if path.is_dir() else "files", []).append(path)
     videos = {name: _without_copies(list_videos(paths)) for name, paths in named.items()}
     if list(videos) == ["files"] and len(videos["files"]) == 1:
         videos = {str(videos["files"][0]): videos["files"]}
@@ -78,7 +77,7 @@ def plan_rows(given: Sequence[Path | str], num_frames: int | None) -> tuple[list
     for path, found in lengths.items():
         if num_frames is None and found != length:
             raise UserError(
-                f"{path}: expected {length} frames as in {infos[0].path}, found {found}; compare clips of one length, "
+                f"{path}: expected {length} frames as in {infos[0].path}, found {found}; evaluate clips of one length, "
                 "or cut them with --frames"
             )
         if found < length:
@@ -97,18 +96,18 @@ def plan_rows(given: Sequence[Path | str], num_frames: int | None) -> tuple[list
 
 
 def plan_reference(given: Sequence[Path | str], name: str, like: ClipFormat, num_clips: int) -> PlannedRow:
-    """A row of true clips of the given format: of all that its scenes hold, at most `num_clips`, evenly spread.
+    """A row of at most `num_clips` true clips of the given format, evenly spread over the scenes of the footage.
 
-    Raises UserError when the footage is slower or much smaller than the format, or holds fewer than two such clips.
+    Raises UserError if the footage has a lower rate or a much smaller size than the format, or fewer than two clips.
     """
     videos = list_videos(given)
     for path in videos:
         if probe(path).rate < like.rate:
             raise UserError(
-                f"{path}: expected at least {float(like.rate):.4g} frames a second, the rate of what is evaluated, "
-                f"found {probe(path).fps:.4g}; give faster footage"
+                f"{path}: expected at least {float(like.rate):.4g} frames per second, the rate of the evaluated clips, "
+                f"found {probe(path).fps:.4g}; give footage of a higher rate"
             )
-        read_frames(path, like.rate, (like.height, like.width))  # speaks up now if the picture is too small
+        read_frames(path, like.rate, (like.height, like.width))  # raises now if the picture is too small
     found = [
         (path, start)
         for path in videos
@@ -123,10 +122,7 @@ def plan_reference(given: Sequence[Path | str], name: str, like: ClipFormat, num
 
 
 def read_prompt(video: Path) -> str | None:
-    """What a video was made from: the prompt inside the file, as this project writes it, or the first line beside it.
-
-    The latter is a text file of the same name. None where there is neither.
-    """
+    """The prompt of a video: in the file's metadata, or the first line of a text file of the same name; or None."""
     settings: Any = {}
     if video.suffix.lower() == ".mp4":
         with contextlib.suppress(UserError):
@@ -139,7 +135,7 @@ def read_prompt(video: Path) -> str | None:
 
 
 def read_clips(row: PlannedRow, form: ClipFormat) -> Iterator[tuple[VideoCuts, int, np.ndarray]]:
-    """The clips of a row, one after the other: their video, first frame, and frames uint8 RGB `t h w 3`."""
+    """The clips of a row in order: video, first frame, and frames uint8 RGB `t h w 3`."""
     for video in row.cuts:
         starts, clip = iter(video.starts), []
         start = next(starts, None)
@@ -154,7 +150,7 @@ def read_clips(row: PlannedRow, form: ClipFormat) -> Iterator[tuple[VideoCuts, i
 
 
 def _without_copies(paths: Sequence[Path]) -> list[Path]:
-    """Leave out GIFs that lie beside a video of the same name, as `txt2vid.py` writes them: the same clip, coarser."""
+    """Leave out GIFs beside a video of the same name: `txt2vid.py` writes the same clip twice."""
     others = {path.with_suffix("") for path in paths if path.suffix.lower() != ".gif"}
     return [path for path in paths if path.suffix.lower() != ".gif" or path.with_suffix("") not in others]
 
@@ -165,34 +161,34 @@ def _check_alike(infos: Sequence[VideoInfo]) -> None:
         if (info.height, info.width) != (first.height, first.width):
             raise UserError(
                 f"{info.path}: expected {first.width}x{first.height} pixels as in {first.path}, found "
-                f"{info.width}x{info.height}; compare clips of one size"
+                f"{info.width}x{info.height}; evaluate clips of one size"
             )
         if abs(info.rate / first.rate - 1) > 0.001:
             raise UserError(
-                f"{info.path}: expected {first.fps:.4g} frames a second as in {first.path}, found {info.fps:.4g}; "
-                "compare clips of one rate"
+                f"{info.path}: expected {first.fps:.4g} frames per second as in {first.path}, found {info.fps:.4g}; "
+                "evaluate clips of one rate"
             )
 
 
-def _check_several(row: PlannedRow, place: str = "") -> None:
+def _check_several(row: PlannedRow, where: str = "") -> None:
     if row.num_clips < 2:
         found = f"{row.num_clips} clip" + "s" * (row.num_clips != 1)
         raise UserError(
-            f"{place}{row.name}: expected at least 2 clips, found {found}; a mean and its interval need more, "
-            "30 or so: give more videos, or cut longer ones with --frames"
+            f"{where}{row.name}: expected at least 2 clips, found {found}; a mean and its interval need about 30: "
+            "give more videos, or cut long videos with --frames"
         )
 
 
 def _reading_size(info: VideoInfo) -> tuple[int, int]:
-    """Height and width of a video as it is read: its own, or the working size when that is smaller."""
+    """Height and width at which a video is read: its own, or the working size if that is smaller."""
     if max(info.height, info.width) > WORKING_SIDE:
         return working_size(info.height, info.width)
     return info.height, info.width
 
 
 def _count_frames(info: VideoInfo) -> int:
-    """Frames as `read_frames` yields them; damage anywhere in the file is found here, before anything slow."""
+    """Number of frames that `read_frames` yields; finds corruption anywhere in the file before slow work starts."""
     count = sum(1 for _ in read_frames(info.path, info.rate, _reading_size(info)))
     if count < 2:
-        raise UserError(f"{info.path}: expected a video, found a single frame; nothing moves in a picture")
+        raise UserError(f"{info.path}: expected a video, found a single frame, which has no motion")
     return count

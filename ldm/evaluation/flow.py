@@ -1,13 +1,13 @@
-"""How the picture moves: dense optical flow, where it can be trusted, and what of it is the camera's own doing.
+"""Motion of the picture: dense optical flow, its reliable region, camera rotation and the focus of expansion.
 
-A camera that drives ahead makes everything stream away from one point, the focus of expansion; a camera that turns
-moves the whole picture, near and far alike. The far band around the focus shows the turning alone, so that it can be
-taken off, and the focus is then fitted to the directions of what is left. Directions, not lengths or signs: a clip
-that plays backwards has the same focus.
+A camera that drives ahead makes everything stream away from one point, the focus of expansion; a camera that rotates
+moves the whole picture, near and far alike. The far band around the focus shows rotation alone, which is subtracted;
+the focus is then fitted to the directions of the remaining flow. Directions, not lengths or signs: a reversed clip has
+the same focus.
 
-Everything happens at one working size, 256 pixels on the longer side, whatever the size of the clip; all lengths below
-are pixels of that size. `t` frames make `p` = t - 1 pairs; flow is `p h w 2`, (x right, y down), from a frame to the
-next. Flow: Kroeger et al. 2016, "Fast Optical Flow using Dense Inverse Search".
+All lengths are pixels at one working size, 256 on the longer side, whatever the size of the clip. `t` frames make
+`p` = t - 1 pairs; flow is `p h w 2`, (x right, y down), from one frame to the next.
+Flow: Kroeger et al. 2016, "Fast Optical Flow using Dense Inverse Search".
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ import numpy as np
 from ldm.errors import UserError
 
 WORKING_SIDE, NARROWEST_SIDE = 256, 16
-TAU = 0.25  # pixels; motion well below this counts as none
-MIN_CORNER = 0.7  # grey levels per pixel that the weaker of the two gradients must have
-PRIOR_FOCUS = (0.5, 0.45)  # of width and height: where a camera on a car usually looks
+TAU = 0.25  # pixels; smaller motion counts as none
+MIN_CORNER = 0.7  # grey levels per pixel: least value of the weaker of both gradients
+PRIOR_FOCUS = (0.5, 0.45)  # of width and height: the usual view of a camera on a car
 PRIOR_SPREAD = 0.25  # of the width
 PRIOR_WEIGHT = 0.01  # of the weight of all measured directions
 FOCUS_LIMITS = ((0.15, 0.2), (0.85, 0.8))  # of width and height
-MIN_DIRECTIONS, MAX_DIRECTIONS = 50, 4000  # pixels that a fit needs, and that it looks at
-ANGLE_SCALE = 0.15  # sine of the angle beyond which a direction is taken for a stray
+MIN_DIRECTIONS, MAX_DIRECTIONS = 50, 4000  # pixels that a fit needs, and that it uses
+ANGLE_SCALE = 0.15  # sine of the angle beyond which a direction is an outlier
 BAND = (0.2, 0.06)  # of width and height: half the far band around the focus
-MAX_BAND = 1000  # pixels of it that a fit looks at
+MAX_BAND = 1000  # pixels of it that a fit uses
 
 
 @dataclass(frozen=True)
@@ -40,28 +40,28 @@ class Motion:
 
     grey: np.ndarray  # `t h w` uint8
     flow: np.ndarray  # `p h w 2` float32
-    textured: np.ndarray  # `p h w` bool: where the flow means something
-    rotation: np.ndarray  # `p 2`: what the turning of the camera adds to every flow
+    textured: np.ndarray  # `p h w` bool: where the flow is reliable
+    rotation: np.ndarray  # `p 2`: the flow that camera rotation adds everywhere
     focus: np.ndarray  # `2`: x, y of the focus of expansion
 
     @cached_property
     def stream(self) -> np.ndarray:
-        """The flow without the camera's turning, `p h w 2`."""
+        """The flow without camera rotation, `p h w 2`."""
         return self.flow - self.rotation[:, None, None].astype(np.float32)
 
     @cached_property
     def offset(self) -> np.ndarray:
-        """Where each pixel lies as seen from the focus, `h w 2`."""
+        """Each pixel relative to the focus, `h w 2`."""
         return positions(self.grey.shape[1:]) - self.focus.astype(np.float32)
 
     @cached_property
     def distance(self) -> np.ndarray:
-        """How far each pixel lies from the focus, `h w`, at least 1."""
+        """Distance of each pixel from the focus, `h w`, at least 1."""
         return np.maximum(lengths(self.offset), 1)
 
     @cached_property
     def outward(self) -> np.ndarray:
-        """The part of the stream that leads away from the focus, `p h w`; negative towards it."""
+        """The component of the stream away from the focus, `p h w`; negative towards it."""
         along = self.stream[..., 0] * self.offset[..., 0] + self.stream[..., 1] * self.offset[..., 1]
         return along / self.distance
 
@@ -69,8 +69,8 @@ class Motion:
 def measure_motion(frames: np.ndarray, flow: np.ndarray | None = None) -> Motion:
     """Frames uint8 RGB `t h w 3`, two or more -> their motion.
 
-    `flow`, if given, is the true flow `p h w 2` in pixels of the frames and takes the place of the measured one.
-    Raises UserError for a single frame and for a narrow strip.
+    flow: the true flow `p h w 2` in pixels of the frames; None: measured. Raises UserError for a single frame and for a
+    narrow strip.
     """
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
         raise ValueError(f"expected uint8 frames `t h w 3`, found {frames.dtype} {list(frames.shape)}")
@@ -80,20 +80,20 @@ def measure_motion(frames: np.ndarray, flow: np.ndarray | None = None) -> Motion
         height, width = frames.shape[1:3]
         raise UserError(
             f"expected clips at most {WORKING_SIDE // NARROWEST_SIDE} times as long as narrow, found {width}x{height} "
-            "pixels; no flow can be measured on a strip"
+            "pixels; flow cannot be measured on a strip"
         )
     grey = working_grey(frames)
     flow = dense_flow(grey) if flow is None else working_flow(flow)
     textured = np.stack([find_texture(picture) for picture in grey[:-1]])
     focus = focus_of_expansion(flow, textured)
-    for _ in range(2):  # each needs the other; what could be either is taken for expansion
+    for _ in range(2):  # each needs the other; ambiguous flow counts as expansion
         rotation = np.stack([camera_rotation(*pair, focus) for pair in zip(flow, textured, strict=True)])
         focus = focus_of_expansion(flow - rotation[:, None, None], textured, focus)
     return Motion(grey, flow, textured, rotation, focus)
 
 
 def working_size(height: int, width: int) -> tuple[int, int]:
-    """Height and width -> those with 256 pixels on the longer side."""
+    """Height and width -> the same scaled to 256 pixels on the longer side."""
     scale = WORKING_SIDE / max(height, width)
     return max(1, round(height * scale)), max(1, round(width * scale))
 
@@ -133,8 +133,8 @@ def dense_flow(grey: np.ndarray) -> np.ndarray:
 def find_texture(grey: np.ndarray) -> np.ndarray:
     """Where a picture `h w` changes in both directions -> `h w` bool.
 
-    The smaller eigenvalue of the structure tensor decides (Shi and Tomasi 1994): along a straight edge or on a plain
-    surface nobody can tell how far something moved.
+    By the smaller eigenvalue of the structure tensor (Shi and Tomasi 1994): along a straight edge or on a plain surface
+    motion is ambiguous.
     """
     smooth = cv2.GaussianBlur(grey.astype(np.float32), (0, 0), 1.0)
     across, down = (cv2.Sobel(smooth, cv2.CV_32F, *order, ksize=3) / 8 for order in ((1, 0), (0, 1)))
@@ -208,7 +208,7 @@ def focus_of_expansion(stream: np.ndarray, textured: np.ndarray, guess: np.ndarr
 
 
 def _thin_out(chosen: np.ndarray, most: int) -> np.ndarray:
-    """At most `most` of the chosen places, evenly spread."""
+    """At most `most` of the chosen pixels, evenly spread."""
     return chosen[np.linspace(0, len(chosen) - 1, min(len(chosen), most)).astype(int)]
 
 

@@ -1,33 +1,36 @@
-"""Learning curves: what runs measured of their samples while they were trained, against the compute they had spent.
+"""Learning curves: what runs measured of their samples during training, against the compute spent, and a prediction.
 
-A record is what `ldm.callbacks.MotionLogger` writes into a run folder.
+A straight line against the logarithm of compute is fitted to the last three doublings and extrapolated for three more
+at most. Its interval covers the scatter about the line and the choice of clips; it cannot tell whether the line
+continues: a curve may level off or jump. So the same prediction is also made from half the compute and checked against
+the last point (the backtest). A record is what `ldm.callbacks.MotionLogger` writes into a run folder.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ldm.errors import UserError
-from ldm.evaluation.page import nice_ticks
 from ldm.evaluation.statistics import NUM_DRAWS, Estimate, estimate, interval, warnings
 from ldm.files import parse_json
 
-DOUBLINGS = 3.0  # of compute: as many are looked back as, at most, ahead
-FEWEST = 5  # occasions for a fit
+DOUBLINGS = 3.0  # of compute: fitted at most, and extrapolated at most
+MIN_POINTS = 5  # for a fit
 NORMAL_WIDTH = 3.92  # of a 95% interval, in standard deviations
+TIMESTAMP = re.compile(r"^\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d_")  # at the start of a run folder's name
+RECORD_KEYS = ("settings", "measures", "data", "occasions")
+COMPARABLE = ("captions", "num_clips", "frames", "fps", "sampler", "steps", "scale", "seed")
 
 
 @dataclass(frozen=True)
 class Point:
-    """Where a curve was looked at: TFLOP spent, the mean over clips and its interval."""
+    """A point of a curve: TFLOP spent, the mean over clips and its interval."""
 
     tflop: float
     mean: float
@@ -37,7 +40,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Backtest:
-    """What the same fit, made at `tflop` or before, foretold of the last point, with its interval, and what came."""
+    """The last point as predicted from the points up to `tflop`, with its interval, and the mean that `came`."""
 
     tflop: float
     mean: float
@@ -51,14 +54,13 @@ class Backtest:
 
 
 @dataclass(frozen=True)
-class Outlook:
-    """What can be said of when a target is reached.
+class Prediction:
+    """When a curve reaches its target.
 
-    verdict: "reached", "forecast", "far", "flat" or "unknown"; statement: the same in a sentence.
-    per_doubling: how much the measure rises when compute doubles; tflop: at the target. Both as (mean, low, high), None
-    where there is none; parts None that lie farther than the line is followed. backtest: None where half the way has
-    too few points.
-    line: two points of a line that leads on, TFLOP and mean: of its first occasion, and as far as it may be followed.
+    verdict: "reached", "forecast", "far", "flat" or "unknown"; statement: the same as a sentence.
+    per_doubling: rise of the measure when compute doubles; tflop: compute at the target. Both (mean, low, high), None
+    if unknown; parts of `tflop` are None beyond the extrapolation. backtest: None if half the compute has too few
+    points. line: (TFLOP, mean) at both ends of the fitted and extrapolated line.
     """
 
     verdict: str
@@ -71,82 +73,84 @@ class Outlook:
 
 @dataclass(frozen=True)
 class _Line:
-    """Lines that fit: levels at the end of the fit and slopes per doubling, `NUM_DRAWS` of each, and the scatter."""
+    """`NUM_DRAWS` fitted lines: levels at the end of the fit, slopes per doubling, and the scatter about them."""
 
-    start: float  # TFLOP, of what was fitted
+    start: float  # TFLOP
     end: float
     level: np.ndarray
     slope: np.ndarray
     scatter: np.ndarray
 
-    def drawn(self) -> tuple[tuple[float, float], tuple[float, float]]:
-        """Two ends of the line in the middle."""
+    def ends(self) -> tuple[tuple[float, float], tuple[float, float]]:
+        """Both ends of the mean line, extrapolated."""
         doublings = (np.log2(self.start / self.end), DOUBLINGS)
         first, last = (
             (float(self.end * 2**number), float(self.level.mean() + number * self.slope.mean())) for number in doublings
         )
         return first, last
 
-    def foretold(self, tflop: float, rng: np.random.Generator) -> np.ndarray:
-        """Draws of what will be seen at this compute."""
+    def predict(self, tflop: float, rng: np.random.Generator) -> np.ndarray:
+        """Draws of the mean at this compute."""
         return self.level + self.slope * np.log2(tflop / self.end) + self.scatter * rng.standard_normal(NUM_DRAWS)
 
 
-def look_ahead(points: Sequence[Point], true: Estimate, share: float) -> Outlook:
-    """When will a curve come to `share` of the mean of true clips? `points` by growing compute, 0 TFLOP apart."""
+def predict(points: Sequence[Point], true: Estimate, share: float) -> Prediction:
+    """When a curve reaches `share` of the mean of true clips. `points` by increasing compute; 0 TFLOP is ignored."""
     points = [point for point in points if point.tflop > 0]
     if not points:
-        return Outlook("unknown", "nothing was measured after the start")
+        return Prediction("unknown", "nothing was measured after the start")
     if true.mean is None or true.low <= 0:
-        return Outlook("unknown", "the data's own mean cannot be told from 0, and there is no share of it to reach")
+        return Prediction("unknown", "the interval of the data's own mean includes 0, so a share of it is undefined")
     goal, last = share * true.mean, points[-1]
     if last.mean >= goal:
         first = next(point for point in points if point.mean >= goal)
-        return Outlook(
+        return Prediction(
             "reached",
-            f"{share:g} of the data's {_of(true)} is reached: {_of(last)}, at {_round(first.tflop)} TFLOP first",
+            f"{share:g} of the data's {_interval(true)} is reached: {_interval(last)}, first at {_round(first.tflop)} "
+            "TFLOP",
         )
     rng = np.random.default_rng(0)
     line = _fit(points, rng)
     if line is None:
-        return Outlook(
+        return Prediction(
             "unknown",
-            f"{_of(last)}, {share:g} of the data's is {goal:.2f}; fewer than {FEWEST} occasions over at least a "
-            "doubling of compute are too few for a line",
+            f"{_interval(last)}, {share:g} of the data's is {goal:.2f}; a fit needs {MIN_POINTS} evaluations over at "
+            "least a doubling of compute",
         )
     slope = (float(line.slope.mean()), *interval(line.slope))
-    backtest = _look_back(points, rng)
-    rises = f"{_of(last)}; {slope[0]:+.3f} for each doubling of compute ({slope[1]:+.3f} to {slope[2]:+.3f})"
+    backtest = _backtest(points, rng)
+    rises = f"{_interval(last)}; {slope[0]:+.3f} per doubling of compute ({slope[1]:+.3f} to {slope[2]:+.3f})"
     if slope[1] <= 0:
-        how = "it falls" if slope[2] < 0 else "that cannot be told from standing still"
-        statement = f"{rises}: {how}, so nothing says when {goal:.2f}, {share:g} of the data's, would be reached"
-        return Outlook("flat", statement + _told(backtest), slope, None, backtest)
+        how = "the curve falls" if slope[2] < 0 else "the slope is not distinguishable from 0"
+        statement = f"{rises}: {how}, so nothing predicts when {goal:.2f}, {share:g} of the data's, is reached"
+        return Prediction("flat", statement + _describe(backtest), slope, None, backtest)
     goals = share * (true.mean + (true.high - true.low) / NORMAL_WIDTH * rng.standard_normal(NUM_DRAWS))
-    chance = (last.high - last.low) / NORMAL_WIDTH * rng.standard_normal(NUM_DRAWS)  # other clips, the same all along
-    ahead = np.where(line.slope > 0, (goals - line.level - chance) / np.maximum(line.slope, 1e-12), np.inf)
+    clips = (
+        (last.high - last.low) / NORMAL_WIDTH * rng.standard_normal(NUM_DRAWS)
+    )  # the choice of clips, a fixed offset
+    ahead = np.where(line.slope > 0, (goals - line.level - clips) / np.maximum(line.slope, 1e-12), np.inf)
     ahead = np.maximum(ahead, 0)
     low, middle, high = np.quantile(ahead, [0.025, 0.5, 0.975], method="nearest")
-    reach = f"more than {_round(line.end * 2**DOUBLINGS)} TFLOP, where a forecast from this curve would end"
+    limit = f"more than {_round(line.end * 2**DOUBLINGS)} TFLOP, the limit of the extrapolation"
     tflop = tuple(float(line.end * 2**value) if value <= DOUBLINGS else None for value in (middle, low, high))
-    words = [f"{_round(value)} TFLOP" if value is not None else reach for value in tflop]
+    texts = [f"{_round(value)} TFLOP" if value is not None else limit for value in tflop]
     if tflop[0] is None:
-        ends = f"takes {reach}" if tflop[1] is None else f"takes {words[1]} at the very least and may take {reach}"
+        when = f"takes {limit}" if tflop[1] is None else f"takes at least {texts[1]} and possibly {limit}"
         verdict = "far"
     else:
-        ends = f"is reached at about {words[0]} ({words[1]} to {words[2]})"
+        when = f"is reached at about {texts[0]} ({texts[1]} to {texts[2]})"
         verdict = "forecast"
-    statement = f"{rises}; if that goes on, {goal:.2f}, {share:g} of the data's, {ends}{_told(backtest)}"
-    return Outlook(verdict, statement, slope, tflop, backtest, line.drawn())
+    statement = f"{rises}; if the line continues, {goal:.2f}, {share:g} of the data's, {when}{_describe(backtest)}"
+    return Prediction(verdict, statement, slope, tflop, backtest, line.ends())
 
 
 def _fit(points: Sequence[Point], rng: np.random.Generator) -> _Line | None:
-    """Draws from all lines that fit the last doublings (the posterior of linear regression under flat priors); None for
-    too few points."""
+    """Draws from the posterior of a linear regression with flat priors over the last doublings; None if too few."""
     end = points[-1].tflop
     x = np.array([np.log2(point.tflop / end) for point in points])
     y = np.array([point.mean for point in points])[x >= -DOUBLINGS]
     x = x[x >= -DOUBLINGS]
-    if len(x) < FEWEST or np.ptp(x) < 1:
+    if len(x) < MIN_POINTS or np.ptp(x) < 1:
         return None
     matrix = np.stack([np.ones_like(x), x], axis=1)
     found, *_ = np.linalg.lstsq(matrix, y)
@@ -157,66 +161,59 @@ def _fit(points: Sequence[Point], rng: np.random.Generator) -> _Line | None:
     return _Line(float(end * 2 ** x[0]), end, level, slope, scatter)
 
 
-def _look_back(points: Sequence[Point], rng: np.random.Generator) -> Backtest | None:
+def _backtest(points: Sequence[Point], rng: np.random.Generator) -> Backtest | None:
     last = points[-1]
     before = [point for point in points if point.tflop <= last.tflop / 2]
     line = _fit(before, rng) if before else None
     if line is None:
         return None
-    draws = line.foretold(last.tflop, rng)
+    draws = line.predict(last.tflop, rng)
     return Backtest(line.end, float(draws.mean()), *interval(draws), last.mean)
 
 
-def _told(backtest: Backtest | None) -> str:
+def _describe(backtest: Backtest | None) -> str:
     if backtest is None:
         return ""
-    verdict = "which came true" if backtest.held else "which did not come true: do not trust the line"
+    verdict = "which held" if backtest.held else "which did not hold: do not trust the line"
     return (
-        f". At {_round(backtest.tflop)} TFLOP the same line foretold {backtest.mean:.2f} ({backtest.low:.2f} to "
-        f"{backtest.high:.2f}) for the end, {verdict}"
+        f". At {_round(backtest.tflop)} TFLOP the same fit predicted {backtest.mean:.2f} ({backtest.low:.2f} to "
+        f"{backtest.high:.2f}) for the last point, {verdict}"
     )
 
 
 def _round(value: float) -> str:
-    """With two digits that count."""
+    """With two significant digits."""
     return f"{float(f'{value:.2g}'):,g}"
 
 
-def _of(found: Point | Estimate) -> str:
+def _interval(found: Point | Estimate) -> str:
     return f"{found.mean:.2f} ({found.low:.2f} to {found.high:.2f})"
-
-
-TIME = re.compile(r"^\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d_")  # that the name of a run folder begins with
-PARTS = ("settings", "measures", "data", "occasions")
-COMPARABLE = ("captions", "num_clips", "frames", "fps", "sampler", "steps", "scale", "seed")
 
 
 @dataclass(frozen=True)
 class Record:
-    """What one run measured: `words` as in its file, with settings, measures, data and occasions."""
+    """The measurements of one run: `content` of its file, with the keys settings, measures, data and occasions."""
 
     name: str
     path: Path
-    words: Mapping[str, Any]
+    content: Mapping[str, Any]
 
 
-def find_records(places: Sequence[Path]) -> list[Record]:
-    """The records in run folders, or the named files themselves; raises UserError where there is none."""
+def find_records(paths: Sequence[Path]) -> list[Record]:
+    """The records at files or in run folders; raises UserError for a path without one."""
     records = []
-    for place in places:
-        if place.is_dir():
-            found = [record for path in sorted(place.glob("*.json")) if (record := _read(path)) is not None]
-            if not found:
-                raise UserError(
-                    f"{place}: expected the folder of a run that measured its samples, found no record of it; train "
-                    "with ldm.callbacks.MotionLogger among lightning.callbacks"
-                )
-        elif not place.is_file():
-            raise UserError(f"{place}: expected a run folder or a record of one, found no such file")
-        elif (record := _read(place)) is None:
-            raise UserError(f"{place}: expected a record of ldm.callbacks.MotionLogger, found other JSON")
-        else:
-            found = [record]
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"{path}: expected a run folder or a record in one, found no such file")
+        files = sorted(path.glob("*.json")) if path.is_dir() else [path]
+        found = [record for file in files if (record := _read(file)) is not None]
+        if not found and path.is_dir():
+            raise UserError(
+                f"{path}: expected the folder of a run that measured its samples, found no record; train with "
+                "ldm.callbacks.MotionLogger in lightning.callbacks"
+            )
+        if not found:
+            raise UserError(f"{path}: expected a record of ldm.callbacks.MotionLogger, found other JSON")
         records += found
     for record in records:
         _check(record)
@@ -224,57 +221,58 @@ def find_records(places: Sequence[Path]) -> list[Record]:
 
 
 def _read(path: Path) -> Record | None:
-    """None for JSON of something else."""
+    """None for other JSON."""
     try:
-        words = parse_json(path.read_bytes())
+        content = parse_json(path.read_bytes())
     except ValueError as error:
         raise UserError(f"{path}: expected JSON, found something else ({error})") from None
-    if not isinstance(words, dict) or not all(part in words for part in PARTS):
+    if not isinstance(content, dict) or not all(key in content for key in RECORD_KEYS):
         return None
-    run = TIME.sub("", path.resolve().parent.name)
-    return Record(run if path.stem == "motion" else f"{run}, {path.stem}", path, words)
+    run = TIMESTAMP.sub("", path.resolve().parent.name)
+    return Record(run if path.stem == "motion" else f"{run}, {path.stem}", path, content)
 
 
 def _check(record: Record) -> None:
-    occasions = record.words["occasions"]
+    occasions = record.content["occasions"]
     if any(occasion["tflop"] is None for occasion in occasions):
         raise UserError(
-            f"{record.path}: expected the compute spent on each occasion, found none; train with "
-            "ldm.callbacks.ComputeCount among lightning.callbacks"
+            f"{record.path}: expected the compute spent at each evaluation, found none; train with "
+            "ldm.callbacks.ComputeCount in lightning.callbacks"
         )
     if not any(occasion["tflop"] > 0 for occasion in occasions):
         raise UserError(
-            f"{record.path}: expected an occasion after the first step, found {len(occasions)} before it; train on"
+            f"{record.path}: expected an evaluation after the first step, found {len(occasions)} before it; train "
+            "further"
         )
 
 
 def summarise(records: Sequence[Record], share: float) -> dict[str, Any]:
-    """All curves in plain containers, ready for JSON; `share` of the data's mean is the target of the outlook."""
-    measures = {name: dict(measure) for record in records for name, measure in record.words["measures"].items()}
+    """All curves in plain containers, ready for JSON; the target of the predictions is `share` of the data's mean."""
+    measures = {name: dict(measure) for record in records for name, measure in record.content["measures"].items()}
     return {"target": share, "measures": measures, "curves": [_curve(record, measures, share) for record in records]}
 
 
 def _curve(record: Record, measures: Mapping[str, Mapping[str, Any]], share: float) -> dict[str, Any]:
-    data = record.words["data"]
+    data = record.content["data"]
     found = {}
     for name, measure in measures.items():
         true = estimate(data["values"].get(name, []), data["scenes"] if name in data["values"] else [])
         points = []
-        for occasion in record.words["occasions"]:
+        for occasion in record.content["occasions"]:
             values = occasion["values"].get(name, [])
             mean = estimate(values, [str(number) for number in range(len(values))])
             if mean.mean is not None:
                 points.append({"step": occasion["step"], "tflop": occasion["tflop"], **asdict(mean)})
-        outlook = None
+        prediction = None
         if measure["better"] > 0 and points:
-            seen = [Point(*(point[word] for word in ("tflop", "mean", "low", "high"))) for point in points]
-            outlook = asdict(look_ahead(seen, true, share))
-        found[name] = {"data": asdict(true), "points": points, "outlook": outlook}
-    return {"name": record.name, "record": record.path.name, "settings": record.words["settings"], "measures": found}
+            seen = [Point(*(point[key] for key in ("tflop", "mean", "low", "high"))) for point in points]
+            prediction = asdict(predict(seen, true, share))
+        found[name] = {"data": asdict(true), "points": points, "prediction": prediction}
+    return {"name": record.name, "record": record.path.name, "settings": record.content["settings"], "measures": found}
 
 
 def notes(summary: Mapping[str, Any]) -> list[str]:
-    """What to beware of when reading the curves."""
+    """Limits of the curves: few clips, and settings that do not compare."""
     curves = {curve["name"]: curve["settings"]["num_clips"] for curve in summary["curves"]}
     found = [
         f"{name}: {warning}"
@@ -283,147 +281,8 @@ def notes(summary: Mapping[str, Any]) -> list[str]:
     ]
     first = summary["curves"][0]
     for curve in summary["curves"][1:]:
-        differing = [word for word in COMPARABLE if curve["settings"].get(word) != first["settings"].get(word)]
-        if differing:
-            words = ", ".join(differing)
-            found.append(f"{curve['name']} was measured with other {words} than {first['name']}: do not compare levels")
+        if differing := [key for key in COMPARABLE if curve["settings"].get(key) != first["settings"].get(key)]:
+            found.append(
+                f"{curve['name']} and {first['name']} differ in {', '.join(differing)}: do not compare their levels"
+            )
     return found
-
-
-WIDTH, HEIGHT = 420, 250  # of a panel, in the picture's own units
-LEFT, RIGHT, TOP, BOTTOM = 48, 14, 30, 34  # of it, outside its axes
-LINE = 18  # height of a line of the legend
-COLUMNS = 2
-START = 26  # left of the axis' first number: where what was seen before the first step stands
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#6b6b6b")  # told apart by every eye
-INK, SOFT, GRID = "#1c2024", "#60666d", "#e3e6ea"
-FONT = f'font-family="system-ui, sans-serif" font-size="12" fill="{INK}"'
-STROKES = {
-    "curve": 'stroke-width="2"',
-    "data": 'stroke-width="1.2" stroke-dasharray="7 4"',
-    "outlook": 'stroke-width="2" stroke-dasharray="2 4"',
-}
-LEGEND = "Band: 95% interval over clips. Long dashes: the data's own clips. Dots: the line fitted, followed on."
-
-
-@dataclass(frozen=True)
-class _Axes:
-    """Where numbers of a panel stand, in its own units."""
-
-    first: float  # TFLOP at either end
-    last: float
-    low: float
-    high: float
-
-    def x(self, tflop: float) -> float:
-        if tflop <= 0:
-            return LEFT
-        share = math.log(tflop / self.first) / math.log(self.last / self.first)
-        return LEFT + START + share * (WIDTH - LEFT - START - RIGHT)
-
-    def y(self, value: float) -> float:
-        return HEIGHT - BOTTOM - (value - self.low) / (self.high - self.low) * (HEIGHT - TOP - BOTTOM)
-
-
-def curves_svg(summary: Mapping[str, Any]) -> str:
-    """The picture of a summary of `learning_curve`."""
-    names, curves = list(summary["measures"]), summary["curves"]
-    legend = TOP + LINE * (len(curves) + 1)
-    rows = -(-len(names) // COLUMNS)
-    width, height = COLUMNS * WIDTH, legend + rows * HEIGHT
-    parts = [f'<rect width="{width}" height="{height}" fill="#fff"/>']
-    for number, curve in enumerate(curves):
-        y = LINE * (number + 1)
-        parts.append(f'<rect x="{LEFT}" y="{y - 8}" width="18" height="4" fill="{_colour(number)}"/>')
-        clips = f"{curve['settings']['num_clips']} clips on each occasion"
-        parts.append(
-            f'<text x="{LEFT + 26}" y="{y}">{escape(curve["name"])} <tspan fill="{SOFT}" dx="6">{clips}</tspan></text>'
-        )
-    parts.append(f'<text fill="{SOFT}" x="{LEFT}" y="{LINE * (len(curves) + 1)}">{LEGEND}</text>')
-    for number, name in enumerate(names):
-        row, column = divmod(number, COLUMNS)
-        place = f"translate({column * WIDTH} {legend + row * HEIGHT})"
-        parts.append(f'<g transform="{place}">{"".join(_panel(summary, name))}</g>')
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" role="img" aria-label="learning curves" viewBox="0 0 {width} '
-        f'{height}" width="{width}" height="{height}"><g {FONT}>{"".join(parts)}</g></svg>\n'
-    )
-
-
-def _panel(summary: Mapping[str, Any], name: str) -> list[str]:
-    found = [curve["measures"][name] for curve in summary["curves"]]
-    values = [point[end] for its in found for point in its["points"] for end in ("low", "high")]
-    values += [its["data"]["mean"] for its in found if its["data"]["mean"] is not None]
-    title = f'<text font-weight="600" x="{LEFT}" y="20">{escape(summary["measures"][name]["title"])}</text>'
-    if not any(its["points"] for its in found):
-        return [title, f'<text fill="{SOFT}" x="{LEFT}" y="{HEIGHT / 2:.0f}">cannot be judged</text>']
-    ticks = nice_ticks(values)
-    axes = _Axes(*_ends(summary), ticks[0], ticks[-1])
-    parts = [title]
-    for tick in ticks:
-        y = axes.y(tick)
-        parts.append(f'<line stroke="{GRID}" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text fill="{SOFT}" text-anchor="end" x="{LEFT - 6}" y="{y + 4:.1f}">{tick:g}</text>')
-    for tick in log_ticks(axes.first, axes.last):
-        parts.append(
-            f'<text fill="{SOFT}" text-anchor="middle" x="{axes.x(tick):.1f}" y="{HEIGHT - 16}">{tick:,g}</text>'
-        )
-    unit = "TFLOP, logarithmic"
-    parts.append(f'<text fill="{SOFT}" text-anchor="end" x="{WIDTH - RIGHT}" y="{HEIGHT - 3}">{unit}</text>')
-    if any(point["tflop"] == 0 for its in found for point in its["points"]):
-        parts.append(f'<text fill="{SOFT}" text-anchor="middle" x="{LEFT}" y="{HEIGHT - 16}">0</text>')
-    for number, its in enumerate(found):
-        parts += _draw(its, axes, _colour(number))
-    return parts
-
-
-def _draw(its: Mapping[str, Any], axes: _Axes, colour: str) -> list[str]:
-    """One curve with its interval, the data's mean and what the outlook expects."""
-    parts = []
-    if its["data"]["mean"] is not None:
-        y = axes.y(its["data"]["mean"])
-        parts.append(_stroke("data", colour, [(LEFT, y), (WIDTH - RIGHT, y)]))
-    points = its["points"]
-    if not points:
-        return parts
-    upper = [(axes.x(point["tflop"]), axes.y(point["high"])) for point in points]
-    lower = [(axes.x(point["tflop"]), axes.y(point["low"])) for point in reversed(points)]
-    parts.append(f'<polygon fill="{colour}" fill-opacity=".15" points="{_places(upper + lower)}"/>')
-    parts.append(_stroke("curve", colour, [(axes.x(point["tflop"]), axes.y(point["mean"])) for point in points]))
-    for point in points:
-        told = f"step {point['step']}, {point['tflop']:,.4g} TFLOP: {point['mean']:.3f}"
-        x, y = axes.x(point["tflop"]), axes.y(point["mean"])
-        parts.append(f'<circle fill="{colour}" cx="{x:.1f}" cy="{y:.1f}" r="2.5"><title>{told}</title></circle>')
-    outlook = its["outlook"]
-    if outlook and outlook["line"]:
-        ends = [(tflop, min(max(value, axes.low), axes.high)) for tflop, value in outlook["line"]]
-        parts.append(_stroke("outlook", colour, [(axes.x(tflop), axes.y(value)) for tflop, value in ends]))
-    return parts
-
-
-def _stroke(kind: str, colour: str, places: Sequence[tuple[float, float]]) -> str:
-    return f'<polyline {STROKES[kind]} fill="none" stroke="{colour}" points="{_places(places)}"/>'
-
-
-def _places(places: Sequence[tuple[float, float]]) -> str:
-    return " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-
-
-def _colour(number: int) -> str:
-    return COLOURS[number % len(COLOURS)]
-
-
-def _ends(summary: Mapping[str, Any]) -> tuple[float, float]:
-    """Least and most TFLOP that any curve or line comes to, a little apart."""
-    found = [its for curve in summary["curves"] for its in curve["measures"].values()]
-    spent = [point["tflop"] for its in found for point in its["points"] if point["tflop"] > 0]
-    spent += [tflop for its in found if its["outlook"] for tflop, _ in its["outlook"]["line"] or ()]
-    return min(spent), max(*spent, 2 * min(spent))
-
-
-def log_ticks(first: float, last: float) -> list[float]:
-    """Round numbers from `first` to `last`, both above 0: 1, 2, 5, 10, ... or, over many decades, powers of ten."""
-    powers = range(math.floor(math.log10(first)), math.ceil(math.log10(last)) + 1)
-    factors = (1, 2, 5) if math.log10(last / first) < 3 else (1,)
-    ticks = [factor * 10.0**power for power in powers for factor in factors]
-    return [float(f"{tick:.1g}") for tick in ticks if first * 0.999 <= tick <= last * 1.001]

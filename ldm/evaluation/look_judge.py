@@ -1,5 +1,8 @@
-"""The judge of looks: a small network that says which look of the drawn world a frame shows, and whose last features
-Frechet distances are taken between. Its file says how often it was right on frames of scenes it had never seen."""
+"""The style classifier: a small network that names the style (look) of the procedural world that a frame shows.
+
+Text alignment compares its answers with prompts; Frechet distances use its last features. `ldm.models.look_classifier`
+trains it; the file records its accuracy on frames of held-out scenes.
+"""
 
 from __future__ import annotations
 
@@ -20,18 +23,18 @@ from ldm.files import parse_json, write_atomically
 from ldm.modules.frame_tower import FrameClassifier
 from ldm.video import from_uint8
 
-METADATA_KEY = "judge of looks"  # where the metadata of its files has the words about it
+METADATA_KEY = "judge of looks"  # of the safetensors file
 MAX_BLOCKS, MAX_WIDTH = 32, 4096
-AT_ONCE = 128  # frames
+BATCH_SIZE = 128  # frames
 
 
 @dataclass(frozen=True)
 class StyleClassifier:
-    """A trained judge.
+    """A trained style classifier.
 
-    looks: the names that its answers are places in. accuracy: share of held-out frames of the drawn world whose look it
-    told; accuracy_damaged: the same of blurred, coarse, noisy and otherwise damaged ones. steps: of its training. name:
-    of its file, with the beginning of the file's SHA-256.
+    looks: names of its classes. accuracy: on held-out frames of the procedural world, 0 to 1; accuracy_damaged: on
+    blurred, coarse, noisy and otherwise corrupted ones. steps: of its training. name: of its file, with the first
+    digits of the file's SHA-256.
     """
 
     network: FrameClassifier
@@ -42,16 +45,18 @@ class StyleClassifier:
     name: str
 
     def predict(self, frames: np.ndarray) -> np.ndarray:
-        """The look of each frame, as its place in `looks`: uint8 `t h w 3` of any size -> int64 `t`."""
+        """Index in `looks` of each frame: uint8 `t h w 3` of any size -> int64 `t`."""
         with torch.inference_mode():
             return self.network.head(torch.from_numpy(self.features(frames))).argmax(1).numpy()
 
     @torch.inference_mode()
     def features(self, frames: np.ndarray) -> np.ndarray:
-        """What the network makes of each frame before it answers: uint8 `t h w 3` -> float32 `t d`."""
+        """Features before the last layer: uint8 `t h w 3` -> float32 `t d`."""
         if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not len(frames):
-            raise UserError(f"judge: expected frames, uint8 t h w 3, found {frames.dtype} of shape {frames.shape}")
-        parts = [frames[first : first + AT_ONCE] for first in range(0, len(frames), AT_ONCE)]
+            raise UserError(
+                f"style classifier: expected frames, uint8 t h w 3, found {frames.dtype} of shape {frames.shape}"
+            )
+        parts = [frames[first : first + BATCH_SIZE] for first in range(0, len(frames), BATCH_SIZE)]
         return np.concatenate([self.network.tower(from_uint8(part)).numpy() for part in parts])
 
 
@@ -65,26 +70,26 @@ def save_style_classifier(
 ) -> None:
     """Write a style classifier in half precision, atomically; see `StyleClassifier` for the fields."""
     tensors = {name: tensor.detach().cpu().half().contiguous() for name, tensor in network.state_dict().items()}
-    words = {"looks": list(looks), "accuracy": accuracy, "accuracy_damaged": accuracy_damaged, "steps": steps}
-    words["widths"] = list(network.tower.widths)
-    write_atomically(path, save(tensors, {METADATA_KEY: json.dumps(words)}))
+    fields = {"looks": list(looks), "accuracy": accuracy, "accuracy_damaged": accuracy_damaged, "steps": steps}
+    fields["widths"] = list(network.tower.widths)
+    write_atomically(path, save(tensors, {METADATA_KEY: json.dumps(fields)}))
 
 
 def load_style_classifier(path: Path | str) -> StyleClassifier:
-    """A judge from its file, on the CPU; raises UserError for a file that is none."""
+    """Read a style classifier, on the CPU; raises UserError for any other file."""
     path = Path(path)
-    words, tensors = _read(path)
+    fields, tensors = _read(path)
     try:
-        widths, num_looks = words["widths"], len(words["looks"])
+        widths, num_looks = fields["widths"], len(fields["looks"])
         if len(widths) > MAX_BLOCKS or num_looks > MAX_WIDTH or any(not 0 < width <= MAX_WIDTH for width in widths):
             raise ValueError(f"{num_looks} looks, widths {str(widths)[:80]}")
         network = FrameClassifier(num_looks, widths)
         network.load_state_dict(tensors)
-        accuracies = float(words["accuracy"]), float(words["accuracy_damaged"])
-        looks, steps = tuple(words["looks"]), int(words["steps"])
+        accuracies = float(fields["accuracy"]), float(fields["accuracy_damaged"])
+        looks, steps = tuple(fields["looks"]), int(fields["steps"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"{path}: expected a judge of looks, found one whose tensors or words do not fit together "
+            f"{path}: expected a style classifier, found one whose tensors and metadata do not match "
             f"({' '.join(str(error).split())[:200]}). Train it again with configs/drive/judge.yaml."
         ) from None
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
@@ -92,10 +97,10 @@ def load_style_classifier(path: Path | str) -> StyleClassifier:
 
 
 def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
-    """The words and the tensors, float32, of a file."""
+    """Metadata and float32 tensors of a file."""
     if not path.is_file():
         raise UserError(
-            f"{path}: expected a judge of looks, found no such file. Train one with "
+            f"{path}: expected a style classifier, found no such file. Train one with "
             "`python main.py --base configs/drive/judge.yaml -t`, or correct the path."
         )
     try:
@@ -103,14 +108,14 @@ def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name).float() for name in file.keys()}
     except SafetensorError as error:
-        raise UserError(f"{path}: expected a judge of looks in a .safetensors file, found another ({error})") from None
+        raise UserError(f"{path}: expected a style classifier as .safetensors, found another file ({error})") from None
     if METADATA_KEY not in metadata:
         raise UserError(
-            f"{path}: expected a judge of looks, found a .safetensors file of something else; the project's own is "
+            f"{path}: expected a style classifier, found a .safetensors file of something else; the bundled one is "
             "models/drive/judge.safetensors"
         )
     try:
-        words = parse_json(metadata[METADATA_KEY])
+        fields = parse_json(metadata[METADATA_KEY])
     except ValueError as error:
-        raise UserError(f"{path}: expected a judge of looks, found one whose words are no JSON ({error})") from None
-    return words, tensors
+        raise UserError(f"{path}: expected a style classifier, found one whose metadata is no JSON ({error})") from None
+    return fields, tensors

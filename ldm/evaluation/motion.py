@@ -1,13 +1,14 @@
-"""What is measured on one clip: does it move as a drive moves?
+"""Measures of motion: does a clip move as a drive moves? And control clips, which each measure must tell from a drive.
 
-Each measure is one number with its formula, its range and what it cannot see, all in `MEASURES`. None of them is worth
-much alone - a zoom into a photograph expands as well as any drive, a frozen clip never flickers - and none is worth
-anything on a single clip: compare means over many clips with those of true clips and of clips spoilt on purpose
-(`references.py`). What cannot be judged, for want of texture, has a reason instead of a number.
+Each measure is one number with its formula, its range and what it cannot see; all are in `MEASURES`. None is worth much
+alone (a zoom into a photograph expands like a drive, a frozen clip never flickers) or on a single clip: compare means
+over many clips with those of true clips and of their controls. Reversed, all expansion must change its sign; frozen, it
+must vanish; shuffled, smoothness must fall; a zoom into a still has expansion without parallax. A clip without texture
+has a reason instead of a number.
 
-Notation: F flow from a frame to the next in pixels at the working size (`flow.py`), S the same without the camera's
-turning, e the focus of expansion, (dx, dy) = d a pixel as seen from e (dy down), r = d / |d|, h and w the height and
-width, tau = 0.25 px. Only textured pixels count.
+Notation: F flow from one frame to the next in pixels at the working size (`flow.py`), S the same without camera
+rotation, e the focus of expansion, (dx, dy) = d a pixel relative to e (dy down), r = d / |d|, h and w height and width,
+tau = 0.25 px. Only textured pixels count.
 """
 
 from __future__ import annotations
@@ -22,22 +23,22 @@ import numpy as np
 
 from ldm.evaluation.flow import TAU, Motion, lengths, measure_motion, positions
 
-MIN_TEXTURE = 0.002  # share of the picture that a region must have texture in
-MIN_TEXTURE_ANYWHERE = 0.005  # and the whole picture
-NO_TEXTURE = "the picture is black or constant or has too little texture to see any motion"
-MOVING_SHARE = 0.02  # of the textured pixels: fewer that move make a pair a frozen one
-BRIGHTNESS_BLUR = 4.0  # pixels; flicker is looked for in patches of about this size
+MIN_TEXTURE = 0.002  # of the picture: textured share that a region needs
+MIN_TEXTURE_ANYWHERE = 0.005  # of the picture: textured share that a clip needs
+NO_TEXTURE = "the picture is black, constant or has too little texture to show motion"
+MOVING_SHARE = 0.02  # of the textured pixels: a pair in which fewer move is frozen
+BRIGHTNESS_BLUR = 4.0  # pixels; flicker is measured in patches of about this size
 STRIPS = (0.06, 0.08, 0.1, 0.13, 0.16, 0.2, 0.25, 0.3)  # of the height, below the focus
-MIN_OVERLAP = 0.25  # share of the picture that must still be inside after motion compensation
+MIN_OVERLAP = 0.25  # of the picture: share that motion compensation must keep inside
 
 
 class NotMeasurableError(Exception):
-    """The clip does not show what the measure needs; the message says what is missing."""
+    """The clip lacks what the measure needs; the message names it."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """One measure of one clip: a number, or None and the reason why there is none."""
+    """One measure of one clip: a number, or None and the reason."""
 
     value: float | None
     reason: str = ""
@@ -45,9 +46,9 @@ class Reading:
 
 @dataclass(frozen=True)
 class Measure:
-    """A measure and what a reader must know of it; `better` is +1 if true clips score high, -1 low, 0 neither.
+    """A measure and its description.
 
-    places: decimals worth printing.
+    better: +1 if true clips score high, -1 low, 0 neither. places: decimals worth printing.
     """
 
     title: str
@@ -60,21 +61,13 @@ class Measure:
 
 @dataclass(frozen=True)
 class MotionMeasure(Measure):
-    """A measure that needs nothing but the motion of a clip."""
+    """A measure of a clip's motion alone."""
 
     compute: Callable[[Motion], float]
 
 
-def judge(frames: np.ndarray) -> dict[str, Reading]:
-    """All measures of one clip, uint8 RGB `t h w 3`, by their names in `MEASURES`; see `read_measures`."""
-    return read_measures(measure_motion(frames))
-
-
 def read_measures(motion: Motion) -> dict[str, Reading]:
-    """All measures of a clip whose motion is known.
-
-    A clip without texture - black, of one colour, a smooth gradient - has a reason and no number for any of them.
-    """
+    """All measures of a clip by their names in `MEASURES`; of a clip without texture none has a value."""
     if not has_texture(motion):
         return dict.fromkeys(MEASURES, Reading(None, NO_TEXTURE))
     readings = {}
@@ -87,12 +80,12 @@ def read_measures(motion: Motion) -> dict[str, Reading]:
 
 
 def has_texture(motion: Motion) -> bool:
-    """Whether there is anything in the clip to judge."""
+    """Whether the clip has enough texture to be measured."""
     return bool(motion.textured.mean() >= MIN_TEXTURE_ANYWHERE)
 
 
 def sides_region(motion: Motion) -> np.ndarray:
-    """Where the roadside is, given the focus, `h w` bool: beside the road, from well above the horizon to below it."""
+    """The roadside given the focus, `h w` bool: beside the road, from well above the horizon to below it."""
     height, width = motion.grey.shape[1:]
     dx, dy = np.moveaxis(motion.offset, -1, 0)
     beside = (abs(dx) > 2.6 * np.maximum(dy, 0)) & (abs(dx) > 0.12 * width)
@@ -100,25 +93,25 @@ def sides_region(motion: Motion) -> np.ndarray:
 
 
 def road_region(motion: Motion) -> np.ndarray:
-    """Where the road is, given the focus, `h w` bool: a cone below it."""
+    """The road given the focus, `h w` bool: a cone below it."""
     dx, dy = np.moveaxis(motion.offset, -1, 0)
     return (dy > 0.06 * motion.grey.shape[1]) & (abs(dx) < 1.2 * dy)
 
 
 def ground_region(motion: Motion) -> np.ndarray:
-    """Where the ground is, `h w` bool: road and verge, but for what is too near for its motion to be followed."""
+    """Road and verge, `h w` bool, without what is too near for flow to follow."""
     height = motion.grey.shape[1]
     dx, dy = np.moveaxis(motion.offset, -1, 0)
     return (dy > 0.06 * height) & (dy < 0.3 * height) & (abs(dx) < 2.6 * dy)
 
 
 def roadside_expansion(motion: Motion) -> float:
-    """How much of the roadside's motion leads outward."""
+    """The share of the roadside's motion that points outward."""
     return _expansion(motion, sides_region(motion), "at the roadside")
 
 
 def road_expansion(motion: Motion) -> float:
-    """How much of the road's motion leads towards the camera."""
+    """The share of the road's motion that points towards the camera."""
     return _expansion(motion, road_region(motion), "on the road")
 
 
@@ -135,9 +128,9 @@ def _expansion(motion: Motion, region: np.ndarray, where: str) -> float:
 
 
 def smoothness(motion: Motion) -> float:
-    """How much of the motion goes on from one pair of frames to the next."""
+    """How much of the motion continues from one pair of frames to the next."""
     if len(motion.flow) < 2:
-        raise NotMeasurableError("the clip has 2 frames, and whether motion goes on is seen from 3 on")
+        raise NotMeasurableError("smoothness needs 3 frames, the clip has 2")
     place = positions(motion.grey.shape[1:])
     scores = []
     for now, then, seen in zip(motion.flow[:-1], motion.flow[1:], motion.textured[:-1], strict=True):
@@ -154,7 +147,7 @@ def smoothness(motion: Motion) -> float:
 
 
 def parallax_order(motion: Motion) -> float:
-    """How much faster the near ground grows than what stands at the horizon beside the road."""
+    """How much faster the near ground grows than objects at the horizon beside the road."""
     height, width = motion.grey.shape[1:]
     dy = motion.offset[..., 1]
     near = motion.textured & ground_region(motion) & (dy > 0.08 * height)
@@ -167,10 +160,10 @@ def parallax_order(motion: Motion) -> float:
 
 
 def speed(motion: Motion) -> float:
-    """How fast the ground comes nearer, from frame to frame.
+    """How fast the ground approaches, per frame.
 
-    Strip by strip, and the fastest strip counts: flow loses ground that is too near and moves too far, and smears what
-    is far and moves little; both make it slower.
+    The fastest of several strips counts: flow loses near ground, which moves too far, and blurs far ground, which moves
+    little; both read too slow.
     """
     height = motion.grey.shape[1]
     dy = motion.offset[..., 1]
@@ -184,18 +177,18 @@ def speed(motion: Motion) -> float:
 
 
 def frozen_share(motion: Motion) -> float:
-    """Of all pairs of frames, those in which nothing moves."""
+    """The share of frame pairs in which nothing moves."""
     return float(np.mean(moving_shares(motion) < MOVING_SHARE))
 
 
 def moving_shares(motion: Motion) -> np.ndarray:
-    """For each pair the share of its textured pixels that move by more than tau, `p`."""
+    """Share of textured pixels that move by more than tau, for each pair, `p`."""
     moving = (lengths(motion.flow) > TAU) & motion.textured
     return moving.sum(axis=(1, 2)) / np.maximum(motion.textured.sum(axis=(1, 2)), 1)
 
 
 def flicker(motion: Motion) -> float:
-    """How much patches of the picture change in brightness when they are followed along their motion."""
+    """Change of brightness of patches that are followed along their motion."""
     place = positions(motion.grey.shape[1:])
     changes = []
     for now, then, flow in zip(motion.grey[:-1], motion.grey[1:], motion.flow, strict=True):
@@ -208,12 +201,12 @@ def flicker(motion: Motion) -> float:
         if inside.mean() >= MIN_OVERLAP:
             changes.append(abs(patches).mean() / 255)
     if not changes:
-        raise NotMeasurableError("no two frames show the same place")
+        raise NotMeasurableError("no two consecutive frames overlap")
     return float(np.mean(changes))
 
 
 def _inside(place: np.ndarray) -> np.ndarray:
-    """Which places `h w 2` (x, y) lie inside the picture, `h w` bool."""
+    """Which positions `h w 2` (x, y) lie inside the picture, `h w` bool."""
     height, width = place.shape[:2]
     return (place >= 0).all(axis=-1) & (place[..., 0] <= width - 1) & (place[..., 1] <= height - 1)
 
@@ -222,8 +215,8 @@ MEASURES = {
     "roadside_expansion": MotionMeasure(
         "roadside expansion",
         "mean of (S . r) / (|S| + tau) over |dx| > 2.6 max(dy, 0), |dx| > 0.12 w, -0.35 h < dy < 0.12 h",
-        "-1 to 1: +1 everything beside the road streams outward, 0 nothing moves or in all ways, -1 driving backwards",
-        "how fast; whether near things move faster than far ones (a zoom into a still scores high); the road",
+        "-1 to 1: +1 the roadside streams outward, 0 it stands still or moves in all directions, -1 driving backwards",
+        "speed; whether near objects move faster than far ones (a zoom into a still scores high); the road",
         1,
         2,
         roadside_expansion,
@@ -232,7 +225,7 @@ MEASURES = {
         "road expansion",
         "mean of (S . r) / (|S| + tau) over dy > 0.06 h, |dx| < 1.2 dy",
         "-1 to 1, as above",
-        "the same, and everything beside the road; a plain road without marks cannot be judged",
+        "the same, and the roadside; a plain road without marks has no value",
         1,
         2,
         road_expansion,
@@ -240,8 +233,8 @@ MEASURES = {
     "smoothness": MotionMeasure(
         "motion smoothness",
         "mean of (|a| + |b| - |a - b|) / (|a| + |b| + 2 tau), a = F at a pixel, b = the next pair's F where it went",
-        "0 to 1: 1 all motion goes on, 0 none does or nothing moves",
-        "the direction: a drive backwards is as smooth; camera shake counts against true footage too",
+        "0 to 1: 1 all motion continues, 0 none does or nothing moves",
+        "direction: a reversed drive is as smooth; camera shake lowers true footage too",
         1,
         2,
         smoothness,
@@ -250,17 +243,17 @@ MEASURES = {
         "parallax order",
         "(n - f) / (|n| + |f| + 4 tau / w), the medians of (S . r) / |d| on the near ground, 0.08 h < dy < 0.3 h, "
         "|dx| < 2.6 dy, and beside the road at the horizon and above, dy < 0.04 h",
-        "-1 to 1: above 0 the near grows faster than the far, 0 a zoomed or unmoving still, below 0 backwards",
-        "the order of things among the near or the far; noisy for one clip, plain roads and shuffled frames: average",
+        "-1 to 1: above 0 near grows faster than far, 0 a zoomed or frozen still, below 0 driving backwards",
+        "order among the near or among the far; noisy for one clip, plain roads and shuffled frames: average",
         1,
         2,
         parallax_order,
     ),
     "frozen_share": MotionMeasure(
         "frozen share",
-        "share of the pairs in which fewer than 2% of the textured pixels move by more than tau",
+        "share of the frame pairs in which fewer than 2% of the textured pixels move by more than tau",
         "0 to 1: 0 every frame moves, 1 a still",
-        "why: a car that waits at a light is frozen too; motion of a part of the picture counts as motion",
+        "the cause: a car waiting at a light is frozen too; motion in a part of the picture counts as motion",
         -1,
         2,
         frozen_share,
@@ -268,8 +261,8 @@ MEASURES = {
     "flicker": MotionMeasure(
         "brightness flicker",
         "mean of |blurred (next frame fetched along F - frame)| / 255, blur of 4 px, where F stays inside",
-        "0 to 1: 0 every patch keeps its brightness; true clips have some, where things come into sight",
-        "changes of colour alone, and of texture finer than the blur; a frozen clip scores best",
+        "0 to 1: 0 every patch keeps its brightness; true clips have some, where objects appear",
+        "changes of colour alone and of texture finer than the blur; a frozen clip scores best",
         -1,
         3,
         flicker,
@@ -277,8 +270,8 @@ MEASURES = {
     "speed": MotionMeasure(
         "ground speed",
         "h times the median of (S . r) / (|d| dy), the fastest of seven strips of 0.06 h < dy < 0.3 h, |dx| < 2.6 dy",
-        "camera heights travelled from frame to frame, times picture height over focal length; negative backwards",
-        "metres: the camera's height and lens are not known, so it compares clips of one camera only",
+        "camera heights travelled per frame, times picture height over focal length; negative backwards",
+        "metres: camera height and lens are unknown, so only clips of one camera compare",
         0,
         2,
         speed,
@@ -286,21 +279,21 @@ MEASURES = {
 }
 
 
-ZOOM_LIMITS = (0.01, 0.15)  # from frame to frame
+ZOOM_LIMITS = (0.01, 0.15)  # per frame
 
 
 def reversed_clip(frames: np.ndarray) -> np.ndarray:
-    """The clip from its end to its start."""
+    """The clip played backwards."""
     return frames[::-1].copy()
 
 
 def frozen_clip(frames: np.ndarray) -> np.ndarray:
-    """The first frame all along."""
+    """The first frame, repeated."""
     return np.repeat(frames[:1], len(frames), axis=0)
 
 
 def shuffled_clip(frames: np.ndarray) -> np.ndarray:
-    """The frames in an order drawn by chance, the same for the same clip; never in order or reversed from 3 on."""
+    """The frames in a random order, the same for the same clip; with 3 frames or more neither in order nor reversed."""
     order = np.arange(len(frames))
     rng = np.random.default_rng(zlib.crc32(frames.tobytes()))
     while len(frames) > 2 and abs(np.diff(order)).max() == 1:
@@ -309,9 +302,9 @@ def shuffled_clip(frames: np.ndarray) -> np.ndarray:
 
 
 def zoomed_still(frames: np.ndarray, motion: Motion | None = None) -> np.ndarray:
-    """A zoom into the first frame at the clip's own focus, as fast as its picture grows on the whole.
+    """A zoom into the first frame at the clip's focus of expansion, as fast as its picture grows on average.
 
-    `motion` is that of the clip, measured anew when None.
+    motion: of the clip; None: measured here.
     """
     motion = motion or measure_motion(frames)
     height, width = frames.shape[1:3]

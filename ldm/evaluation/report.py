@@ -1,6 +1,6 @@
-"""All rows of an evaluation side by side: as numbers for JSON, as tables, and what to beware of in words.
+"""All rows of an evaluation side by side: numbers for JSON, tables for the terminal, and notes on their limits.
 
-`Report.summary` is the whole result in plain containers; table and page show what is in it and compute nothing.
+`Report.summary` holds the whole result in plain containers; tables, page and plots show it and compute nothing.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NO_NUMBER = "-"
 
 @dataclass(frozen=True)
 class MeasuredClip:
-    """The measures of one clip, where it comes from - a video and its frame where the clip starts - and its prompt."""
+    """The measures of one clip, its video, the frame of the video where it starts, and its prompt if known."""
 
     video: str
     start: int
@@ -38,7 +38,7 @@ class MeasuredClip:
 
 @dataclass(frozen=True)
 class ShownClip:
-    """One of the clips that are to be seen: frames uint8 `t h w 3`, and the prompt if it is known."""
+    """A clip for the page: frames uint8 `t h w 3`, and its prompt if known."""
 
     frames: np.ndarray
     prompt: str | None = None
@@ -46,10 +46,9 @@ class ShownClip:
 
 @dataclass
 class Row:
-    """Judged clips under one name; `is_reference` for true clips and what is made of them.
+    """Measured clips under one name; `is_reference` for true clips and the control clips made of them.
 
-    features: for each extractor the vectors `n d` of every clip, None of one that could not be judged.
-    shown: a few of the clips.
+    features: extractor -> vectors `n d` of every clip, None of a clip without texture. shown: a few of the clips.
     """
 
     name: str
@@ -59,7 +58,6 @@ class Row:
     shown: list[ShownClip] = field(default_factory=list)
 
     def add(self, clip: MeasuredClip, features: Mapping[str, np.ndarray | None]) -> None:
-        """One more clip."""
         self.clips.append(clip)
         for name, found in features.items():
             self.features.setdefault(name, []).append(found)
@@ -70,30 +68,30 @@ class Row:
 
     @property
     def videos(self) -> list[str]:
-        """Where each clip comes from."""
+        """The video of each clip."""
         return [clip.video for clip in self.clips]
 
 
 @dataclass(frozen=True)
 class Report:
-    """Rows whose clips have one format, and what they were measured with."""
+    """Rows whose clips have one format, and the metrics they were measured with."""
 
     form: ClipFormat
     rows: list[Row]
     metrics: MetricSet = field(default_factory=MetricSet)
 
     def summary(self) -> dict[str, Any]:
-        """Everything in plain containers, ready for JSON: the clips' format, the measures and the rows."""
+        """Clip format, measures, distances and rows in plain containers, ready for JSON."""
         true = next((row for row in self.rows if row.is_reference and row.name == TRUE), None)
         return {
             "clips": {**asdict(self.form), "rate": float(self.form.rate)},
-            "told": list(self.metrics.told),
+            "told": list(self.metrics.descriptions),
             "measures": {
                 name: {key: value for key, value in vars(measure).items() if key != "compute"}
                 for name, measure in self.metrics.measures.items()
             },
             "distances": {
-                name: {key: value for key, value in vars(extractor).items() if key not in ("extract", "shortest")}
+                name: {key: value for key, value in vars(extractor).items() if key != "extract"}
                 for name, extractor in self.metrics.extractors.items()
             },
             "rows": [_summarise(row, true, self.metrics) for row in self.rows],
@@ -101,7 +99,7 @@ class Report:
 
 
 def _summarise(row: Row, true: Row | None, metrics: MetricSet) -> dict[str, Any]:
-    """One row; `of_true` are its means as parts of those of the true clips, None where that says nothing.
+    """One row. `of_true`: its means relative to those of the true clips, None where that ratio is undefined.
 
     The distances of the true row are those of one half of it from the other.
     """
@@ -131,49 +129,60 @@ def _summarise(row: Row, true: Row | None, metrics: MetricSet) -> dict[str, Any]
 
 
 def _reasons(clips: Sequence[MeasuredClip], measure: str) -> dict[str, int]:
-    """Why clips could not be judged, and how many for each reason."""
+    """Reason why a measure has no value -> number of such clips."""
     return dict(Counter(clip.readings[measure].reason for clip in clips if clip.readings[measure].value is None))
 
 
 def _distance_warnings(distances: Mapping[str, Any]) -> list[str]:
-    """What to say of distances before anyone compares them."""
     counts = [found["num_clips"] for found in distances.values()]
     found = []
     if counts and counts[0] < FEW_FOR_DISTANCE:
         found.append(
-            f"Frechet distances of {counts[0]} clips come out too large, as they do below {FEW_FOR_DISTANCE:,}: "
-            "compare with rows of as many clips only"
+            f"Frechet distances of {counts[0]} clips are biased upwards, as all below {FEW_FOR_DISTANCE:,} clips: "
+            "compare only with rows of the same number of clips"
         )
     if missing := max((found["num_unjudged"] for found in distances.values()), default=0):
-        found.append(f"left out of the Frechet distances: {missing} of {counts[0] + missing} clips: {NO_TEXTURE}")
+        found.append(f"{missing} of {counts[0] + missing} clips left out of the Frechet distances: {NO_TEXTURE}")
     return found
 
 
 def table(summary: Mapping[str, Any]) -> Table:
-    """The means with their 95% intervals below, a line for each row of the summary."""
-    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
-    shown.add_column("mean and 95% interval", overflow="fold", min_width=14)
-    shown.add_column("clips", justify="right")
-    for measure in summary["measures"].values():
-        shown.add_column(measure["title"], justify="right")
-    for row in summary["rows"]:
-        cells = (number(row["estimates"][name], measure["places"]) for name, measure in summary["measures"].items())
-        shown.add_row(row["name"], str(row["num_clips"]), *("\n".join(cell) for cell in cells))
-    return shown
+    """Means with their 95% intervals below, one line per row of the summary."""
+    return _rows_table(summary, "mean and 95% interval", "measures", "estimates")
+
+
+def ratio_table(summary: Mapping[str, Any]) -> Table | None:
+    """Means relative to those of the true clips, one line per other row; None without true clips."""
+    return _rows_table(summary, "relative to true clips", "measures", "of_true")
 
 
 def distance_table(summary: Mapping[str, Any]) -> Table | None:
-    """The Frechet distances from the true clips, a line for each row; None where there are none."""
-    if not any(row["distances"] for row in summary["rows"]):
+    """Frechet distances from the true clips, one line per row; None without true clips."""
+    return _rows_table(summary, "Frechet distance from true clips", "distances", "distances")
+
+
+def _rows_table(summary: Mapping[str, Any], heading: str, kind: str, part: str) -> Table | None:
+    """`part` of each row that has it, a column for each of the summary's `kind` that any row has a part of."""
+    rows = [row for row in summary["rows"] if row[part]]
+    columns = {name: column for name, column in summary[kind].items() if any(name in row[part] for row in rows)}
+    if not rows:
         return None
+    shown = new_table(heading, "clips", *(column["title"] for column in columns.values()))
+    for row in rows:
+        label, count = row["name"], row["num_clips"]
+        if part == "distances":  # all extractors leave out the same clips
+            label, count = distance_label(row), next(iter(row[part].values()))["num_clips"]
+        cells = (number(row[part].get(name), column["places"]) for name, column in columns.items())
+        shown.add_row(label, str(count), *("\n".join(cell) for cell in cells))
+    return shown
+
+
+def new_table(heading: str, *columns: str) -> Table:
+    """An empty table of the terminal with right-aligned columns beside the rows' names."""
     shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
-    shown.add_column("Frechet distance from true clips", overflow="fold", min_width=14)
-    shown.add_column("clips", justify="right")
-    for distance in summary["distances"].values():
-        shown.add_column(distance["title"], justify="right")
-    for row in summary["rows"]:
-        cells = [number(row["distances"][name], its["places"]) for name, its in summary["distances"].items()]
-        shown.add_row(distance_label(row), str(distance_count(row)), *("\n".join(cell) for cell in cells))
+    shown.add_column(heading, overflow="fold", min_width=14)
+    for column in columns:
+        shown.add_column(column, justify="right")
     return shown
 
 
@@ -182,26 +191,16 @@ def distance_label(row: Mapping[str, Any]) -> str:
     return f"{row['name']}: {HALVES}" if row["is_reference"] and row["name"] == TRUE else row["name"]
 
 
-def distance_count(row: Mapping[str, Any]) -> int:
-    """How many of its clips a row's distances are taken from; all extractors leave out the same."""
-    return next(found["num_clips"] for found in row["distances"].values())
-
-
 def number(found: Mapping[str, Any] | None, places: int) -> tuple[str, str]:
-    """A mean and its interval as text with so many decimal places; a dash and nothing where there is none."""
+    """A mean and its interval as text with so many decimals; a dash and an empty string where there is none."""
     if found is None or found["mean"] is None:
         return NO_NUMBER, ""
-    mean, low, high = (_plain(found[part], places) for part in ("mean", "low", "high"))
+    mean, low, high = (f"{round(found[part], places) + 0.0:.{places}f}" for part in ("mean", "low", "high"))  # no -0
     return mean, f"{low} to {high}"
 
 
-def _plain(value: float, places: int) -> str:
-    """A number without the minus of a zero."""
-    return f"{round(value, places) + 0.0:.{places}f}"
-
-
 def notes(summary: Mapping[str, Any]) -> list[str]:
-    """What to beware of: clips that could not be judged, and why, and intervals that promise too much."""
+    """Limits of the numbers: clips that could not be measured, with reasons, and unreliable intervals."""
     shared: dict[str, list[str]] = {}
     for row in summary["rows"]:
         titles: dict[tuple[str, int], list[str]] = {}
@@ -209,8 +208,8 @@ def notes(summary: Mapping[str, Any]) -> list[str]:
             for reason, count in reasons.items():
                 titles.setdefault((reason, count), []).append(summary["measures"][name]["title"])
         for (reason, count), measures in titles.items():
-            what = "they" if len(measures) == len(summary["measures"]) else ", ".join(measures)
-            note = f"{count} of {row['num_clips']} clips: {what} cannot be judged: {reason}"
+            what = "any measure" if len(measures) == len(summary["measures"]) else ", ".join(measures)
+            note = f"{count} of {row['num_clips']} clips have no value of {what}: {reason}"
             shared.setdefault(note, []).append(row["name"])
     for row in summary["rows"]:
         for warning in row["warnings"]:

@@ -1,7 +1,7 @@
-"""Measured flow against the truth, where clips are drawn and their true flow is known.
+"""Measured against true optical flow, for clips of the procedural world, whose flow is known.
 
-What a measure of motion is worth depends on the flow that it is made from; here is how far that lies from the truth on
-these very clips, and what the same measure says of the true flow.
+A measure of motion is as good as the flow it uses: here is the error of that flow on the same clips, and the measure
+computed from the true flow.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ from typing import Any
 
 import cv2
 import numpy as np
-from rich import box
 from rich.table import Table
 
 from ldm.evaluation.flow import endpoint_error, measure_motion, working_flow
 from ldm.evaluation.motion import NotMeasurableError, roadside_expansion
-from ldm.evaluation.report import number
+from ldm.evaluation.report import new_table, number
 from ldm.evaluation.statistics import estimate
 
 TITLES = {
@@ -31,8 +30,8 @@ PLACES = 2
 
 @dataclass(frozen=True)
 class FlowReading:
-    """Of one clip, in pixels of the working size where something is seen in both frames: the mean endpoint error of
-    measured flow and the mean length of the true one; and roadside expansion by either. None where nothing is seen."""
+    """One clip: mean endpoint error of measured flow and mean length of true flow over textured pixels that both frames
+    show, in pixels of the working size; and roadside expansion by either flow. None if no such pixel exists."""
 
     error: float | None
     length: float | None
@@ -41,7 +40,7 @@ class FlowReading:
 
 
 def read_flow(frames: np.ndarray, true_flow: np.ndarray, occluded: np.ndarray) -> FlowReading:
-    """Frames uint8 `t h w 3`, their true flow `t-1 h w 2` in pixels and where it leads nowhere, `t-1 h w` bool."""
+    """Frames uint8 `t h w 3`, their true flow `t-1 h w 2` in pixels, and its occluded pixels `t-1 h w` bool."""
     measured, true = measure_motion(frames), measure_motion(frames, true_flow)
     size = measured.grey.shape[:0:-1]
     hidden = np.stack([cv2.resize(pair.astype(np.uint8), size, interpolation=cv2.INTER_LINEAR) for pair in occluded])
@@ -68,10 +67,7 @@ def summarise_flow(name: str, readings: Sequence[FlowReading]) -> dict[str, Any]
 
 def flow_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """A line for each summarised row."""
-    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
-    shown.add_column("flow against the truth", overflow="fold", min_width=14)
-    for title in ("clips", *TITLES.values()):
-        shown.add_column(title, justify="right")
+    shown = new_table("measured against true flow", "clips", *TITLES.values())
     for row in rows:
         cells = ("\n".join(number(row[part], PLACES)) for part in TITLES)
         shown.add_row(row["name"], str(row["error"]["num_clips"]), *cells)

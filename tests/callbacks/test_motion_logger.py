@@ -173,7 +173,7 @@ def test_what_captions_name_is_looked_for(root, tmp_path, loaded, monkeypatch):
     found = train(1)
     assert "text_agreement" not in found["measures"] | found["data"]["values"]
     found = train(2, judge="judge.safetensors")
-    assert found["measures"]["text_agreement"] == {"title": "text agreement", "better": 1, "places": 2}
+    assert found["measures"]["text_agreement"] == {"title": "text alignment", "better": 1, "places": 2}
     assert found["occasions"][-1]["values"]["text_agreement"] == [1, 0, None]
     assert set(found["data"]["values"]["text_agreement"]) == {None}, "'a road' names no look"
 

@@ -1,4 +1,4 @@
-"""Frechet distances: the formula, what the interval is worth, and what our features see of clips."""
+"""Frechet distances: the formula, the coverage of the interval, and what our features distinguish."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from ldm.data.world import draw_clip
-from ldm.evaluation.features import GRID, MOTION_ON_A_GRID, features_over_time, flow_on_a_grid, own_extractors
+from ldm.evaluation.features import GRID, MOTION_ON_A_GRID, features_over_time, flow_on_a_grid, style_extractors
 from ldm.evaluation.flow import Motion, measure_motion
 from ldm.evaluation.frechet import FeatureRow, Gaussian, estimate_distance, frechet_distance
 from ldm.evaluation.motion import frozen_clip, reversed_clip, zoomed_still
@@ -30,13 +30,12 @@ def test_known_gaussians():
     assert frechet_distance(one, other) == pytest.approx(25 + (3 - 1) ** 2)
     assert frechet_distance(one, one) == pytest.approx(0, abs=1e-12)
     flat = Gaussian(np.zeros(2), np.diag([1.0, 0.0]))
-    assert frechet_distance(flat, one) == pytest.approx(4)
-    assert frechet_distance(flat, one) == pytest.approx(frechet_distance(one, flat))
+    assert frechet_distance(flat, one) == pytest.approx(4) == pytest.approx(frechet_distance(one, flat))
 
 
 @pytest.mark.parametrize(("counts", "size"), [((200, 150), 6), ((9, 7), 40)])
-def test_as_the_library_computes_it(counts, size):
-    """The second case has fewer vectors than dimensions, where vectors are turned into a smaller space first."""
+def test_torchmetrics_gives_the_same_distance(counts, size):
+    """The second case has fewer vectors than dimensions: they are projected to a smaller space first."""
     mix = vectors(9, size, size)
     sets = [vectors(seed, count, size, mean=0.3 * seed + 5) @ mix for seed, count in enumerate(counts)]
     oracle = FrechetInceptionDistance(torch.nn.Identity(), input_img_size=(size,)).set_dtype(torch.float64)
@@ -47,8 +46,8 @@ def test_as_the_library_computes_it(counts, size):
     assert ours.num_clips == counts[0]
 
 
-def test_interval_holds_the_distance_and_covers_about_what_it_says():
-    """Of shifted Gaussians in one dimension the distance is that of the means, and the bias is small."""
+def test_interval_covers_the_distance():
+    """The distance of shifted Gaussians in low dimension is that of the means, with small bias."""
     hits = 0
     for seed in range(20):
         found = estimate_distance(rows(vectors(seed, 60, 2, mean=2.0)), rows(vectors(seed + 100, 60, 2)), seed)
@@ -66,21 +65,20 @@ def test_clips_of_one_video_are_drawn_together():
     assert together.high - together.low > 1.5 * (apart.high - apart.low)
 
 
-def test_rows_of_the_same_kinds_are_drawn_alike():
-    """Kinds far apart, as looks are: which of them a draw has must not make a difference between the rows."""
+def test_rows_of_the_same_kinds_are_drawn_in_pairs():
+    """Kinds are far apart, as styles are: a draw of them must not separate the rows."""
     same = estimate_distance(rows(vectors(0, 20)), rows(vectors(0, 20)))
     assert (same.mean, same.low, same.high) == pytest.approx((0, 0, 0), abs=1e-9)
     kinds = 20 * vectors(2, 30)
     sides = kinds + vectors(0, 30, spread=0.1), kinds + vectors(1, 30, spread=0.1)
     alike = estimate_distance(*map(rows, sides))
     unlike = estimate_distance(rows(sides[0]), rows(sides[1][:-1]))
-    assert alike.high < 1
-    assert unlike.high > 10
+    assert alike.high < 1 and unlike.high > 10
     gap = FeatureRow([None, *sides[0][1:, None]], rows(sides[0]).videos)
     assert estimate_distance(gap, rows(sides[1])).high < unlike.high
 
 
-def test_few_clips_come_out_too_far():
+def test_distances_of_few_clips_are_biased_upwards():
     few, many = (
         np.mean([estimate_distance(rows(vectors(seed, n)), rows(vectors(seed + 50, n))).mean for seed in range(5)])
         for n in (20, 500)
@@ -117,7 +115,7 @@ def test_features_over_time():
 
 
 def test_flow_by_cells():
-    """Left half moves, only texture counts, and a cell without any has none."""
+    """The left half moves, only texture counts, and a cell without texture has no motion."""
     flow = np.zeros((2, 64, 96, 2), np.float32)
     flow[:, :, :48] = (3, -1)
     flow[1, :, :48, 0] = 5
@@ -136,9 +134,9 @@ def clips() -> list[np.ndarray]:
     return [draw_clip("coast", seed, 3, 64, 8, 8.0).frames for seed in range(5)]
 
 
-def test_which_distance_sees_what(clips):
-    """Backwards: motion alone. Frozen and zoomed: motion, and how features change."""
-    extractors = {**own_extractors(FakeStyleClassifier()), "frechet_motion": MOTION_ON_A_GRID}
+def test_what_each_distance_distinguishes(clips):
+    """Reversed: motion alone. Frozen and zoomed: motion, and the change of features."""
+    extractors = {**style_extractors(FakeStyleClassifier()), "frechet_motion": MOTION_ON_A_GRID}
     names = [str(number) for number in range(len(clips))]
 
     def extract(side: list[np.ndarray]) -> dict[str, FeatureRow]:
@@ -151,8 +149,7 @@ def test_which_distance_sees_what(clips):
         return {name: estimate_distance(row, true[name]).mean for name, row in extract(made).items()}
 
     backwards = distances([reversed_clip(clip) for clip in clips])
-    assert backwards["frechet_frames"] == pytest.approx(0, abs=1e-6)
-    assert backwards["frechet_clips"] == pytest.approx(0, abs=1e-6)
+    assert (backwards["frechet_frames"], backwards["frechet_clips"]) == pytest.approx((0, 0), abs=1e-6)
     still = distances([frozen_clip(clip) for clip in clips])
     zoomed = distances([zoomed_still(clip) for clip in clips])
     assert 0 < zoomed["frechet_clips"] < still["frechet_clips"]

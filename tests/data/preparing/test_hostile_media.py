@@ -17,8 +17,7 @@ from rich.table import Table
 from ldm.data.preparing.footage import FootageError, find_scenes, name_videos, probe, read_frames
 from ldm.data.preparing.sources import read_sidecar, read_table
 from ldm.errors import UserError, run_command
-from ldm.evaluation import page
-from ldm.evaluation import page as plots
+from ldm.evaluation import page, plots
 from ldm.evaluation.report import ShownClip
 from ldm.experiments.tables import escape_cell
 from ldm.modules import tokenizer
@@ -203,8 +202,8 @@ def test_pages_show_names_and_captions_as_text():
     table.add_row(evil, evil)
     found = {"mean": 1.0, "low": 0.0, "high": 2.0}
     shown = [
-        page._figure(ShownClip(FRAMES, evil), 8.0), page._rich_table(table), page._told([("is", evil)]),
-        plots._plot([plots._Line(evil, "given", found, [(evil, 1.0)])], evil), escape_cell(evil),
+        page._figure(ShownClip(FRAMES, evil), 8.0), page._table(table), page._definitions({"is": evil}),
+        plots._plot_rows([plots._PlotRow(evil, "#000", found, [(evil, 1.0)])], evil), escape_cell(evil),
     ]  # fmt: skip
     assert all("<script" not in text and "script" in text for text in shown)
     assert escape_cell("a | b\nc") == "a \\| b c"
