@@ -14,7 +14,7 @@ from ldm.callbacks.bad_steps import SkipBadSteps
 from ldm.checkpoint.names import AVERAGE_PREFIX, average_name
 from ldm.diffusion.noise import mix_seed
 from ldm.errors import UserError
-from ldm.optim.stored_weights import rounded_at_random
+from ldm.optim.stored_weights import round_stochastically
 from ldm.sharding import from_local_shard, gather_full, is_shard, local_shard, shard_like
 
 AVERAGE_STREAM = 500  # of random draws
@@ -107,7 +107,7 @@ class WeightAverage(pl.Callback):
         mean = kept.float().lerp_(weight, share)
         if average.dtype == torch.bfloat16:
             generator = torch.Generator(weight.device).manual_seed(mix_seed(self.num_updates, AVERAGE_STREAM, place))
-            mean = rounded_at_random(mean, generator)
+            mean = round_stochastically(mean, generator)
         average.copy_(mean, non_blocking=True)
 
     def _is_full(self, name: str, weight: Tensor) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ldm.errors import UserError
 from ldm.files import write_atomically
 from ldm.optim.per_weight import WeightByWeight
-from ldm.optim.skippable import StepJudge, gradient_norm, skips_by_itself
+from ldm.optim.skippable import StepGuard, skips_by_itself
 
 log = logging.getLogger(__name__)
 FILE = "skipped_steps.jsonl"
@@ -89,7 +89,7 @@ class SkipBadSteps(pl.Callback):
         self.in_row = self.in_all = 0
         self.taken: bool | Tensor = True  # the last step: whether; on a card, 1 or 0 there
         self._losses: Tensor | None = None
-        self._judge: StepJudge | None = None
+        self._judge: StepGuard | None = None
         self._waits = True
         self._loss: Tensor | None = None
         self._early: Tensor | None = None  # the verdict before a backward pass that updates weights
@@ -102,7 +102,7 @@ class SkipBadSteps(pl.Callback):
         self._step_seen = trainer.global_step
         if not pl_module.automatic_optimization:
             return
-        self._judge = StepJudge(self.factor, self.window, pl_module.device)
+        self._judge = StepGuard(self.factor, self.window, pl_module.device)
         if self._losses is not None:
             kept = self._losses[-self.window :].to(pl_module.device)
             self._judge.losses[len(self._judge.losses) - len(kept) :] = kept
@@ -161,7 +161,7 @@ class SkipBadSteps(pl.Callback):
         gradients = [weight.grad for weight in weights if weight.grad is not None]
         if not gradients or getattr(trainer.precision_plugin, "scaler", None) is not None:
             return torch.zeros((), device=pl_module.device)
-        norm = gradient_norm(gradients)
+        norm = torch.nn.utils.get_total_norm(gradients)
         if hasattr(pl_module, "gradient_norm"):
             pl_module.gradient_norm = norm  # which clipping wants too
         return norm.full_tensor() if hasattr(norm, "full_tensor") else norm

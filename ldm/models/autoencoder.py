@@ -1,5 +1,4 @@
-"""Training of the image autoencoder, for people without Stable Diffusion's: KL, trained from scratch in minutes when
-small (Rombach et al. 2022, section 3.1).
+"""Training of a small KL autoencoder from scratch, in place of Stable Diffusion's (Rombach et al. 2022, section 3.1).
 
 The network is `ldm.modules.encoders.KLFirstStage`, the terms of the loss are in `autoencoder_loss`. A checkpoint holds
 the network under CompVis's names, the config, and the scale factor that gives its latents unit variance.
@@ -21,6 +20,7 @@ from ldm.checkpoint import read_checkpoint
 from ldm.data.frames import FrameBatch
 from ldm.errors import UserError
 from ldm.models.autoencoder_loss import AutoencoderLoss, draw_windows, look_through
+from ldm.models.small import SmallModelTraining, check_share
 from ldm.modules.encoders import KLFirstStage
 from ldm.modules.posterior import posterior_mean, sample_posterior
 from ldm.optim import RateSchedule
@@ -28,12 +28,11 @@ from ldm.video import contact_sheet, to_uint8
 
 log = logging.getLogger(__name__)
 
-START_LOGVAR = -5.0  # of the posterior; from 0 the decoder first learns to ignore the noise
-MAX_SHOWN = 16  # batches of the validation that are kept for pictures
-STD_MEMORY = 0.95  # share of the running latent statistics that a step keeps
+START_LOGVAR = -5.0  # of the posterior; starting from 0, the decoder first learns to ignore the latents
+STD_MEMORY = 0.95  # decay of the running latent statistics
 
 
-class AutoencoderKL(pl.LightningModule):
+class AutoencoderKL(SmallModelTraining):
     """A KL autoencoder in training: `FrameBatch` in, weights and a scale factor out.
 
     ddconfig, embed_dim: the network, see `KLFirstStage`.
@@ -41,20 +40,17 @@ class AutoencoderKL(pl.LightningModule):
     learning_rate: highest rate; it rises over `warmup_steps` steps and falls along a cosine to a fiftieth at the end.
     ckpt_path: weights to start from; None starts from random ones.
     gradient_clip: bound on the norm of the gradient.
-    seed: of every draw.
     equivariance: share of the frames whose latents are zoomed and shifted before they are decoded, and compared with
-        the frame zoomed and shifted; 0 for none. Latents then move as pictures move, which video models learn sooner.
-    decoder_only: only the decoder is trained; latents and scale factor remain those of `ckpt_path`, and a video model
-        that was trained on them gets sharper pictures without learning anything anew.
-    config: the config of the run, kept in checkpoints.
+        the frame zoomed and shifted (`look_through`); 0 for none.
+    decoder_only: train only the decoder. Latents and scale factor remain those of `ckpt_path`, so a video model that
+        was trained on them gets sharper pictures without further training.
+    seed, config: of `SmallModelTraining`.
 
     Optimisation is manual because the adversarial term needs two optimisers, so Lightning's accumulation and clipping
-    are refused: `gradient_clip` and a larger batch do the same.
+    are refused: use `gradient_clip` and a larger batch.
     """
 
-    keeps_averages = False  # the checkpoint's `state_dict` is the network alone
-
-    def __init__(  # noqa: PLR0913, PLR0917 - the words of the config
+    def __init__(  # noqa: PLR0913, PLR0917 - the keys of the config
         self,
         ddconfig: Mapping[str, Any],
         embed_dim: int,
@@ -68,10 +64,9 @@ class AutoencoderKL(pl.LightningModule):
         decoder_only: bool = False,
         config: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__()
-        _refuse_lightnings_own(config or {})
-        if not 0 <= equivariance <= 1:
-            raise UserError(f"model.params.equivariance: expected a share, 0 to 1, found {equivariance!r}")
+        super().__init__(learning_rate, warmup_steps, 0, seed, config)
+        _refuse_trainer_options(config or {})
+        check_share("equivariance", equivariance)
         if decoder_only and ckpt_path is None:
             raise UserError(
                 "model.params.decoder_only: expected model.params.ckpt_path, the autoencoder to start from, found none"
@@ -79,24 +74,21 @@ class AutoencoderKL(pl.LightningModule):
         self.automatic_optimization = False
         self.first_stage = KLFirstStage(ddconfig, embed_dim, ckpt_path)
         self.loss = AutoencoderLoss(lossconfig)
-        self.learning_rate, self.warmup_steps, self.gradient_clip = learning_rate, warmup_steps, gradient_clip
-        self.seed, self.equivariance, self.config = seed, equivariance, config
-        self.decoder_only = decoder_only
+        self.gradient_clip, self.equivariance, self.decoder_only = gradient_clip, equivariance, decoder_only
         self.kept_scale = read_checkpoint(ckpt_path).scale_factor if decoder_only else None
         self.latent_moments: Tensor | None = None  # running mean and mean square of the latents
-        self.shown: list[tuple[Tensor, Tensor]] = []  # originals and reconstructions of the last validation
         if ckpt_path is None:
-            _start_precise(self.first_stage)
+            _reduce_posterior_variance(self.first_stage)
         if decoder_only:
             self.first_stage.network.encoder.requires_grad_(requires_grad=False)
             self.first_stage.network.quant_conv.requires_grad_(requires_grad=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Images `b c h w` in [-1, 1] -> their reconstruction from the most likely latents."""
+        """Images `b c h w` in [-1, 1] -> their reconstruction from the posterior mean."""
         return self.first_stage.decode(posterior_mean(self.first_stage.encode(pixels)))
 
     def parameter_summary(self) -> str:
-        """One line: what is trained and how many parameters it has."""
+        """One line: what is trained, and the number of parameters."""
         parts = {"encoder": ("encoder", "quant_conv"), "decoder": ("decoder", "post_quant_conv")}
         network = self.first_stage.network
         counts = {part: sum(_count(getattr(network, name)) for name in names) for part, names in parts.items()}
@@ -108,7 +100,7 @@ class AutoencoderKL(pl.LightningModule):
 
     @property
     def scale_factor(self) -> float | None:
-        """What latents are multiplied by to have unit variance; None before the first step."""
+        """Latents times this have unit variance; None before the first step."""
         if self.decoder_only:
             return self.kept_scale
         if self.latent_moments is None:
@@ -117,7 +109,7 @@ class AutoencoderKL(pl.LightningModule):
         return (square - mean**2) ** -0.5
 
     def training_step(self, batch: FrameBatch, batch_idx: int) -> None:
-        """One step of the autoencoder and, once it takes part, one of the discriminator."""
+        """One step of the autoencoder and, from `start_step` on, one of the discriminator."""
         with torch.set_grad_enabled(not self.decoder_only):
             moments = self.first_stage.encode(batch.pixels)
         latents = sample_posterior(moments.float(), self._noise(batch, moments.shape))
@@ -127,34 +119,33 @@ class AutoencoderKL(pl.LightningModule):
             shown, pixels = look_through(latents, windows), look_through(pixels, windows)
         output = self.first_stage.decode(shown).float()
         terms = self.loss.reconstruction(output, pixels, moments.float())
-        optimizer, *opponents = _listed(self.optimizers())
-        scheduler, *opponent_schedulers = _listed(self.lr_schedulers())
+        optimizer, *others = _listed(self.optimizers())
+        scheduler, *other_schedulers = _listed(self.lr_schedulers())
         is_adversarial = self.loss.is_adversarial(self.global_step)
         total = terms["loss"]
         if is_adversarial:
-            terms["deception"] = self.loss.deception(output, total, self.first_stage.network.decoder.conv_out.weight)
+            terms["deception"] = self.loss.generator_loss(
+                output, total, self.first_stage.network.decoder.conv_out.weight
+            )
             total = total + terms["deception"]
         self._step(optimizer, total, self.first_stage)
         scheduler.step()
         if is_adversarial:
-            terms["discrimination"] = self.loss.discrimination(output, pixels)
-            # The bare optimiser: Lightning would count its step as one of the run's.
-            self._step(opponents[0].optimizer, terms["discrimination"], self.loss.discriminator)
-            opponent_schedulers[0].step()
+            terms["discrimination"] = self.loss.discriminator_loss(output, pixels)
+            # The bare optimiser: Lightning would count its step as a step of the run.
+            self._step(others[0].optimizer, terms["discrimination"], self.loss.discriminator)
+            other_schedulers[0].step()
         self._remember(latents.detach())
         for name, value in terms.items():
             self.log(f"train/{name}", value.detach(), prog_bar=name == "l1", batch_size=len(batch))
 
     def validation_step(self, batch: FrameBatch, batch_idx: int) -> None:
-        """Reconstruction of held-out frames: distance per pixel value and PSNR of 8-bit range, mean over frames."""
+        """Log distance per pixel value and PSNR on held-out frames, means over frames."""
         output = self(batch.pixels).float()
         sizes = {"batch_size": len(batch), "on_epoch": True}
         self.log("val/l1", (output - batch.pixels).abs().mean(), **sizes)
         self.log("val/psnr", psnr(output, batch.pixels).mean(), prog_bar=True, **sizes)
-        if batch_idx == 0:
-            self.shown = []
-        if batch_idx < MAX_SHOWN:
-            self.shown.append((batch.pixels.cpu(), output.cpu()))
+        self.keep_shown(batch_idx, batch.pixels, output)
 
     def on_validation_epoch_end(self) -> None:
         """Log the scale factor."""
@@ -162,12 +153,12 @@ class AutoencoderKL(pl.LightningModule):
             self.log("val/scale_factor", self.scale_factor)
 
     def on_train_end(self) -> None:
-        """Say the number that the video model's config needs."""
+        """Log the scale factor, which the video model's config needs."""
         if self.scale_factor is not None:
             log.info("scale factor of these latents (1 / standard deviation): %.5f", self.scale_factor)
 
     def configure_optimizers(self) -> tuple[list, list]:
-        """Adam for the network and, where there is one, for its opponent, whose curve begins when it joins."""
+        """AdamW for the network and for the discriminator, whose schedule begins at `start_step`."""
         if "16" in str(self.trainer.precision) and "bf16" not in str(self.trainer.precision):
             raise UserError(
                 f"lightning.trainer.precision: the autoencoder trains in 32-true or bf16-mixed, found "
@@ -185,7 +176,7 @@ class AutoencoderKL(pl.LightningModule):
         return optimizers, [RateSchedule(optimizer, share) for optimizer in optimizers]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """CompVis's names for the network; the rest beside it."""
+        """Write the network under CompVis's names, and the rest beside it."""
         checkpoint["state_dict"] = self.first_stage.compvis_state_dict()
         if self.loss.discriminator is not None:
             checkpoint["discriminator"] = self.loss.discriminator.state_dict()
@@ -193,11 +184,10 @@ class AutoencoderKL(pl.LightningModule):
             checkpoint["latent_moments"] = self.latent_moments
         if self.scale_factor is not None:
             checkpoint["scale_factor"] = self.scale_factor
-        if self.config is not None:
-            checkpoint["config"] = dict(self.config)
+        super().on_save_checkpoint(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take everything from `checkpoint` and leave Lightning the names it looks for."""
+        """Load everything, and restore the names that Lightning expects."""
         self.first_stage.load_compvis_state_dict(checkpoint["state_dict"], where="autoencoder checkpoint")
         if self.loss.discriminator is not None and "discriminator" in checkpoint:
             self.loss.discriminator.load_state_dict(checkpoint["discriminator"])
@@ -205,7 +195,7 @@ class AutoencoderKL(pl.LightningModule):
         checkpoint["state_dict"] = self.state_dict()
 
     def _noise(self, batch: FrameBatch, moments_shape: torch.Size) -> Tensor:
-        """Noise that depends on the seed and each frame's position alone, so that a resumed run repeats it."""
+        """Noise that depends on the seed and each frame's position only, so a resumed run repeats it."""
         _, channels, h, w = moments_shape
         noise = []
         for position in batch.positions:
@@ -228,7 +218,7 @@ class AutoencoderKL(pl.LightningModule):
 
 
 class ReconstructionLogger(pl.Callback):
-    """After every validation, a sheet of held-out frames above their reconstructions: a PNG file and TensorBoard.
+    """After every validation, write held-out frames above their reconstructions to a PNG file and to TensorBoard.
 
     folder: the run folder; pictures go to its `images/val`. num_images: columns.
     """
@@ -259,7 +249,7 @@ def psnr(output: Tensor, pixels: Tensor) -> Tensor:
     return -10 * error.square().mean((1, 2, 3)).clamp_min(1e-10).log10()
 
 
-def _refuse_lightnings_own(config: Mapping[str, Any]) -> None:
+def _refuse_trainer_options(config: Mapping[str, Any]) -> None:
     trainer = (config.get("lightning") or {}).get("trainer") or {}
     for name, idle, instead in (
         ("gradient_clip_val", (None, 0), "set model.params.gradient_clip, which bounds the norm of its gradient"),
@@ -271,8 +261,8 @@ def _refuse_lightnings_own(config: Mapping[str, Any]) -> None:
             )
 
 
-def _start_precise(first_stage: KLFirstStage) -> None:
-    """Let a fresh encoder be sure of its latents, so that the decoder has something to read from the first step."""
+def _reduce_posterior_variance(first_stage: KLFirstStage) -> None:
+    """Give a fresh encoder a narrow posterior, so its latents are informative from the first step."""
     last = first_stage.network.quant_conv
     logvar = slice(last.out_channels // 2, None)
     with torch.no_grad():

@@ -1,6 +1,9 @@
-"""What a reconstruction is judged by: distance per pixel and divergence always, a perceptual and an adversarial term
-on request (Rombach et al. 2022, section 3.1 and appendix G; the discriminator is that of Isola et al. 2017, the hinge
-loss that of Lim & Ye 2017, the adaptive weight that of Esser et al. 2021, eq. 7).
+"""The autoencoder's loss: distance per pixel and KL divergence, optionally a perceptual and an adversarial term.
+
+Rombach et al. 2022, section 3.1 and appendix G; the discriminator is that of Isola et al. 2017, the hinge loss that of
+Lim & Ye 2017, the adaptive weight that of Esser et al. 2021, eq. 7. `look_through` zooms and shifts latents and
+pictures alike, for an autoencoder whose latents move as pictures move, which video models learn sooner (Kouzelis et
+al. 2025, "EQ-VAE", section 3, here with a camera's zoom and shift).
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from ldm.config.schema import FLAG, is_trusted
 from ldm.errors import UserError
 from ldm.modules.posterior import kl
 
-WORDS = {
+OPTIONS = {
     "": {"l1": 1.0, "kl_weight": 1e-6, "perceptual": None, "adversarial": None},
     "perceptual": {"path": None, "weight": 1.0},
     "adversarial": {"weight": 0.5, "start_step": 0, "width": 64, "layers": 3},
@@ -28,7 +31,7 @@ WORDS = {
 
 
 class PatchDiscriminator(nn.Sequential):
-    """Says of every patch whether it is real: images `b c h w` in [-1, 1] -> `b 1 h' w'`, high for real.
+    """Scores every patch: images `b c h w` in [-1, 1] -> `b 1 h' w'`, high for real.
 
     width: channels of the first layer, a multiple of 8. layers: each halves the resolution.
     """
@@ -44,31 +47,31 @@ class PatchDiscriminator(nn.Sequential):
 
 
 class AutoencoderLoss(nn.Module):
-    """The terms and their weights.
+    """The terms of the loss and their weights.
 
     config: `l1` weight of the mean distance per pixel value; `kl_weight` weight of the divergence in nats per pixel
         value (the same number as in CompVis's configs); `perceptual: {path, weight}` a TorchScript file that is called
         with reconstruction and original, `b 3 h w` in [-1, 1], and returns distances; `adversarial: {weight,
         start_step, width, layers}`.
 
-    Raises UserError for an unknown word and for a perceptual file that is not there or not TorchScript.
+    Raises UserError for an unknown key and for a perceptual file that is missing or not TorchScript.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
-        words = _checked(config, "")
-        self.l1, self.kl_weight = float(words["l1"]), float(words["kl_weight"])
+        options = _checked(config, "")
+        self.l1, self.kl_weight = float(options["l1"]), float(options["kl_weight"])
         self.perceptual = self.discriminator = None
-        if words["perceptual"]:
-            perceptual = _checked(words["perceptual"], "perceptual")
+        if options["perceptual"]:
+            perceptual = _checked(options["perceptual"], "perceptual")
             self.perceptual, self.perceptual_weight = _load_scripted(perceptual["path"]), perceptual["weight"]
-        if words["adversarial"]:
-            adversarial = _checked(words["adversarial"], "adversarial")
+        if options["adversarial"]:
+            adversarial = _checked(options["adversarial"], "adversarial")
             self.adversarial_weight, self.start_step = adversarial["weight"], adversarial["start_step"]
             self.discriminator = PatchDiscriminator(width=adversarial["width"], layers=adversarial["layers"])
 
     def reconstruction(self, output: Tensor, pixels: Tensor, moments: Tensor) -> dict[str, Tensor]:
-        """The terms without an opponent, and their weighted sum as `loss`: `b c h w`, `b c h w`, `b 2z h w` -> dict."""
+        """The other terms, and their weighted sum as `loss`: `b c h w`, `b c h w`, `b 2z h w` -> dict."""
         terms = {"l1": (output - pixels).abs().mean(), "kl": kl(moments).sum() / pixels.numel()}
         terms["loss"] = self.l1 * terms["l1"] + self.kl_weight * terms["kl"]
         if self.perceptual is not None:
@@ -80,16 +83,15 @@ class AutoencoderLoss(nn.Module):
         """Whether the discriminator takes part at this step."""
         return self.discriminator is not None and step >= self.start_step
 
-    def deception(self, output: Tensor, reconstruction_loss: Tensor, last_layer: Tensor) -> Tensor:
-        """What the autoencoder pays for being found out, as large a pull on `last_layer` as the other terms' times
-        the weight."""
-        found_out = -self.discriminator(output).mean()
-        (pull,) = torch.autograd.grad(reconstruction_loss, last_layer, retain_graph=True)
-        (counter_pull,) = torch.autograd.grad(found_out, last_layer, retain_graph=True)
-        balance = (pull.norm() / (counter_pull.norm() + 1e-4)).clamp(0, 1e4).detach()
-        return self.adversarial_weight * balance * found_out
+    def generator_loss(self, output: Tensor, reconstruction_loss: Tensor, last_layer: Tensor) -> Tensor:
+        """The adversarial loss; its gradient at `last_layer` is `weight` times that of the reconstruction loss."""
+        loss = -self.discriminator(output).mean()
+        (gradient,) = torch.autograd.grad(reconstruction_loss, last_layer, retain_graph=True)
+        (adversarial_gradient,) = torch.autograd.grad(loss, last_layer, retain_graph=True)
+        balance = (gradient.norm() / (adversarial_gradient.norm() + 1e-4)).clamp(0, 1e4).detach()
+        return self.adversarial_weight * balance * loss
 
-    def discrimination(self, output: Tensor, pixels: Tensor) -> Tensor:
+    def discriminator_loss(self, output: Tensor, pixels: Tensor) -> Tensor:
         """The hinge loss of the discriminator."""
         real, fake = self.discriminator(pixels), self.discriminator(output.detach())
         return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
@@ -98,23 +100,23 @@ class AutoencoderLoss(nn.Module):
 def _checked(config: Mapping[str, Any], part: str) -> dict[str, Any]:
     where = f"model.params.lossconfig.{part}".rstrip(".")
     if not isinstance(config, Mapping):
-        raise UserError(f"{where}: expected a mapping with {', '.join(WORDS[part])}, found {config!r}")
-    for word in config:
-        if word not in WORDS[part]:
-            raise UserError(f"{where}.{word}: nothing reads this key; {nearest(str(word), WORDS[part])}")
-    return WORDS[part] | dict(config)
+        raise UserError(f"{where}: expected a mapping with {', '.join(OPTIONS[part])}, found {config!r}")
+    for key in config:
+        if key not in OPTIONS[part]:
+            raise UserError(f"{where}.{key}: nothing reads this key; {nearest(str(key), OPTIONS[part])}")
+    return OPTIONS[part] | dict(config)
 
 
 def _load_scripted(path: str | None) -> nn.Module:
     if path is None or not Path(path).is_file():
         raise UserError(
             f"model.params.lossconfig.perceptual.path: expected a TorchScript file that compares two batches of "
-            f"images, found {path!r}; no weights are downloaded, leave `perceptual` out to train without"
+            f"images, found {path!r}; no weights are downloaded, leave `perceptual` out to train without it"
         )
     if not is_trusted():
         raise UserError(
-            f"{path}: a TorchScript file for the perceptual term is a program, which runs as soon as it is read; give "
-            f"{FLAG} if you know where it comes from"
+            f"{path}: a TorchScript file for the perceptual term is a program, which runs when it is loaded; give "
+            f"{FLAG} if you trust its source"
         )
     try:
         module = torch.jit.load(path, map_location="cpu")
@@ -130,10 +132,10 @@ MOST_ZOOM = 1.5
 
 
 def draw_windows(seed: int, positions: Sequence[int], share: float) -> Tensor:
-    """One window per position of the training stream -> affine matrices `b 2 3` for `look_through`.
+    """One window for each position in the training stream -> affine matrices `b 2 3` for `look_through`.
 
-    A `share` of them show a window inside the picture, 1 to 1.5 times enlarged and anywhere in it; the others the whole
-    picture. A draw depends on seed and position alone.
+    A `share` of them show a random part of the picture, 1 to 1.5 times enlarged; the others the whole picture. A draw
+    depends on seed and position only.
     """
     windows = torch.zeros(len(positions), 2, 3)
     for window, position in zip(windows, positions, strict=True):
@@ -145,6 +147,6 @@ def draw_windows(seed: int, positions: Sequence[int], share: float) -> Tensor:
 
 
 def look_through(images: Tensor, windows: Tensor) -> Tensor:
-    """What each window `b 2 3` shows of each image or latent `b c h w`, at the same size, read bilinearly."""
+    """Each image or latent `b c h w` through its window `b 2 3`, at the same size, bilinear."""
     grid = F.affine_grid(windows.to(images.device), list(images.shape), align_corners=False)
     return F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)

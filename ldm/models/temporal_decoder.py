@@ -1,7 +1,9 @@
 """Training of a temporal decoder (`ldm.modules.temporal_decoder`) for the image autoencoder of a trained video model.
 
-It learns to give clips back from latents that are not quite theirs: with noise on them, or remade by the video model
-itself. Image autoencoder and video model stay as they are. A checkpoint holds the layers over time alone.
+It learns to reconstruct clips from imperfect latents: noisy ones, or ones that the video model remade, noised for the
+last few diffusion steps and denoised again (Meng et al. 2022, "SDEdit", section 3). Frames decoded from a diffusion
+model's latents are less consistent than those of encoded clips. Image autoencoder and video model stay frozen; a
+checkpoint holds the temporal layers only.
 """
 
 from __future__ import annotations
@@ -11,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -25,10 +26,10 @@ from ldm.data.frames import FrameBatch
 from ldm.diffusion.noise import mix_seed
 from ldm.errors import UserError
 from ldm.models.autoencoder import psnr
+from ldm.models.small import HELD_OUT, SmallModelTraining, check_share
 from ldm.modules.nn import GroupNorm32
 from ldm.modules.posterior import posterior_mean
 from ldm.modules.temporal_decoder import BRIGHTNESS
-from ldm.optim import rate_schedule
 from ldm.sampling.denoisers import KnownDenoiser, KnownLatents
 from ldm.sampling.generator import ClipGenerator
 from ldm.sampling.loop import GuidedDenoiser, build_scheduler, set_steps
@@ -38,10 +39,10 @@ KEPT_CAPTIONS = 256
 
 
 class Remaker:
-    """The video model of a `ClipGenerator`, that remakes true clips.
+    """Remakes true clips with the video model of a `ClipGenerator`.
 
-    steps: of a whole way from noise to a clip. most: at most so many of them, the last ones, and at least two are gone
-        back: how many is drawn for each clip.
+    steps: of sampling from pure noise. most: upper bound of the last steps that a clip repeats; how many, from two on,
+        is drawn for each clip.
     """
 
     def __init__(self, source: ClipGenerator, steps: int, most: int) -> None:
@@ -55,7 +56,7 @@ class Remaker:
     def __call__(
         self, latents: Tensor, captions: Sequence[str], rates: Sequence[float], generators: Sequence[torch.Generator]
     ) -> Tensor:
-        """Scaled latents of true clips `b t c h w` -> remade ones; what is drawn comes from each clip's generator."""
+        """Scaled latents of true clips `b t c h w` -> remade ones, with the draws of each clip's generator."""
         source = self.source
         noise = torch.stack([source.noise.draw(*latents.shape[1:], one) for one in generators]).to(latents)
         remade = []
@@ -80,36 +81,30 @@ class Remaker:
         return clip
 
 
-SPOILING, RECOLOURING = 1, 2  # streams of draws
-HELD_OUT = 2**20  # in place of the seed, for what is done to held-out latents: always the same
+LATENTS, COLOURS = 1, 2  # streams of draws
 REMADE = {"share": float, "steps": int, "most": int}
-WINDOW = 7  # pixels, of structure
-FAINTEST = (2 / 255) ** 2  # variance of brightness, of 1, from which on structure counts
-MAX_SHOWN = 16  # batches of the validation that are kept for pictures
+WINDOW = 7  # pixels along a side, for structural dissimilarity
+FAINTEST = (2 / 255) ** 2  # its constant c, a variance of brightness in [0, 1]
 
 
-class TemporalDecoderTraining(pl.LightningModule):
-    """A temporal decoder in training: `FrameBatch` of rows of frames in, layers over time out.
+class TemporalDecoderTraining(SmallModelTraining):
+    """A temporal decoder in training: `FrameBatch` of rows of frames in, temporal layers out.
 
     temporal_decoder_config: the layers, see `TemporalDecoder`.
-    ckpt_path: a whole video model, for its image autoencoder and for what it makes of clips.
-    start_path: checkpoint of a temporal decoder to begin with, of another video model for instance; None: fresh layers.
-    noise: of the clips that are not remade, three quarters have white noise on their latents, of a standard deviation
-        drawn from 0 to this one, in units of the latents' own.
+    ckpt_path: a whole video model; its image autoencoder is used, and it remakes clips.
+    start_path: checkpoint of a temporal decoder to start from, possibly of another video model; None: fresh layers.
+    noise: standard deviation of white noise, in units of the latents' own: three quarters of the clips that are not
+        remade get noise with a standard deviation drawn from 0 to this one.
     remade: `share` of the clips that the video model remakes, from noise of two to `most` of the last of `steps`
-        sampling steps, see `Remaker`; None: none are.
-    changes: weight of the distance between the changes from frame to frame, beside that between the frames.
-    structure: weight of the mean structural dissimilarity of each frame's brightness, see `unlikeness`; faint texture,
-        the road's for instance, counts in it as much as trees do.
-    recoloured: share of the clips whose colours and contrast are others in training, see `recolour`, so that what is
-        learned holds for other looks than those of the clips.
-    learning_rate: highest rate; it rises over `warmup_steps` steps and falls over the last `cooldown_steps`.
-    seed: of every draw. config: the config of the run, kept in checkpoints.
+        sampling steps, see `Remaker`; None: none.
+    changes: weight of the distance between frame differences, beside that between frames.
+    structure: weight of the mean structural dissimilarity of each frame's brightness, see `dissimilarity`.
+    recoloured: share of the training clips with random colours and contrast, see `recolour`, for generalisation to
+        other styles.
+    learning_rate, warmup_steps, cooldown_steps, seed, config: of `SmallModelTraining`.
     """
 
-    keeps_averages = False
-
-    def __init__(  # noqa: PLR0913, PLR0917 - the words of the config
+    def __init__(  # noqa: PLR0913, PLR0917 - the keys of the config
         self,
         temporal_decoder_config: Mapping[str, Any],
         ckpt_path: str,
@@ -125,19 +120,15 @@ class TemporalDecoderTraining(pl.LightningModule):
         seed: int = 23,
         config: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__()
-        if not 0 <= noise <= 1:
-            raise UserError(f"model.params.noise: expected a standard deviation, 0 to 1, found {noise!r}")
+        super().__init__(learning_rate, warmup_steps, cooldown_steps, seed, config)
+        check_share("noise", noise, "standard deviation")
         for name, weight in (("changes", changes), ("structure", structure)):
             if not 0 <= weight <= 100:
                 raise UserError(f"model.params.{name}: expected a weight, 0 to 100, found {weight!r}")
-        if not 0 <= recoloured <= 1:
-            raise UserError(f"model.params.recoloured: expected a share, 0 to 1, found {recoloured!r}")
+        check_share("recoloured", recoloured)
         self.temporal_decoder = build(temporal_decoder_config, DECODER_PATH)
-        self.noise, self.remade, self.seed = noise, _checked_remade(remade), seed
+        self.noise, self.remade = noise, _checked_remade(remade)
         self.changes, self.structure, self.recoloured = changes, structure, recoloured
-        self.learning_rate, self.warmup_steps, self.cooldown_steps = learning_rate, warmup_steps, cooldown_steps
-        self.config = config
         self._source = ClipGenerator(ckpt_path, temporal_decoder=False)
         self._remaker: Remaker | None = None
         _check_alike(temporal_decoder_config, self._source)
@@ -147,39 +138,38 @@ class TemporalDecoderTraining(pl.LightningModule):
                 self.temporal_decoder, temporal_decoder_tensors(start), where=f"temporal decoder from {start_path}"
             )
         self.temporal_decoder.made_for.copy_(digest_of(first_stage_tensors(self._source.checkpoint)))
-        self.shown: list[tuple[Tensor, Tensor]] = []  # originals and reconstructions of the last validation
 
     def parameter_summary(self) -> str:
-        """One line: how many parameters are trained, and how many of the image decoder stay as they are."""
+        """One line: how many parameters are trained, and how many of the image decoder are frozen."""
         network = self._source.first_stage.network
         frozen = sum(one.numel() for part in (network.decoder, network.post_quant_conv) for one in part.parameters())
         trained = sum(one.numel() for one in self.temporal_decoder.parameters())
         return f"trained: {trained:,} parameters (temporal decoder); frozen: {frozen:,} (the image decoder)"
 
     def setup(self, stage: str) -> None:
-        """Put the frozen networks where the layers are trained."""
+        """Move the frozen networks to the device of the trained layers."""
         device = self.trainer.strategy.root_device
         if device != self._source.device:
             self._source = ClipGenerator(self._source.checkpoint, device=device, temporal_decoder=False)
         if self._remaker is None and self.remade["share"]:
             self._remaker = Remaker(self._source, self.remade["steps"], self.remade["most"])
-        with_quick_norms(self._source.first_stage.network.decoder)
+        use_fast_norms(self._source.first_stage.network.decoder)
 
     def forward(self, latents: Tensor) -> Tensor:
         """Scaled latents of whole clips `b t c h w` -> frames, about [-1, 1], `b t 3 H W`."""
         return self.temporal_decoder(self._source.first_stage.decoder_parts(), latents / self._source.scale_factor)
 
     def training_step(self, batch: FrameBatch, batch_idx: int) -> Tensor:
-        """Mean distance per pixel value, and of the changes from frame to frame, and unlikeness of structure."""
+        """Weighted sum of the mean distance per pixel value, of frame differences, and of structural dissimilarity."""
         pixels, latents = self._pixels_and_latents(batch, self.seed, self.recoloured)
-        # torch's group norm loses its head over inputs of which no gradient is asked, on a CPU
+        # On a CPU, torch's group norm is very slow for inputs that require no gradient.
         terms = self._terms(self(latents.requires_grad_()).float(), pixels)
         for name, value in terms.items():
             self.log(f"train/{name}", value.detach(), prog_bar=name == "l1", batch_size=len(batch))
         return terms["l1"] + self.changes * terms["change"] + self.structure * terms["unlikeness"]
 
     def validation_step(self, batch: FrameBatch, batch_idx: int) -> None:
-        """The same of held-out clips, beside that of the image decoder alone (`val/alone_*`), and PSNR."""
+        """The same terms and PSNR on held-out clips, also of the image decoder alone (`val/alone_*`)."""
         pixels, latents = self._pixels_and_latents(batch, HELD_OUT)
         output = self(latents).float()
         flat = rearrange(latents, "b t c h w -> (b t) c h w")
@@ -190,26 +180,14 @@ class TemporalDecoderTraining(pl.LightningModule):
             terms["psnr"] = psnr(*(rearrange(one, "b t c h w -> (b t) c h w") for one in (frames, pixels))).mean()
             for name, value in terms.items():
                 self.log(f"val/{prefix}{name}", value, prog_bar=name == "psnr", on_epoch=True, batch_size=len(batch))
-        if batch_idx == 0:
-            self.shown = []
-        if batch_idx < MAX_SHOWN:
-            middle = pixels.shape[1] // 2
-            self.shown.append((pixels[:, middle].cpu(), output[:, middle].cpu()))
+        middle = pixels.shape[1] // 2
+        self.keep_shown(batch_idx, pixels[:, middle], output[:, middle])
 
     def configure_optimizers(self) -> dict[str, Any]:
-        optimizer = torch.optim.AdamW(
-            self.temporal_decoder.parameters(), lr=self.learning_rate, betas=(0.9, 0.99), weight_decay=0.0
-        )
-        scheduler = rate_schedule(optimizer, self.warmup_steps, self.cooldown_steps, self.trainer.max_steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The config beside the layers."""
-        if self.config is not None:
-            checkpoint["config"] = dict(self.config)
+        return self.adamw(self.temporal_decoder.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Raise UserError for layers of another image decoder than the source's."""
+        """Raise UserError for layers that were trained with another image decoder."""
         if not torch.equal(checkpoint["state_dict"]["temporal_decoder.made_for"].cpu(), self.temporal_decoder.made_for):
             raise UserError(
                 f"{self._source.checkpoint.path}: expected the image decoder that this run's layers were trained with "
@@ -218,11 +196,15 @@ class TemporalDecoderTraining(pl.LightningModule):
 
     def _terms(self, frames: Tensor, pixels: Tensor) -> dict[str, Tensor]:
         change = (frames.diff(dim=1) - pixels.diff(dim=1)).abs().mean()
-        return {"l1": (frames - pixels).abs().mean(), "change": change, "unlikeness": unlikeness(frames, pixels).mean()}
+        return {
+            "l1": (frames - pixels).abs().mean(),
+            "change": change,
+            "unlikeness": dissimilarity(frames, pixels).mean(),
+        }
 
     @torch.no_grad()
     def _pixels_and_latents(self, batch: FrameBatch, seed: int, recoloured: float = 0.0) -> tuple[Tensor, Tensor]:
-        """Frames `b t 3 H W` and scaled latents `b t c h w`, recoloured and spoilt as seed and positions say."""
+        """Frames `b t 3 H W` and scaled latents `b t c h w`, augmented as seed and positions determine."""
         if len(batch.pixels) < 2 * len(batch):
             raise UserError(
                 "data: expected rows of at least 2 frames for the temporal decoder, found single frames; set "
@@ -230,20 +212,20 @@ class TemporalDecoderTraining(pl.LightningModule):
             )
         captions = getattr(batch, "captions", [""] * len(batch))
         clips, latents = [], []
-        for place, (shown, position) in enumerate(zip(batch.pixels.chunk(len(batch)), batch.positions, strict=True)):
-            clip, caption = shown, captions[place]
-            generator = torch.Generator().manual_seed(mix_seed(seed, RECOLOURING, position))
+        for index, (shown, position) in enumerate(zip(batch.pixels.chunk(len(batch)), batch.positions, strict=True)):
+            clip, caption = shown, captions[index]
+            generator = torch.Generator().manual_seed(mix_seed(seed, COLOURS, position))
             with torch.autocast(shown.device.type, enabled=False):
                 if torch.rand((), generator=generator).item() < recoloured:
-                    clip, caption = recolour(shown, generator), ""  # the caption speaks of other colours
-                moments = self._source.first_stage.encode(clip)  # alone: no clip depends on what it is in a batch with
+                    clip, caption = recolour(shown, generator), ""  # the caption describes the original colours
+                moments = self._source.first_stage.encode(clip)  # one by one: no clip depends on its batch
             clips.append(clip)
             own = posterior_mean(moments.float())[None] * self._source.scale_factor
-            latents.append(self._spoilt(own, caption, batch.rates[place], mix_seed(seed, SPOILING, position)))
+            latents.append(self._augmented(own, caption, batch.rates[index], mix_seed(seed, LATENTS, position)))
         return torch.stack(clips), torch.cat(latents).float()
 
-    def _spoilt(self, latents: Tensor, caption: str, rate: float, seed: int) -> Tensor:
-        """Latents of one clip `1 t c h w` remade, with noise on them, or as they are."""
+    def _augmented(self, latents: Tensor, caption: str, rate: float, seed: int) -> Tensor:
+        """Latents of one clip `1 t c h w`: remade, noisy or unchanged."""
         generator = torch.Generator().manual_seed(seed)
         draw, strength = torch.rand(2, generator=generator).tolist()
         if draw < self.remade["share"]:
@@ -254,7 +236,7 @@ class TemporalDecoderTraining(pl.LightningModule):
 
 
 def recolour(frames: Tensor, generator: torch.Generator) -> Tensor:
-    """Frames in [-1, 1], `t 3 h w`, with hues turned by one random angle, other saturation, contrast and brightness."""
+    """Frames in [-1, 1], `t 3 h w`, with one random hue rotation, saturation, contrast and brightness for all."""
     turn, saturation, contrast, brightness = torch.rand(4, generator=generator).tolist()
     x, y = math.cos(2 * math.pi * turn), math.sin(2 * math.pi * turn)
     own, following, before = (1 + 2 * x) / 3, (1 - x) / 3 - y / math.sqrt(3), (1 - x) / 3 + y / math.sqrt(3)
@@ -265,12 +247,12 @@ def recolour(frames: Tensor, generator: torch.Generator) -> Tensor:
     return ((0.6 + 0.6 * contrast) * frames + 0.6 * brightness - 0.3).clamp(-1, 1)
 
 
-def unlikeness(frames: Tensor, true: Tensor) -> Tensor:
-    """Structural dissimilarity of brightness, from 0, alike, to 2, reversed; frames in [-1, 1], `b t 3 h w`.
+def dissimilarity(frames: Tensor, true: Tensor) -> Tensor:
+    """Structural dissimilarity of brightness, from 0 (identical) to 2 (inverted); frames in [-1, 1], `b t 3 h w`.
 
     1 - (2 covariance + c) / (sum of both variances + c), the second factor of SSIM (Wang et al. 2004, eq. 13), in
-    windows of 7x7 pixels, `b t h-6 w-6`. c is the square of two grey levels of 255, a fifteenth of what is usual, so
-    that all texture counts that can be seen at all.
+    windows of 7x7 pixels, `b t h-6 w-6`. c is the square of two grey levels of 255, a fifteenth of the usual value, so
+    faint but visible texture counts as much as strong texture.
     """
     share = true.new_tensor(BRIGHTNESS)[:, None, None]
     both = [(one / 2 * share).sum(dim=2) for one in (frames, true)]
@@ -282,10 +264,10 @@ def unlikeness(frames: Tensor, true: Tensor) -> Tensor:
     return 1 - (2 * (product - mean * true_mean) + FAINTEST) / (variances + FAINTEST)
 
 
-def with_quick_norms(decoder: nn.Module) -> None:
-    """Let the group norms of a frozen image decoder be ours, whose backward pass is not slow on a processor.
+def use_fast_norms(decoder: nn.Module) -> None:
+    """Replace the group norms of a frozen image decoder by ours, whose backward pass is fast on a CPU; in place.
 
-    Those of attention, which sees no picture, stay.
+    Those of the attention block stay.
     """
     for name, module in list(decoder.named_modules()):
         if type(module) is nn.GroupNorm and module.num_groups == 32 and "attentions" not in name:
@@ -296,29 +278,28 @@ def with_quick_norms(decoder: nn.Module) -> None:
 
 
 def _check_alike(node: Mapping[str, Any], source: ClipGenerator) -> None:
-    """Raise UserError unless the layers are for an autoencoder of the sizes that the source has."""
+    """Raise UserError unless the layers fit the autoencoder of the source."""
     first_stage = own_node(source.checkpoint, "first_stage_config") or SD_V1_FIRST_STAGE
-    for word in ("ch", "ch_mult"):
-        wanted, found = first_stage["params"]["ddconfig"][word], node["params"][word]
+    for key in ("ch", "ch_mult"):
+        wanted, found = first_stage["params"]["ddconfig"][key], node["params"][key]
         if found != wanted:
             raise UserError(
-                f"{DECODER_PATH}.params.{word}: expected {wanted}, as the autoencoder in {source.checkpoint.path} has, "
+                f"{DECODER_PATH}.params.{key}: expected {wanted}, as the autoencoder in {source.checkpoint.path} has, "
                 f"found {found}"
             )
 
 
-def _checked_remade(words: Mapping[str, Any] | None) -> dict[str, Any]:
-    if words is None:
+def _checked_remade(options: Mapping[str, Any] | None) -> dict[str, Any]:
+    if options is None:
         return {"share": 0.0}
     where = "model.params.remade"
-    if set(words) != set(REMADE):
-        raise UserError(f"{where}: expected the words {', '.join(REMADE)}, found {', '.join(words) or 'none'}")
-    check_values(words, REMADE, where)
-    if not 2 <= words["most"] < words["steps"]:
+    if set(options) != set(REMADE):
+        raise UserError(f"{where}: expected the keys {', '.join(REMADE)}, found {', '.join(options) or 'none'}")
+    check_values(options, REMADE, where)
+    if not 2 <= options["most"] < options["steps"]:
         raise UserError(
-            f"{where}: expected steps and, of the last of them, a smaller number from 2 on that are gone back, found "
-            f"steps {words['steps']}, most {words['most']}"
+            f"{where}: expected most from 2 on and below steps, found steps {options['steps']}, most {options['most']}"
         )
-    if not 0 < words["share"] <= 1:
-        raise UserError(f"{where}.share: expected a share above 0 and up to 1, found {words['share']!r}")
-    return dict(words)
+    if not 0 < options["share"] <= 1:
+        raise UserError(f"{where}.share: expected a share above 0 and up to 1, found {options['share']!r}")
+    return dict(options)

@@ -1,8 +1,8 @@
-"""An optimiser that updates one weight after the other, each in float32, whatever it is stored as and wherever.
+"""An optimiser that updates one weight after the other, each in float32, however it is stored.
 
-Only one weight is ever there in float32, and where its step is taken in the backward pass, only one gradient. The
-update itself is that of a library's optimiser, which is shown one weight at a time (as in Lv et al. 2023, "Full
-Parameter Fine-tuning for Large Language Models with Limited Resources", section 3.1).
+Only one weight at a time exists in float32 and, with steps in the backward pass, only one gradient. The update itself
+is a library's optimiser, given one weight at a time (as in Lv et al. 2023, "Full Parameter Fine-tuning for Large
+Language Models with Limited Resources", section 3.1). Its states may lie in host memory.
 """
 
 from __future__ import annotations
@@ -23,7 +23,11 @@ State = dict[str, Any]  # tensors, quantised ones among them, and numbers
 
 
 class HostStates:
-    """The states of weights, by weight, in host memory. For weights in host memory it is a plain dictionary."""
+    """Optimiser states by weight in host memory; for weights in host memory a plain dictionary.
+
+    With a GPU, copies run on streams of their own, in pinned memory: the states of the next weight arrive while one is
+    updated, and those of the last one leave. The host never waits.
+    """
 
     def __init__(self) -> None:
         self._states: dict[nn.Parameter, State] = {}
@@ -47,7 +51,7 @@ class HostStates:
         return state
 
     def keep(self, weight: nn.Parameter, state: State) -> None:
-        """Take the states of a weight back into host memory."""
+        """Return the states of a weight to host memory."""
         if weight.device.type != "cuda":
             self._states[weight] = state
             return
@@ -60,34 +64,31 @@ class HostStates:
                     kept[name] = value
                     continue
                 if name not in kept:
-                    kept[name] = rebuilt(value, lambda part: torch.empty_like(part, device="cpu", pin_memory=True))
+                    kept[name] = map_parts(value, lambda part: torch.empty_like(part, device="cpu", pin_memory=True))
                 for here, there in zip(plain_parts(kept[name]), plain_parts(value), strict=True):
                     here.copy_(there, non_blocking=True)
                     there.record_stream(outwards)
             self._written[weight] = outwards.record_event()
 
     def set(self, weight: nn.Parameter, state: State) -> None:
-        """Take over states that were read from a file."""
-        is_pinned = weight.device.type == "cuda"
+        """Store states that were read from a file."""
 
         def to_host(part: Tensor) -> Tensor:
             copy = part.detach().to("cpu", copy=True)
-            return copy.pin_memory() if is_pinned else copy
+            return copy.pin_memory() if weight.device.type == "cuda" else copy
 
         self._coming.pop(weight, None)
         self._written.pop(weight, None)
-        self._states[weight] = {
-            name: rebuilt(value, to_host) if _is_moved(value) else value for name, value in state.items()
-        }
+        self._states[weight] = _map_moved(state, to_host)
 
     def all(self) -> dict[nn.Parameter, State]:
-        """Every weight's states, complete: waits for the copies that are under way."""
+        """Every weight's states, after pending copies."""
         for _, outwards in self._streams.values():
             outwards.synchronize()
         return self._states
 
     def end_step(self) -> None:
-        """The next weight asked for is the first of another step."""
+        """The next weight that is fetched is the first of another step."""
         self._last = None
 
     def _arrived(self, weight: nn.Parameter) -> State:
@@ -98,8 +99,8 @@ class HostStates:
         state, event = self._coming.pop(weight)
         now = torch.cuda.current_stream(weight.device)
         now.wait_event(event)
-        for value in state.values():
-            for part in plain_parts(value) if _is_moved(value) else ():
+        for value in filter(_is_moved, state.values()):
+            for part in plain_parts(value):
                 part.record_stream(now)
         return state
 
@@ -110,12 +111,7 @@ class HostStates:
         if weight in self._written:
             inwards.wait_event(self._written[weight])
         with torch.cuda.stream(inwards):
-            state = {
-                name: rebuilt(value, lambda part: part.to(weight.device, non_blocking=True))
-                if _is_moved(value)
-                else value
-                for name, value in self._states[weight].items()
-            }
+            state = _map_moved(self._states[weight], lambda part: part.to(weight.device, non_blocking=True))
             self._coming[weight] = state, inwards.record_event()
 
     def _streams_of(self, device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
@@ -125,21 +121,20 @@ class HostStates:
 
 
 def plain_parts(tensor: Tensor) -> Iterator[Tensor]:
-    """The tensors a tensor consists of: itself, or codes, scales and so on of a quantised one."""
+    """The tensors that a tensor consists of: itself, or codes, scales and map of a quantised one."""
     if hasattr(tensor, "__tensor_flatten__"):
-        names, _ = tensor.__tensor_flatten__()
-        for name in names:
+        for name in tensor.__tensor_flatten__()[0]:
             yield from plain_parts(getattr(tensor, name))
     else:
         yield tensor
 
 
-def rebuilt(tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+def map_parts(tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
     """The tensor with each of its `plain_parts` changed."""
     if not hasattr(tensor, "__tensor_flatten__"):
         return change(tensor)
     names, context = tensor.__tensor_flatten__()
-    parts = {name: rebuilt(getattr(tensor, name), change) for name in names}
+    parts = {name: map_parts(getattr(tensor, name), change) for name in names}
     return type(tensor).__tensor_unflatten__(parts, context, tensor.shape, tensor.stride())
 
 
@@ -147,12 +142,16 @@ def _is_moved(value: Any) -> bool:
     return isinstance(value, Tensor) and value.ndim > 0  # counters stay where their optimiser put them
 
 
-OWN_WORDS = ("weight_decay", "betas")  # of the config, whatever a checkpoint says
+def _map_moved(state: State, change: Callable[[Tensor], Tensor]) -> State:
+    return {name: map_parts(value, change) if _is_moved(value) else value for name, value in state.items()}
+
+
+HYPERPARAMETERS = ("weight_decay", "betas")  # of the config, whatever a checkpoint says
 MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
 
 class WeightByWeight(torch.optim.Optimizer):
-    """Steps like the library's optimiser does on float32 weights; its state dict is read by that one, and the reverse.
+    """Steps like the library's optimiser on float32 weights; each reads the other's state dict.
 
     groups: as any optimiser takes them, with `params` and `lr`.
     make: builds the library's optimiser.
@@ -161,11 +160,11 @@ class WeightByWeight(torch.optim.Optimizer):
         Until `close`, every backward pass through the weights is a step.
     on_host: states lie in host memory between steps.
 
-    `found_inf`: None, or a number on the device: where it is 1, a step leaves weights and states as they are; only the
-    turn is counted, by which weights are rounded. With `in_backward` it also becomes 1 at the first gradient that is
-    not finite: of the weights whose gradients came before, the step has been taken; of the others it is not.
-    `squared_norm`: that of the gradients seen since `found_inf` was set, with `in_backward`. `reads_found_inf`: then
-    the host reads it before each update, for libraries' optimisers that do not, and in host memory.
+    `found_inf`: None, or a number on the device: where it is 1, a step leaves weights and states unchanged and only
+    counts the update, which selects the rounding draws. With `in_backward` it also becomes 1 at the first gradient that
+    is not finite: weights whose gradients came before are updated, the others are not.
+    `squared_norm`: of the gradients since `found_inf` was set, with `in_backward`. `reads_found_inf`: the host reads it
+    before each update, for library optimisers that do not take it, and in host memory.
     """
 
     found_inf: Tensor | None = None
@@ -182,19 +181,18 @@ class WeightByWeight(torch.optim.Optimizer):
     ) -> None:
         device = groups[0]["params"][0].device
         self.inner = make([{"params": [nn.Parameter(torch.zeros(1, device=device))], "lr": 1.0}])
-        words = {name: value for name, value in self.inner.param_groups[0].items() if name != "params"}
-        super().__init__([dict(group) for group in groups], words | {"num_updates": 0})
+        defaults = {name: value for name, value in self.inner.param_groups[0].items() if name != "params"}
+        super().__init__([dict(group) for group in groups], defaults | {"num_updates": 0})
         self._weights = StoredWeights(nn.Module()) if weights is None else weights
         self._host = HostStates() if on_host else None
         self._groups = {weight: group for group in self.param_groups for weight in group["params"]}
         self._is_half_done = False
-        self._hooks = []
         self.in_backward, self.on_host = in_backward, on_host
-        if in_backward:
-            self._hooks = [weight.register_post_accumulate_grad_hook(self._on_gradient) for weight in self._groups]
+        hooked = self._groups if in_backward else ()
+        self._hooks = [weight.register_post_accumulate_grad_hook(self._on_gradient) for weight in hooked]
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every weight that has a gradient; with `in_backward` that has been done."""
+        """Update every weight that has a gradient; with `in_backward` they are updated already."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -218,7 +216,7 @@ class WeightByWeight(torch.optim.Optimizer):
 
     @property
     def largest_gradient(self) -> int:
-        """Bytes of the largest gradient, all that is ever kept of them with `in_backward`."""
+        """Bytes of the largest gradient, the only one in memory with `in_backward`."""
         return max(weight.nbytes for weight in self._groups)
 
     def states(self) -> dict[nn.Parameter, dict[str, Any]]:
@@ -226,17 +224,17 @@ class WeightByWeight(torch.optim.Optimizer):
         return dict(self.state) if self._host is None else self._host.all()
 
     def state_dict(self) -> dict[str, Any]:
-        """As every optimiser's. Raises RuntimeError between the updates of a step: nothing would fit together."""
+        """As every optimiser's. Raises RuntimeError between the updates of a step, when states do not match."""
         if self._is_half_done:
             raise RuntimeError("some weights are a step ahead of others: the backward pass did not end")
         packed = super().state_dict()
         if self._host is not None:
             states = self._host.all()
-            packed["state"] = {place: states[w] for place, w in enumerate(self._groups) if w in states}
+            packed["state"] = {index: states[w] for index, w in enumerate(self._groups) if w in states}
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over states in their own precision, which is not that of the weights."""
+        """Load states in their own precision, not in that of the weights."""
         saved = state_dict["param_groups"]
         sizes, own_sizes = ([len(group["params"]) for group in groups] for groups in (saved, self.param_groups))
         if sizes != own_sizes:
@@ -244,17 +242,17 @@ class WeightByWeight(torch.optim.Optimizer):
                 f"optimiser states: expected those of groups of {own_sizes} weights, found groups of {sizes}: they "
                 "were written by a run that trained other weights. Resume with its own config"
             )
+        # Where the weights were, and the hyperparameters of that run, do not matter here.
+        ignored = {"params", "fused", "foreach", "capturable", *HYPERPARAMETERS}
         for group, old in zip(self.param_groups, saved, strict=True):
-            own = {"params", "fused", "foreach", "capturable"}  # where the weights are, not where they were
-            own.update(OWN_WORDS)
-            group.update({name: value for name, value in old.items() if name in group and name not in own})
+            group.update({name: value for name, value in old.items() if name in group and name not in ignored})
             group["lr"] = float(group["lr"])
         self.state = defaultdict(dict)
-        places = chain.from_iterable(group["params"] for group in saved)
-        for weight, place in zip(self._groups, places, strict=True):
-            if place not in state_dict["state"]:
+        indices = chain.from_iterable(group["params"] for group in saved)
+        for weight, index in zip(self._groups, indices, strict=True):
+            if index not in state_dict["state"]:
                 continue
-            state = {name: laid_like(value, weight) for name, value in state_dict["state"][place].items()}
+            state = {name: with_strides_of(weight, value) for name, value in state_dict["state"][index].items()}
             if self._host is None:
                 self.state[weight] = {name: self._placed(value, weight) for name, value in state.items()}
             else:
@@ -265,14 +263,14 @@ class WeightByWeight(torch.optim.Optimizer):
         if weight.grad is None:
             return
         self._is_half_done = True
-        with _disable_current_modes():  # what counts the operations of a backward pass does not mean these
-            if not self._is_called_off(weight.grad):
+        with _disable_current_modes():  # a mode that counts the backward pass must not count these
+            if not self._is_skipped(weight.grad):
                 self._update(weight)
         weight.grad = None
 
     @torch.no_grad()
-    def _is_called_off(self, gradient: Tensor) -> bool:
-        """Take a gradient into account; whether the host knows that its weight is not to move."""
+    def _is_skipped(self, gradient: Tensor) -> bool:
+        """Add a gradient to the norm; whether the host knows that the update is skipped."""
         if self.found_inf is None:
             return False
         square = torch.linalg.vector_norm(gradient, dtype=torch.float32).square()
@@ -310,19 +308,18 @@ class WeightByWeight(torch.optim.Optimizer):
             return value
         is_on_device = value.ndim > 0 or self.param_groups[0].get("fused")
         device = weight.device if is_on_device else torch.device("cpu")
-        return rebuilt(value, lambda part: part.detach().to(device, copy=True))
+        return map_parts(value, lambda part: part.detach().to(device, copy=True))
 
 
-def laid_like(value: Any, weight: Tensor) -> Any:
-    """An optimiser's state in the order in memory of its weight, which fused steps need; others are returned as is."""
+def with_strides_of(weight: Tensor, value: Any) -> Any:
+    """An optimiser's state with the strides of its weight; quantised states and counters are returned as they are."""
     if type(value) is not Tensor or value.shape != weight.shape or value.stride() == weight.stride():
         return value
     return torch.empty_like(weight, dtype=value.dtype, device=value.device).copy_(value)
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes that an optimiser's states take, counters left out; quantised tensors as they are stored."""
+    """Bytes of an optimiser's states without counters; quantised tensors as they are stored."""
     states = optimizer.states() if isinstance(optimizer, WeightByWeight) else optimizer.state
     values = chain.from_iterable(state.values() for state in states.values())
-    stored = [value for value in values if isinstance(value, Tensor) and value.ndim]
-    return sum(part.nbytes for value in stored for part in plain_parts(value))
+    return sum(part.nbytes for value in filter(_is_moved, values) for part in plain_parts(value))

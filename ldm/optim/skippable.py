@@ -1,12 +1,16 @@
-"""The step of torchao's AdamW, which may turn out to be none: what is computed is written back where it is to count.
+"""Whether an optimiser step is taken, decided on the device: nothing here reads a number from it.
 
-The numbers are torchao's, operation by operation. Its own step has no way to be called off once it was asked for, and
-asking for it only when the verdict is there would mean to wait for the device.
+A step is skipped when its loss or gradients are not finite, or when its loss is far above the recent ones. The verdict
+is a tensor, `found_inf` as torch calls it: an optimiser that finds 1 leaves weights, states and counters unchanged.
+
+torchao's optimisers have no such argument. Calling their step only after the host has read the verdict would wait for
+the GPU, and restoring weights and states afterwards would read and write all of them again; so their step is repeated
+here, operation by operation, with the choice fused into the same kernel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,19 +18,20 @@ from torch import Tensor
 
 from ldm.optim.per_weight import WeightByWeight, plain_parts
 
-MOMENTS = (("exp_avg", True), ("exp_avg_sq", False))  # and whether they have a sign
+MOMENTS = (("exp_avg", True), ("exp_avg_sq", False))  # and whether they are signed
+LEAST_LOSSES = 20  # before a loss can be called a spike
 
 
 @torch.no_grad()
-def step_unless(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
-    """Update every weight that has a gradient, unless `skip` is 1: then weights and states stay as they are.
+def skippable_step(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
+    """torchao's AdamW step with `found_inf`: the update is discarded when `skip` is 1.
 
-    optimizer: torchao's AdamW with 8 or 4 bits. The steps are counted on the device.
+    optimizer: torchao's AdamW with 8 or 4 bits. Steps are counted on the device.
     """
-    update = torch.compile(updated, fullgraph=True, dynamic=False)
+    update = torch.compile(update_weight, fullgraph=True, dynamic=False)
     with torch._dynamo.utils.disable_cache_limit():
         for group in optimizer.param_groups:
-            words = group["lr"], *group["betas"], group["weight_decay"], group["eps"]
+            options = group["lr"], *group["betas"], group["weight_decay"], group["eps"]
             for weight in group["params"]:
                 if weight.grad is None:
                     continue
@@ -36,87 +41,79 @@ def step_unless(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
                     state.update({name: optimizer._new_buffer(weight, signed) for name, signed in MOMENTS})
                 state["step"] = state["step"].to(weight.device)
                 moments = [list(plain_parts(state[name])) for name, _ in MOMENTS]
-                update(weight.detach(), weight.grad, state["step"], moments, skip, words)
+                update(weight.detach(), weight.grad, state["step"], moments, skip, options)
 
 
-def updated(
-    weight: Tensor, gradient: Tensor, step: Tensor, moments: Sequence[list[Tensor]], skip: Tensor, words: Sequence[Any]
+def update_weight(
+    weight: Tensor,
+    gradient: Tensor,
+    step: Tensor,
+    moments: Sequence[list[Tensor]],
+    skip: Tensor,
+    options: Sequence[Any],
 ) -> None:
-    """Update one weight, its count of steps and its moments, each a tensor or codes, scales and map, in their place."""
-    rate, beta1, beta2, decay, eps = words
+    """Update a weight, its step counter and its moments in place; a moment is a tensor, or codes, scales and map."""
+    rate, beta1, beta2, decay, eps = options
     is_kept = skip > 0
     count, gradient, value = step + 1, gradient.float(), weight.float()
     value = value - rate * decay * value
-    mean = _values(moments[0], weight.shape).lerp(gradient, 1 - beta1)
-    square = _values(moments[1], weight.shape).lerp(gradient.square(), 1 - beta2)
+    mean = _dequantized(moments[0], weight.shape).lerp(gradient, 1 - beta1)
+    square = _dequantized(moments[1], weight.shape).lerp(gradient.square(), 1 - beta2)
     root = square.sqrt() / (1 - beta2**count).sqrt() + eps
     value = value - rate * (mean / (1 - beta1**count)) / root
     for parts, moment in zip(moments, (mean, square), strict=True):
-        for place, part in zip(parts, _stored(parts, moment), strict=False):  # the map stays
-            place.copy_(torch.where(is_kept, place, part))
+        for old, new in zip(parts, _quantized(parts, moment), strict=False):  # the map stays
+            old.copy_(torch.where(is_kept, old, new))
     step.copy_(torch.where(is_kept, step, count))
     weight.copy_(torch.where(is_kept, weight, value))
 
 
-def _values(parts: list[Tensor], shape: torch.Size) -> Tensor:
-    """What a moment stands for, in float32."""
-    from torchao.optim.quant_utils import dequant_with_qmap  # noqa: PLC0415 - where torchao is not, nobody gets here
+def _dequantized(parts: list[Tensor], shape: torch.Size) -> Tensor:
+    from torchao.optim import quant_utils  # noqa: PLC0415 - only where torchao is installed
 
     if len(parts) == 1:
         return parts[0].float()
     codes, scale, levels = parts
     if len(levels) == 16:
         codes = torch.stack([codes >> 4, codes & 0b1111], dim=-1)
-    return dequant_with_qmap(codes, levels, scale).view(shape)
+    return quant_utils.dequant_with_qmap(codes, levels, scale).view(shape)
 
 
-def _stored(parts: list[Tensor], values: Tensor) -> list[Tensor]:
-    """The parts that stand for other values: the values, or codes and scales."""
-    from torchao.optim.quant_utils import (  # noqa: PLC0415
-        quantize_4bit_with_qmap,
-        quantize_8bit_with_qmap,
-        scale_tensor,
-    )
+def _quantized(parts: list[Tensor], values: Tensor) -> list[Tensor]:
+    """The values, or their codes and scales where `parts` are quantised."""
+    from torchao.optim import quant_utils  # noqa: PLC0415
 
     if len(parts) == 1:
         return [values]
     _, scale, levels = parts
-    block = values.numel() // scale.numel()
-    if len(levels) == 16:
-        scaled, scale = scale_tensor(values.view(-1), block)
-        codes = quantize_4bit_with_qmap(scaled, levels)
+    is_4bit = len(levels) == 16
+    scaled, scale = quant_utils.scale_tensor(values.view(-1) if is_4bit else values, values.numel() // scale.numel())
+    if is_4bit:
+        codes = quant_utils.quantize_4bit_with_qmap(scaled, levels)
         return [(codes[::2] << 4) | codes[1::2], scale]
-    scaled, scale = scale_tensor(values, block)
-    return [quantize_8bit_with_qmap(scaled, levels), scale]
+    return [quant_utils.quantize_8bit_with_qmap(scaled, levels), scale]
 
 
-LEAST = 20  # losses before one of them can be far above the others
+class StepGuard:
+    """Compares the loss of each step with the mean of the recent losses of steps that were taken.
 
+    factor: a loss above so many times that mean is a spike; None: only losses and gradients that are not finite count.
+    window: number of losses in the mean; with fewer than `LEAST_LOSSES`, or than the window, no loss is a spike.
 
-class StepJudge:
-    """Compares the loss of each step with the mean of the last ones that were taken.
-
-    factor: how many times that mean is too much; None: only what is not finite is.
-    window: how many losses the mean is of; before there are `LEAST`, or all of a smaller window, none is too much.
-
-    `losses`: `window`, float32, the newest last, NaN where there is none yet. It is all that a run that is taken up
-    again needs.
+    `losses`: `window`, float32, the newest last, NaN where there is none yet. It is the whole state.
     """
 
     def __init__(self, factor: float | None, window: int, device: torch.device | str) -> None:
-        self.factor, self.least = factor, min(LEAST, window)
+        self.factor, self.least = factor, min(LEAST_LOSSES, window)
         self.losses = torch.full((window,), float("nan"), device=device)
 
     @torch.no_grad()
     def verdict(self, loss: Tensor, gradient_norm: Tensor) -> Tensor:
-        """Loss and norm of a step -> `4`: 1 if it is to be skipped, else 0; the loss; the norm; the mean so far.
-
-        The mean is NaN where there are too few losses to compare with.
-        """
+        """Loss and norm of a step -> `4`: 1 to skip it or 0; the loss; the norm; the mean, NaN with too few losses."""
         loss, gradient_norm = loss.detach().float().reshape(()), gradient_norm.detach().float().reshape(())
-        is_there = ~self.losses.isnan()
-        count = is_there.sum()
-        mean = torch.where(is_there, self.losses, 0).sum() / torch.where(count >= self.least, count, float("nan"))
+        is_known = ~self.losses.isnan()
+        count = is_known.sum()
+        mean = torch.where(is_known, self.losses, 0).sum() / torch.where(count >= self.least, count, float("nan"))
         is_bad = ~(loss.isfinite() & gradient_norm.isfinite())
         if self.factor is not None:
             is_bad = is_bad | (loss > self.factor * mean)  # never above NaN
@@ -125,9 +122,9 @@ class StepJudge:
 
 
 class ClipsByKnownNorm:
-    """For a LightningModule: clips gradients as Lightning does, but does not take their norm again where it is known.
+    """Mixin of a LightningModule: clips gradients as Lightning does, with a norm that was already computed.
 
-    `gradient_norm`: of the step under way, before clipping; whoever takes it sets it here.
+    `gradient_norm`: of the current step before clipping, set by the step guard; None: Lightning computes it.
     """
 
     gradient_norm: Tensor | None = None
@@ -143,21 +140,14 @@ class ClipsByKnownNorm:
             torch.nn.utils.clip_grads_with_norm_(weights, gradient_clip_val, norm)
 
 
-def gradient_norm(gradients: Iterable[Tensor]) -> Tensor:
-    """The norm of all gradients together, a number on their device; of gradients in parts, a number in parts."""
-    return torch.nn.utils.get_total_norm(list(gradients))
-
-
 def skips_by_itself(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether an optimiser leaves weights, states and counters as they are where its `found_inf` is 1.
+    """Whether an optimiser leaves weights, states and counters unchanged where its `found_inf` is 1.
 
-    torch's own does that in its fused form, and torchao's as `optimizers` has them; where weights lie in parts on
-    several devices, nobody does.
+    True for torch's fused AdamW and for torchao's optimisers from `build_optimizer`; False for sharded weights.
     """
     if isinstance(optimizer, WeightByWeight):
         return skips_by_itself(optimizer.inner)
-    weights = (weight for group in optimizer.param_groups for weight in group["params"])
-    if any(hasattr(weight, "full_tensor") for weight in weights):
+    if any(hasattr(weight, "full_tensor") for group in optimizer.param_groups for weight in group["params"]):
         return False
     is_fused = isinstance(optimizer, torch.optim.Adam) and all(group.get("fused") for group in optimizer.param_groups)
     return is_fused or hasattr(type(optimizer), "found_inf")

@@ -15,7 +15,7 @@ from ldm.errors import UserError
 from ldm.models.diffusion import ddpm
 from ldm.optim import build_optimizer
 from ldm.optim.per_weight import WeightByWeight, plain_parts
-from ldm.optim.skippable import LEAST, StepJudge, skips_by_itself, step_unless
+from ldm.optim.skippable import LEAST_LOSSES, StepGuard, skippable_step, skips_by_itself
 from ldm.optim.stored_weights import StoredWeights
 from tests.guard_runs import Spoil, Watch, as_on_a_card
 from tests.memory_runs import make_model, words_of
@@ -142,12 +142,12 @@ def test_numbers_are_those_without_the_guard(root, tmp_path, no_encoders):
 
 
 def test_the_judge_compares_with_the_mean_of_steps_that_were_taken():
-    judge = StepJudge(5.0, 50, "cpu")
+    judge = StepGuard(5.0, 50, "cpu")
     norm = torch.ones(())
-    for _ in range(LEAST - 1):
+    for _ in range(LEAST_LOSSES - 1):
         assert not judge.verdict(torch.tensor(2.0), norm)[0]
     assert not judge.verdict(torch.tensor(100.0), norm)[0], "too few to compare with"
-    mean = (2 * (LEAST - 1) + 100) / LEAST
+    mean = (2 * (LEAST_LOSSES - 1) + 100) / LEAST_LOSSES
     is_bad, loss, found_norm, found = judge.verdict(torch.tensor(5.01 * mean), norm).tolist()
     assert is_bad and (loss, found_norm, found) == pytest.approx((5.01 * mean, 1, mean))
     assert judge.verdict(torch.tensor(4.99 * mean), norm)[3] == pytest.approx(mean), "the bad one is not in the mean"
@@ -158,7 +158,7 @@ def test_the_judge_compares_with_the_mean_of_steps_that_were_taken():
     for _ in range(50):
         judge.verdict(torch.tensor(1.0), torch.ones(()))
     assert judge.verdict(torch.tensor(5.5), torch.ones(())).tolist()[::3] == [1, 1.0], "old losses are forgotten"
-    assert not StepJudge(None, 1, "cpu").verdict(torch.tensor(1e30), torch.ones(()))[0]
+    assert not StepGuard(None, 1, "cpu").verdict(torch.tensor(1e30), torch.ones(()))[0]
 
 
 @pytest.mark.parametrize("name", ["adamw8bit", "adamw4bit"])
@@ -197,7 +197,7 @@ def test_that_step_makes_a_graph(monkeypatch):
     for skip in (0.0, 1.0):
         before = weight.detach().clone()
         weight.grad = torch.randn_like(weight)
-        step_unless(optimizer, torch.tensor(skip))
+        skippable_step(optimizer, torch.tensor(skip))
         assert torch.equal(weight, before) == bool(skip)
     assert optimizer.state[weight]["step"] == 1
 
@@ -232,7 +232,7 @@ def test_words_that_cannot_be_meant(words, message):
 def test_a_card_never_waits_for_a_verdict(switches):
     model = make_model(words_of(*switches)).cuda()
     optimizer = model.configure_optimizers()["optimizer"]
-    judge = StepJudge(20.0, 100, "cuda")
+    judge = StepGuard(20.0, 100, "cuda")
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     for turn in range(3):
         for weight in weights:

@@ -17,7 +17,7 @@ from ldm.data.world import LOOKS, draw_clip
 from ldm.data.world.frames import DriveFrameDataModule
 from ldm.errors import UserError
 from ldm.evaluation.look_judge import METADATA_KEY, load_style_classifier, save_style_classifier
-from ldm.models.augmentation import KINDS, damage_frames, quantise
+from ldm.models.augmentation import KINDS, corrupt_frames, quantise
 from ldm.models.look_classifier import JudgeWriter, LookClassifier
 from ldm.modules.frame_tower import FrameClassifier
 
@@ -110,12 +110,12 @@ def test_each_kind_of_corruption_keeps_frames_recognisable(kind):
 
 def test_corruption_depends_on_the_seed_of_each_frame_and_hits_a_share_of_them():
     pixels, seeds = make_frames(), [(3, index) for index in range(4)]
-    corrupted = damage_frames(pixels, seeds)
-    assert torch.equal(damage_frames(pixels[2:], seeds[2:]), corrupted[2:])
-    assert corrupted.abs().max() <= 1 and not torch.equal(damage_frames(pixels, [(4, 0)] * 4), corrupted)
-    assert torch.equal(damage_frames(pixels, seeds, share=0.0), pixels)
+    corrupted = corrupt_frames(pixels, seeds)
+    assert torch.equal(corrupt_frames(pixels[2:], seeds[2:]), corrupted[2:])
+    assert corrupted.abs().max() <= 1 and not torch.equal(corrupt_frames(pixels, [(4, 0)] * 4), corrupted)
+    assert torch.equal(corrupt_frames(pixels, seeds, share=0.0), pixels)
     same = pixels[:1].expand(200, -1, -1, -1)
-    met = damage_frames(same, [(5, index) for index in range(200)], share=0.5)
+    met = corrupt_frames(same, [(5, index) for index in range(200)], share=0.5)
     assert 0.35 < (met != same).flatten(1).any(1).float().mean() < 0.6
 
 

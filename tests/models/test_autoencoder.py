@@ -98,10 +98,10 @@ def test_discriminator_tells_real_from_fake_after_training():
     optimizer = torch.optim.Adam(loss.discriminator.parameters(), lr=5e-3)
     pixels = torch.from_numpy(moving_bars(8)).permute(0, 3, 1, 2).float() / 127.5 - 1
     blurred = torch.nn.functional.avg_pool2d(pixels, 5, stride=1, padding=2)
-    first = loss.discrimination(blurred, pixels).item()
+    first = loss.discriminator_loss(blurred, pixels).item()
     for _ in range(30):
         optimizer.zero_grad()
-        last = loss.discrimination(blurred, pixels)
+        last = loss.discriminator_loss(blurred, pixels)
         last.backward()
         optimizer.step()
     assert last.item() < 0.5 * first
@@ -116,7 +116,7 @@ def test_deception_pulls_as_hard_as_the_reconstruction():
     pixels = torch.rand(2, 3, 16, 16) * 2 - 1
     output = torch.nn.functional.conv2d(pixels, last_layer)
     reconstruction = (output - pixels).abs().mean()
-    deception = loss.deception(output, reconstruction, last_layer)
+    deception = loss.generator_loss(output, reconstruction, last_layer)
     pulls = [torch.autograd.grad(term, last_layer, retain_graph=True)[0].norm() for term in (deception, reconstruction)]
     assert (pulls[0] / pulls[1]).item() == pytest.approx(0.5, rel=0.02)
 

@@ -13,7 +13,7 @@ from ldm.data.clips import Batch
 from ldm.errors import UserError
 from ldm.models.diffusion.ddpm import LatentVideoDiffusion
 from ldm.modules.attention import SpatialTransformer
-from ldm.optim import build_optimizer, rate_schedule
+from ldm.optim import build_optimizer, with_schedule
 from tests.conftest import relative_error
 
 UNET = {
@@ -219,7 +219,7 @@ def test_eight_bit_states_take_two_bytes_a_parameter():
 )
 def test_the_learning_rate_rises_stays_and_falls_where_it_is_told_to(steps: tuple[int, ...], expected: list[float]):
     optimizer = build_optimizer([{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 2.0}])
-    schedule, rates = rate_schedule(optimizer, *steps), []
+    schedule, rates = with_schedule(optimizer, *steps)["lr_scheduler"]["scheduler"], []
     for _ in range(6):
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
@@ -234,7 +234,7 @@ def test_a_run_taken_up_again_has_the_rates_of_its_config(options: dict[str, Any
         weights = [torch.nn.Parameter(torch.ones(4096)) for _ in range(2)]
         groups = [{"params": [weights[0]], "lr": rate}, {"params": [weights[1]], "lr": rate / 4}]
         optimizer = build_optimizer(groups, **options, **words)
-        return optimizer, rate_schedule(optimizer, 4, 2, total)
+        return optimizer, with_schedule(optimizer, 4, 2, total)["lr_scheduler"]["scheduler"]
 
     optimizer, schedule = start(0.5, 6, weight_decay=0.1)
     for _ in range(5):

@@ -18,7 +18,7 @@ from ldm.data.world.frames import DriveFrameDataModule
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
 from ldm.models import temporal_decoder as decoder_training
-from ldm.models.temporal_decoder import Remaker, TemporalDecoderTraining, recolour, unlikeness, with_quick_norms
+from ldm.models.temporal_decoder import Remaker, TemporalDecoderTraining, dissimilarity, recolour, use_fast_norms
 from ldm.modules.encoders import KLFirstStage
 from ldm.modules.unet import UNetModel
 from ldm.sampling.generator import ClipGenerator
@@ -212,11 +212,11 @@ def test_unlikeness_is_of_structure_however_faint():
     generator = torch.Generator().manual_seed(4)
     texture = torch.randn(1, 2, 1, 24, 32, generator=generator).expand(1, 2, 3, 24, 32)
     strong, faint = 0.3 * texture, 0.05 * texture
-    assert unlikeness(strong, strong).abs().max() < 1e-5 and unlikeness(strong, strong + 0.2).abs().max() < 1e-3
-    assert unlikeness(strong, -strong).mean() > 1.9 and unlikeness(faint, -faint).mean() > 1.7
-    assert unlikeness(strong, strong.flip(-1)).mean() == pytest.approx(1, abs=0.1)  # nothing in common
+    assert dissimilarity(strong, strong).abs().max() < 1e-5 and dissimilarity(strong, strong + 0.2).abs().max() < 1e-3
+    assert dissimilarity(strong, -strong).mean() > 1.9 and dissimilarity(faint, -faint).mean() > 1.7
+    assert dissimilarity(strong, strong.flip(-1)).mean() == pytest.approx(1, abs=0.1)  # nothing in common
     blurred = torch.nn.functional.avg_pool2d(texture.flatten(0, 1), 3, 1, 1).unflatten(0, (1, 2))
-    assert 0.2 < unlikeness(0.05 * blurred, faint).mean() < unlikeness(torch.zeros_like(faint), faint).mean()
+    assert 0.2 < dissimilarity(0.05 * blurred, faint).mean() < dissimilarity(torch.zeros_like(faint), faint).mean()
     # one window by hand
     frames, true = (torch.rand(1, 1, 3, 7, 7, generator=generator) for _ in range(2))
     one, other = (
@@ -226,7 +226,7 @@ def test_unlikeness_is_of_structure_however_faint():
     c = (2 / 255) ** 2
     covariance = ((one - one.mean()) * (other - other.mean())).mean()
     expected = 1 - (2 * covariance + c) / (one.var(correction=0) + other.var(correction=0) + c)
-    assert unlikeness(frames, true).item() == pytest.approx(expected.item(), abs=1e-4)
+    assert dissimilarity(frames, true).item() == pytest.approx(expected.item(), abs=1e-4)
 
 
 def test_layers_of_another_image_decoder_do_not_go_on(checkpoint, footage, tmp_path):
@@ -258,7 +258,7 @@ def test_structure_counts_by_its_weight(checkpoint, footage, tmp_path):
         ({"changes": -1}, "model.params.changes: expected a weight, 0 to 100, found -1"),
         ({"recoloured": -0.1}, "model.params.recoloured: expected a share, 0 to 1, found -0.1"),
         ({"structure": 101}, "model.params.structure: expected a weight, 0 to 100, found 101"),
-        ({"remade": {"share": 0.5}}, "model.params.remade: expected the words share, steps, most, found share"),
+        ({"remade": {"share": 0.5}}, "model.params.remade: expected the keys share, steps, most, found share"),
         ({"remade": REMADE | {"share": 0}}, "remade.share: expected a share above 0 and up to 1, found 0"),
         ({"remade": REMADE | {"steps": 1.5}}, "remade.steps: expected a whole number, found 1.5"),
         ({"remade": REMADE | {"most": 4}}, "model.params.remade: .* from 2 on .* found steps 4, most 4"),
@@ -326,7 +326,7 @@ def test_quick_norms_change_nothing():
     first_stage = KLFirstStage(DDCONFIG, 4).requires_grad_(False)
     latents = torch.randn(2, 4, 16, 16)
     before, names = first_stage.decode(latents), list(first_stage.state_dict())
-    with_quick_norms(first_stage.network.decoder)
+    use_fast_norms(first_stage.network.decoder)
     assert (first_stage.decode(latents) - before).abs().max() < 1e-5 and list(first_stage.state_dict()) == names
 
 

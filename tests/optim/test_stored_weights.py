@@ -13,7 +13,7 @@ from ldm.modules.nn import use_channels_last
 from ldm.modules.unet import UNetModel
 from ldm.optim import build_optimizer
 from ldm.optim.per_weight import state_bytes
-from ldm.optim.stored_weights import MemorySwitches, StoredWeights, joined, rounded_at_random, split
+from ldm.optim.stored_weights import MemorySwitches, StoredWeights, joined, round_stochastically, split
 
 STRANGE = torch.tensor([0x7FFFFFFF, -1, 0x7F800001], dtype=torch.int32).view(torch.float32)  # NaN of other bits
 
@@ -21,7 +21,7 @@ STRANGE = torch.tensor([0x7FFFFFFF, -1, 0x7F800001], dtype=torch.int32).view(tor
 @pytest.mark.parametrize("value", [1.2345, -3.0e-5, 0.999, 1e-39])
 def test_random_rounding_is_right_on_average(value):
     values = torch.full((10**6,), value)
-    rounded = rounded_at_random(values, torch.Generator().manual_seed(0)).double()
+    rounded = round_stochastically(values, torch.Generator().manual_seed(0)).double()
     assert len(rounded.unique()) == 2
     error = rounded - values.double()
     assert error.mean().abs() <= 3 * error.std() / 1000
@@ -29,7 +29,7 @@ def test_random_rounding_is_right_on_average(value):
 
 def test_random_rounding_of_many_values_is_right_on_average():
     values = torch.randn(10**6, generator=torch.Generator().manual_seed(1))
-    error = rounded_at_random(values, torch.Generator().manual_seed(0)).double() - values.double()
+    error = round_stochastically(values, torch.Generator().manual_seed(0)).double() - values.double()
     assert error.mean().abs() <= 3 * error.std() / 1000
     assert (error.abs() <= values.abs() * 2**-7).all()
 
@@ -38,8 +38,8 @@ def test_what_bfloat16_holds_is_not_rounded():
     values = torch.randn(1000).bfloat16().float()
     special = torch.tensor([0.0, -0.0, float("inf"), -float("inf")])
     values = torch.cat([values, special])
-    assert torch.equal(rounded_at_random(values, torch.Generator()).float(), values)
-    assert rounded_at_random(STRANGE, torch.Generator()).isnan().all()
+    assert torch.equal(round_stochastically(values, torch.Generator()).float(), values)
+    assert round_stochastically(STRANGE, torch.Generator()).isnan().all()
 
 
 def test_split_bits_are_the_value():
@@ -104,7 +104,7 @@ def test_vectors_and_frozen_weights():
 
 
 @pytest.mark.parametrize(("name", "limit"), [("adamw8bit", 2.1), ("adamw4bit", 1.15), ("adamw", 8.0)])
-@pytest.mark.parametrize("states_on", ["card", "host"])
+@pytest.mark.parametrize("states_on", ["gpu", "host"])
 def test_bytes_of_states_a_parameter(name, limit, states_on):
     """Of every kind of weight that the video network has, at a third of its width."""
     torch.manual_seed(0)
@@ -120,7 +120,7 @@ def test_bytes_of_states_a_parameter(name, limit, states_on):
 
 @pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
 def test_states_on_the_host_change_nothing(name):
-    expected, found = (stepped("float32", 5, name, states_on=place)[0] for place in ("card", "host"))
+    expected, found = (stepped("float32", 5, name, states_on=place)[0] for place in ("gpu", "host"))
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
@@ -128,7 +128,7 @@ def test_states_on_the_host_change_nothing(name):
 @pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
 def test_states_come_from_the_host_and_go_back_on_a_card(name):
     results = {}
-    for place in ("card", "host"):
+    for place in ("gpu", "host"):
         weights = [torch.nn.Parameter(torch.ones(64, 128, device="cuda")) for _ in range(5)]
         optimizer = build_optimizer([{"params": weights, "lr": 1e-2}], name, states_on=place)
         for step in range(4):
@@ -139,7 +139,7 @@ def test_states_come_from_the_host_and_go_back_on_a_card(name):
         if place == "host":
             kept = [state["exp_avg"] for state in optimizer.states().values()]
             assert {value.device.type for value in kept} == {"cpu"}
-    for card, host in zip(results["card"], results["host"], strict=True):
+    for card, host in zip(results["gpu"], results["host"], strict=True):
         torch.testing.assert_close(host, card, rtol=1e-6, atol=0)
 
 
@@ -173,7 +173,7 @@ def test_the_second_library_stands_in_for_the_first(monkeypatch):
         ({"name": "adamw8bit", "library": "apex"}, "library: expected torchao or bitsandbytes for adamw8bit, found 'a"),
         ({"name": "adamw4bit", "library": "bitsandbytes"}, "library: expected torchao for adamw4bit, found 'bitsandb"),
         ({"name": "adamw", "library": "torchao"}, "library: expected none for adamw, found 'torchao'"),
-        ({"states_on": "disk"}, "optimizer.states_on: expected card or host, found 'disk'"),
+        ({"states_on": "disk"}, "optimizer.states_on: expected gpu or host, found 'disk'"),
     ],
 )
 def test_impossible_optimizers(options, message):
@@ -184,8 +184,8 @@ def test_impossible_optimizers(options, message):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ({"weight": "split"}, "model.params.memory: expected the words weights, frozen, step_in_backward, found"),
-        ("split", "model.params.memory: expected the words weights, frozen, step_in_backward, found 'split'"),
+        ({"weight": "split"}, "model.params.memory: expected the keys weights, frozen, step_in_backward, found"),
+        ("split", "model.params.memory: expected the keys weights, frozen, step_in_backward, found 'split'"),
         ({"weights": "float16"}, "memory.weights: expected one of float32, bfloat16, split, found 'float16'"),
         ({"frozen": "split"}, "memory.frozen: expected one of float32, bfloat16, found 'split'"),
         ({"step_in_backward": 1}, "memory.step_in_backward: expected true or false, found 1"),

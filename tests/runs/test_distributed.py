@@ -298,7 +298,7 @@ def test_parts_are_a_word():
         (FSDP, stand_in({"weights": "split"}), 0, "fsdp needs model.params.memory.weights: float32, found split"),
         (FSDP, stand_in({"step_in_backward": True}), 0, "memory.step_in_backward: false, found true"),
         (FSDP, stand_in(name="adamw8bit"), 0, "fsdp needs model.params.optimizer.name: adamw, found adamw8bit"),
-        (FSDP, stand_in(states_on="host"), 0, "fsdp needs model.params.optimizer.states_on: card, found host"),
+        (FSDP, stand_in(states_on="host"), 0, "fsdp needs model.params.optimizer.states_on: gpu, found host"),
     ],
 )
 def test_what_excludes_what(words, model, image_share, message):

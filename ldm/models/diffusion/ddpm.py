@@ -1,7 +1,7 @@
-"""Training of the video network on prepared clips: the loss, what is trained and what is frozen, the optimiser.
+"""Training of the video network on prepared clips: the loss, trained and frozen weights, the optimiser.
 
-Denoising diffusion (Ho et al. 2020) on latents (Rombach et al. 2022); the schedule is in `schedule`, the sampler in
-`sampling`, the averaging of weights and the sample videos in `ldm.callbacks`. Neither the image autoencoder nor the
+Denoising diffusion (Ho et al. 2020) on latents (Rombach et al. 2022); the noise schedule is in `ldm.diffusion`, the
+sampler in `ldm.sampling`, weight averages and sample videos in `ldm.callbacks`. Neither the image autoencoder nor the
 text encoder is built: clips come as latents and text embeddings.
 """
 
@@ -27,7 +27,7 @@ from ldm.diffusion.noise import NoiseFamily, mix_seed
 from ldm.diffusion.schedule import NoiseSchedule, checked_gamma
 from ldm.errors import UserError
 from ldm.modules.posterior import sample_posterior
-from ldm.optim import build_optimizer, check_options, rate_schedule
+from ldm.optim import build_optimizer, check_options, with_schedule
 from ldm.optim.parameter_groups import ParameterGroups
 from ldm.optim.per_weight import WeightByWeight
 from ldm.optim.skippable import ClipsByKnownNorm
@@ -36,40 +36,38 @@ from ldm.sharding import is_sharded, mean_over_processes, num_processes, shard_t
 
 log = logging.getLogger(__name__)
 
-NUM_BANDS = 4  # the held-out loss is taken apart by how much noise there is
-# Streams of random draws, each with a second one, the next number, for held-out clips.
+NUM_BANDS = 4  # of diffusion steps, in which the held-out loss is logged
+# Streams of random draws; the next number is the same stream for held-out clips.
 CLIP_STREAM, KNOWN_STREAM, STILL_STREAM = 0, 2, 4
 
 
 class LatentVideoDiffusion(ClipsByKnownNorm, pl.LightningModule):
-    """A UNet with time in it, trained to denoise latents of clips while chosen groups of its weights stay frozen.
+    """A UNet with temporal layers, trained to denoise latents of clips; groups of its weights are trained or frozen.
 
     unet_config: target and params of the network.
     first_stage_config, cond_stage_config: of the autoencoder and the text encoder that prepared the clips. They are
-        not built here; their weights are copied into each checkpoint, so that one file is enough to sample.
-    learning_rate: of the groups that name none of their own.
+        not built; their weights are copied into each checkpoint, so one file is enough to sample.
+    learning_rate: of the groups without their own.
     ckpt_path: image weights to start from, any file or folder that `ldm.checkpoint` reads; None: from scratch.
-    trainable: group -> True, or a learning rate of its own, or False; a group that is not named is frozen. Groups are
-        `temporal`, `spatial_attention`, `time_embed`, `convolutions`, or the beginning of a parameter's name.
+    trainable: group -> True, a learning rate of its own, or False, see `ParameterGroups`; other groups are frozen.
     optimizer: name, weight_decay, betas, library and states_on of `build_optimizer`.
-    memory: `MemorySwitches`, how weights are stored and when updated; None: in float32, after the backward pass.
+    memory: keys of `MemorySwitches`; None: weights in float32, updated after the backward pass.
     warmup_steps, cooldown_steps: optimiser steps over which the learning rate rises, and the last ones of the run, over
         which it falls to zero.
     timesteps, linear_start, linear_end, parameterization, zero_terminal_snr: of `NoiseSchedule`.
-    noise: kind, share and offset of `NoiseFamily`; None: every frame has noise of its own.
+    noise: kind, share and offset of `NoiseFamily`; None: independent noise for each frame.
     min_snr_gamma: of `NoiseSchedule.loss_weight`.
-    known_frames: mixture, max_noise and fill of `KnownFrameMixture`, for a network that takes known frames; None:
-        nothing is ever known.
-    scale_factor: latents = scale_factor * sample of the posterior. None: the one measured with the autoencoder, from
-        its checkpoint.
+    known_frames: mixture, max_noise and fill of `KnownFrameMixture`, for a network that takes known frames; None: no
+        known frames.
+    scale_factor: latents = scale_factor * sample of the posterior. None: read from the autoencoder's checkpoint.
     seed: with a clip's position in the stream of samples it fixes every random draw made for that clip.
-    config: the whole config of the run, kept in checkpoints; filled in by main.py.
+    config: of the run, saved in checkpoints; filled in by main.py.
     """
 
-    has_static_graph = True  # clips take the same way through the network in every step
-    shares_validation = True  # each process sees a part of what is held out
+    has_static_graph = True  # every step uses the same part of the network for clips
+    shares_validation = True  # each process validates a part of the held-out clips
 
-    def __init__(  # noqa: PLR0913, PLR0917 - the words of the config
+    def __init__(  # noqa: PLR0913, PLR0917 - the keys of the config
         self,
         unet_config: Mapping[str, Any],
         first_stage_config: Mapping[str, Any],
@@ -121,20 +119,20 @@ class LatentVideoDiffusion(ClipsByKnownNorm, pl.LightningModule):
         self.groups.freeze_the_rest()
         if ckpt_path is not None:
             fill_unet(self.unet, read_checkpoint(ckpt_path))
-        if self.optimizer_options.get("name", "adamw") != "adamw":  # blocks of states are neighbours in memory
+        if self.optimizer_options.get("name", "adamw") != "adamw":  # a block of states is contiguous in memory
             for weight in filter(lambda weight: weight.requires_grad, self.unet.parameters()):
                 weight.data = weight.data.contiguous()
         self.stored_weights = StoredWeights(self.unet, self.memory.weights, self.memory.frozen, seed)
         self._optimizer: torch.optim.Optimizer | None = None
         self._encoder_tensors: dict[str, Tensor] = {}
-        self._prepared_as: dict[str, Any] = {}  # goes into the config of checkpoints: what the sampler takes as default
+        self._prepared_as: dict[str, Any] = {}  # saved in the config of checkpoints: the sampler's defaults
 
     def parameter_summary(self) -> str:
-        """One line: what is frozen, what is trained, how many parameters of each and at which learning rate."""
+        """One line: frozen and trained groups, their sizes and learning rates."""
         return self.groups.summary(self.learning_rate)
 
     def setup(self, stage: str) -> None:
-        """Check that the clips were prepared with this model's encoders, and find the encoders' weights."""
+        """Check that the clips were prepared with this model's encoders, and load the encoders' weights."""
         if stage != "fit" or self._encoder_tensors:
             return
         trainer = self.trainer
@@ -142,16 +140,14 @@ class LatentVideoDiffusion(ClipsByKnownNorm, pl.LightningModule):
             trainer.precision, trainer.accumulate_grad_batches, trainer.gradient_clip_val, trainer.world_size
         )
         data = trainer.datamodule
-        if getattr(data, "image_share", 0) and self.groups.is_temporal_alone:
-            raise UserError(
-                "data.params.image_share: expected 0, since nothing but the temporal layers is trained and they do not "
-                "take part in single frames; leave it out or train other groups too"
-            )
-        if data.frames == 1 and self.groups.is_temporal_alone:
-            raise UserError(
-                "data.params.frames: expected at least 2, since nothing but the temporal layers is trained and they do "
-                "not take part in a clip of 1 frame; ask for more frames or train other groups too"
-            )
+        refused = {"image_share: expected 0": bool(getattr(data, "image_share", 0)),
+                   "frames: expected at least 2": data.frames == 1}  # fmt: skip
+        for expected, is_found in refused.items():
+            if is_found and self.groups.is_temporal_only:
+                raise UserError(
+                    f"data.params.{expected}, since only temporal layers are trained and single frames do not pass "
+                    "through them; change it or train other groups too"
+                )
         self._encoder_tensors = encoder_tensors(self.config)
         prepared = data.prepared
         self._prepared_as = {"prepare": {"fps": prepared.info.fps, "size": list(prepared.info.size)}}
@@ -172,7 +168,7 @@ class LatentVideoDiffusion(ClipsByKnownNorm, pl.LightningModule):
         fps: Tensor | None = None,
         known: KnownLatents | None = None,
     ) -> Tensor:
-        """The network's prediction: `b t c h w`, `b`, `b n d`, `b` -> `b t c h w`; or of images, without t."""
+        """The network's prediction: `b t c h w`, `b`, `b n d`, `b` -> `b t c h w`; for images without t."""
         if not self.unet.takes_known_frames:
             return self.unet(noisy, timesteps, context, fps=fps)
         if known is None:
@@ -190,10 +186,10 @@ class LatentVideoDiffusion(ClipsByKnownNorm, pl.LightningModule):
         fps: Tensor | None = None,
         known: KnownLatents | None = None,
     ) -> Tensor:
-        """Squared error of the prediction (DDPM eq. 14) where latents are to be made, its mean for each clip.
+        """Mean squared error of each clip's prediction (DDPM eq. 14) where latents are not known.
 
-        `b t c h w`, `b t c h w`, `b`, `b n d`, `b` -> `b`; or of images, without t. Known latents, too, are shown with
-        the noise of the step, as they will be when sampling.
+        `b t c h w`, `b t c h w`, `b`, `b n d`, `b` -> `b`; for images without t. Known latents have the noise of the
+        step in the network's input, as in sampling.
         """
         shown = clean if known is None else torch.where(known.mask.bool(), clean, known.latents)
         noisy = self.schedule.add_noise(shown, noise, timesteps)
@@ -204,23 +200,27 @@ class LatentVideoDiffusion(ClipsByKnownNorm, pl.LightningModule):
         return (error * known.mask).flatten(1).sum(dim=1) / known.mask.expand_as(error).flatten(1).sum(dim=1)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Mean loss of the batch's samples, each a clip or as many single frames as a clip has."""
+        """Mean loss over the batch's samples: clips, or as many single frames as a clip has."""
         errors, timesteps = self.batch_errors(batch)
-        loss = (errors * self.schedule.loss_weight(timesteps, self.min_snr_gamma)).sum()
+        loss = self.weighted_sum(errors, timesteps)
         self.log("train/loss", mean_over_processes(loss), prog_bar=True, batch_size=len(batch))
         return loss
+
+    def weighted_sum(self, errors: Tensor, timesteps: Tensor) -> Tensor:
+        """The loss of errors `b` at diffusion steps `b`, with the weights of `min_snr_gamma`."""
+        return (errors * self.schedule.loss_weight(timesteps, self.min_snr_gamma)).sum()
 
     def batch_errors(
         self, batch: Batch, first: int = 0, after: int | None = None, held_out: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Errors of the clips and of the single frames, whose sum is the mean over samples, and their diffusion steps.
 
-        Diffusion steps are drawn from `first` to `after` - 1, by streams of their own for clips that are `held_out`.
+        Diffusion steps are drawn from `first` to `after` - 1, with separate streams for `held_out` clips.
         """
         errors, timesteps = [], []
         if len(batch.moments):
             drawn = self.draw(batch, first, after, CLIP_STREAM + held_out)
-            is_clip = drawn[0].shape[1] > 1  # of a single frame nothing is known, as of stills
+            is_clip = drawn[0].shape[1] > 1  # single frames have no known frames
             known = self.draw_known(batch, drawn[0], KNOWN_STREAM + held_out) if is_clip else None
             errors.append(self.error(*drawn, batch.context.float(), batch.fps, known) / len(batch))
             timesteps.append(drawn[2])
@@ -233,30 +233,30 @@ class LatentVideoDiffusion(ClipsByKnownNorm, pl.LightningModule):
         return torch.cat(errors), torch.cat(timesteps)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Log the held-out loss in bands from little noise to much, at the same draws every time, and their mean.
+        """Log the held-out loss in bands of diffusion steps and its mean, with the same draws every time.
 
-        And the same as errors of the velocity, whatever is predicted and however errors are weighted, to compare runs.
+        Also as velocity errors, which compare runs with different predictions and loss weights.
         """
         edges = [self.schedule.num_timesteps * band // NUM_BANDS for band in range(NUM_BANDS + 1)]
         means = {"loss": [], "velocity_error": []}
-        # Lightning takes the mean over processes of both sums, of which that of sizes is a whole number.
-        words = {"sync_dist": num_processes() > 1, "batch_size": num_real(batch.positions) * num_processes()}
+        # Lightning averages both sums over processes; the sum of sizes is a whole number.
+        options = {"sync_dist": num_processes() > 1, "batch_size": num_real(batch.positions) * num_processes()}
         for first, after in pairwise(edges):
             errors, timesteps = self.batch_errors(batch, first, after, held_out=True)
-            means["loss"].append((errors * self.schedule.loss_weight(timesteps, self.min_snr_gamma)).sum())
+            means["loss"].append(self.weighted_sum(errors, timesteps))
             means["velocity_error"].append((errors * self.schedule.velocity_factor(timesteps)).sum())
             for name, values in means.items():
-                self.log(f"val/{name}_t{first:03d}-{after - 1:03d}", values[-1], **words)
-        self.log("val/loss", torch.stack(means["loss"]).mean(), prog_bar=True, **words)
-        self.log("val/velocity_error", torch.stack(means["velocity_error"]).mean(), **words)
+                self.log(f"val/{name}_t{first:03d}-{after - 1:03d}", values[-1], **options)
+        self.log("val/loss", torch.stack(means["loss"]).mean(), prog_bar=True, **options)
+        self.log("val/velocity_error", torch.stack(means["velocity_error"]).mean(), **options)
 
     def draw(
         self, batch: Batch, first: int = 0, after: int | None = None, stream: int = CLIP_STREAM
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Scaled latents `b t c h w`, noise of that shape, and diffusion steps `b` in `first` to `after` - 1.
 
-        Each clip's draws come from a generator of its own, seeded by the run's seed, the clip's position and the
-        stream, so that they do not depend on how clips are batched, nor on any resume.
+        Each clip has its own generator, seeded by the run's seed, the clip's position and the stream, so its draws
+        depend neither on batching nor on resuming.
         """
         device = batch.moments.device
         after = self.schedule.num_timesteps if after is None else after
@@ -272,7 +272,7 @@ class LatentVideoDiffusion(ClipsByKnownNorm, pl.LightningModule):
         return torch.stack(clean), torch.stack(noise), torch.stack(timesteps)
 
     def draw_known(self, batch: Batch, clean: Tensor, stream: int = KNOWN_STREAM) -> KnownLatents | None:
-        """What of each clip is known, drawn from the mixture; None without a mixture. `clean`: `b t c h w`."""
+        """The known frames of each clip, drawn from the mixture; None without a mixture. `clean`: `b t c h w`."""
         if self.mixture is None:
             return None
         frames, _, h, w = clean.shape[1:]
@@ -289,7 +289,7 @@ class LatentVideoDiffusion(ClipsByKnownNorm, pl.LightningModule):
         return KnownLatents(mask, self.schedule.with_level(clean, torch.stack(noise), level), level)
 
     def configure_model(self) -> None:
-        """Divide the trained weights among the processes where the strategy is to; their groups are then of parts."""
+        """Shard the trained weights over the processes where the strategy does; the groups then hold the shards."""
         if self.device_mesh is not None and not is_sharded(self.unet):
             blocks = [*self.unet.input_blocks[1:], self.unet.middle_block, *self.unet.output_blocks]
             shard_trained(self.unet, blocks, self.device_mesh["data_parallel"])
@@ -306,15 +306,14 @@ class LatentVideoDiffusion(ClipsByKnownNorm, pl.LightningModule):
             in_backward=self.memory.step_in_backward,
         )
         total = self.trainer.max_steps if self.cooldown_steps else -1
-        schedule = rate_schedule(optimizer, self.warmup_steps, self.cooldown_steps, total)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return with_schedule(optimizer, self.warmup_steps, self.cooldown_steps, total)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Write the weights under CompVis's names, and beside them the schedule, both encoders and the config.
 
-        Split weights are written as the float32 values they stand for, others as they are stored.
+        Split weights are written as float32 values, others as they are stored.
         """
-        ours = self.stored_weights.in_full(checkpoint["state_dict"], "unet.")
+        ours = self.stored_weights.join_state(checkpoint["state_dict"], "unet.")
         checkpoint["state_dict"] = (
             self.schedule.compvis_buffers()
             | {re.sub(r"^unet\.", UNET_PREFIX, name): tensor for name, tensor in ours.items()}
@@ -325,13 +324,13 @@ class LatentVideoDiffusion(ClipsByKnownNorm, pl.LightningModule):
         checkpoint["config"] = {**self.config, "model": model, **self._prepared_as}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take back the names Lightning knows; leave out what is not this module's."""
+        """Restore the names that Lightning expects; drop the tensors of other modules."""
         ours = {
             "unet." + name.removeprefix(UNET_PREFIX) if name.startswith(UNET_PREFIX) else name: tensor
             for name, tensor in checkpoint["state_dict"].items()
             if name.startswith((UNET_PREFIX, "model_ema."))
         }
-        checkpoint["state_dict"] = self.stored_weights.taken_apart(ours, "unet.")
+        checkpoint["state_dict"] = self.stored_weights.split_state(ours, "unet.")
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
