@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from ldm.config.schema import trusting
-from ldm.runs.arguments import RUN_TIME_VARIABLE
+from ldm.runs.folder import RUN_TIME_VARIABLE
 from tests.made_clips import contents, fill
 from tests.toy_run import toy_config
 

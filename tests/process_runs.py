@@ -28,7 +28,7 @@ from ldm.config.schema import trusting
 from ldm.data.batch import Batch
 from ldm.data.clips import ClipDataModule
 from ldm.models.diffusion import ddpm
-from ldm.runs.distributed import strategy_words
+from ldm.runs.distributed import strategy_options
 from ldm.sharding import local_shard
 from ldm.video import to_uint8
 from tests.models.test_ddpm import NOT_BUILT, REFERENCE, UNET
@@ -236,7 +236,7 @@ def build(job: Job) -> pl.LightningModule:
 def carry_out(job: Job, size: int) -> Result:
     model, data, watch, average = build(job), TameClips(job.root, job.batch_size), Watch(), WeightAverage(decay=0.9)
     words = {"precision": "32-true", "num_sanity_val_steps": 0, **job.trainer}
-    words |= strategy_words(words, size, model, data)
+    words |= strategy_options(words, size, model, data)
     beside = [average] if job.average else []
     beside += [VideoLogger({}, job.folder, ["a road"], 2, steps=2, scale=1.0)] if job.videos else []
     saving = LastCheckpoint(job.folder, {"model": {"params": {}}}, 1000)

@@ -14,7 +14,7 @@ import yaml
 
 from ldm.config import check, load_config
 from ldm.errors import Parser
-from ldm.runs import arguments as training_run
+from ldm.runs.arguments import parse_arguments
 from scripts import prepare, txt2vid
 
 ROOT = Path(__file__).parents[1]
@@ -31,7 +31,7 @@ def test_commands_are_understood(line, monkeypatch):
     monkeypatch.chdir(ROOT)
     _, script, *words = shlex.split(line.replace("$ENCODER", ENCODER))
     if script == "main.py":
-        options = training_run.parse_arguments(words)
+        options = parse_arguments(words)
         check(load_config(options.base, options.overrides))
         assert options.train
     elif script == "scripts/prepare.py":

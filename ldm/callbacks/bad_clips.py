@@ -32,6 +32,8 @@ class UnreadableClips(pl.Callback):
         1000 had been read.
     """
 
+    changes_training = False
+
     def __init__(self, folder: str, most: float = 0.01) -> None:
         if not (isinstance(most, int | float) and 0 <= most <= 1):
             raise UserError(f"UnreadableClips: expected a share from 0 to 1 for most, found {most!r}")

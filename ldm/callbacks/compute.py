@@ -29,6 +29,8 @@ class ComputeCount(pl.Callback):
     batches. Kernels from outside PyTorch (flash-attn, xformers) are not seen. Nothing waits for the device.
     """
 
+    changes_training = False
+
     def __init__(self) -> None:
         self._flop = 0
         self._costs: dict[tuple, int] = {}  # of a batch of some kind

@@ -56,6 +56,8 @@ class MotionLogger(pl.Callback):
         tag: tells several of these callbacks apart.
     """
 
+    changes_training = False
+
     def __init__(  # noqa: PLR0913, PLR0917 - the words of the config
         self,
         config: Mapping[str, Any],

@@ -31,6 +31,8 @@ class DataWait(pl.Callback):
     before the second batch and where a data module has a loader of its own kind.
     """
 
+    changes_training = False
+
     def __init__(self) -> None:
         self._began: float | None = None
         self._waited_before = self._step_seconds = self._wait_seconds = 0.0
@@ -87,6 +89,8 @@ class MemoryReport(pl.Callback):
     pass the largest counts. `in host memory` is what of the states and averages a card does not hold.
     """
 
+    changes_training = False
+
     def __init__(self) -> None:
         self._gradients = 0
         self._first_step: int | None = None
@@ -138,6 +142,8 @@ class MemoryReport(pl.Callback):
 
 class ProgressLines(pl.Callback):
     """Step, epoch, loss, rate and time left as a log line, at most every `every_seconds`: for logs, not terminals."""
+
+    changes_training = False
 
     def __init__(self, every_seconds: float = 30.0) -> None:
         if every_seconds < 0:
@@ -218,6 +224,8 @@ class PlanReport(pl.Callback):
     least_parameters: smaller networks are passed over as well: they fit anywhere, and start at once.
     config: the whole config of the run, filled in by main.py.
     """
+
+    changes_training = False
 
     def __init__(self, config: Mapping[str, Any], least_parameters: int = LEAST_PARAMETERS) -> None:
         self.config = dict(config)

@@ -1,5 +1,4 @@
-"""What a checkpoint says beside weights and states, so that a run goes on as if it had never stopped: which step the
-loops have reached, the random generators, and how long the logs were."""
+"""What an exact resume needs beside weights and optimiser states: loop counters, random generators, log sizes."""
 
 from __future__ import annotations
 
@@ -20,11 +19,10 @@ LOGS = ("events.out.tfevents.*", "metrics.csv")  # of Lightning's loggers, anywh
 
 
 def forget_unfinished_step(trainer: pl.Trainer, checkpoint: dict[str, Any], has_ended: bool = False) -> int:
-    """Make a checkpoint, written at any moment, say what one says that is written when its last whole step ends.
+    """Set a checkpoint's loop counters to the end of its last whole step, from where Lightning resumes exactly.
 
-    That is the moment from which Lightning resumes exactly. Gradients of micro-batches that are on their way to the
-    next step are lost, and the data module repeats them. has_ended: training is over, and its last epoch closed.
-    Returns how many steps the loggers have been told of.
+    Micro-batches after it are dropped, and the data module repeats them. has_ended: training and its last epoch are
+    over. Returns the number of steps that were logged.
     """
     loop = checkpoint["loops"]["fit_loop"]
     progress, state = loop["epoch_loop.batch_progress"], loop["epoch_loop.state_dict"]
@@ -32,13 +30,13 @@ def forget_unfinished_step(trainer: pl.Trainer, checkpoint: dict[str, Any], has_
     is_epoch_over = current["processed"] == trainer.num_training_batches
     # Lightning steps on the last batch of an epoch.
     unfinished = 0 if is_epoch_over else current["processed"] % trainer.accumulate_grad_batches
-    is_ending = current["ready"] == current["processed"] and not unfinished  # else a later batch has begun
+    is_ending = current["ready"] == current["processed"] and not unfinished  # otherwise a later batch has begun
     num_steps = state["_batches_that_stepped"]
     if is_ending and (current["completed"] < current["processed"] or trainer.validating):
         num_steps += 1  # Lightning counts it last
     if has_ended and is_epoch_over and trainer.max_steps < 0:
         return num_steps  # more epochs would begin with the next one
-    at_step_end = int(current["processed"] > unfinished)  # else at the start of the epoch
+    at_step_end = int(current["processed"] > unfinished)  # otherwise at the start of the epoch
     for counts in (progress["total"], current):
         counts["processed"] -= unfinished
         counts["ready"] = counts["started"] = counts["processed"]
@@ -50,7 +48,7 @@ def forget_unfinished_step(trainer: pl.Trainer, checkpoint: dict[str, Any], has_
             counts.update(dict.fromkeys(counts, counts["completed"]))
     validation = loop["epoch_loop.val_loop.batch_progress"]
     validation["is_last_batch"] = False
-    for counts in (validation["total"], validation["current"]):  # it is over, or not begun
+    for counts in (validation["total"], validation["current"]):  # over, or not begun
         counts.update(dict.fromkeys(counts, 0))
     for counts in (loop["epoch_progress"]["total"], loop["epoch_progress"]["current"]):
         counts["processed"] -= int(has_ended or counts["processed"] > counts["completed"])
@@ -62,7 +60,7 @@ def forget_unfinished_step(trainer: pl.Trainer, checkpoint: dict[str, Any], has_
 
 
 def generators() -> dict[str, Any]:
-    """The states of all random generators that a process shares, as tensors and plain values."""
+    """The states of the global random generators, as tensors and plain values."""
     version, numbers, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state()
     return {
@@ -74,7 +72,7 @@ def generators() -> dict[str, Any]:
 
 
 def set_generators(states: dict[str, Any]) -> None:
-    """Put the random generators back; those of graphics cards where there are as many."""
+    """Restore the global random generators; those of GPUs where there are as many."""
     version, numbers, gauss = states["python"]
     random.setstate((version, tuple(numbers.tolist()), gauss))
     kind, keys, *rest = states["numpy"]
@@ -93,11 +91,8 @@ def of_all_processes(trainer: pl.Trainer, value: Any) -> list[Any]:
     return values
 
 
-def settled_logs(trainer: pl.Trainer, folder: Path, for_good: bool = True) -> dict[str, int]:
-    """Write out all that has been logged until now; the log files of a run folder and their bytes.
-
-    for_good: also for the case that the machine stops.
-    """
+def flushed_logs(trainer: pl.Trainer, folder: Path, fsync: bool = True) -> dict[str, int]:
+    """Flush everything logged so far; the log files of a run folder and their bytes. fsync: to the disk, too."""
     if not trainer.is_global_zero:
         return {}
     for logger in trainer.loggers:
@@ -105,16 +100,17 @@ def settled_logs(trainer: pl.Trainer, folder: Path, for_good: bool = True) -> di
     sizes = {}
     for path in _log_files(folder):
         with path.open("rb") as file:
-            if for_good:
+            if fsync:
                 os.fsync(file.fileno())
             sizes[path.relative_to(folder).as_posix()] = os.fstat(file.fileno()).st_size
     return sizes
 
 
 def cut_logs(folder: Path, sizes: dict[str, int], began: float) -> int:
-    """Take away what a run folder's logs say of steps that are about to be repeated; the number of bytes.
+    """Cut off the logs of steps that are about to be repeated; returns the number of bytes.
 
-    sizes: as `settled_logs` gave them. began: seconds since 1970; what was written to later is this session's own.
+    sizes: of `flushed_logs`. began: Unix time of this session's start; files written later are its own. TensorBoard's
+    `purge_step` cannot do this: entries of one step number are written before and after the checkpoint of that step.
     """
     num_bytes = 0
     for path in _log_files(folder):

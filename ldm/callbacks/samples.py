@@ -104,6 +104,8 @@ class VideoLogger(pl.Callback):
         seed: of the noise.
     """
 
+    changes_training = False
+
     def __init__(  # noqa: PLR0913, PLR0917 - the words of the config
         self,
         config: Mapping[str, Any],

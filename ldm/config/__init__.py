@@ -1,8 +1,8 @@
 """Configs in the CompVis dialect: load, merge, override, check, build.
 
-`target` names a class, `params` its arguments. Nothing here swallows a key: what no constructor reads is an error that
-gives the YAML path and the nearest accepted name, found before anything slow is built. Configs published for Stable
-Diffusion v1 are translated by `ldm.config.compvis`.
+`target` names a class, `params` its arguments. A key that no constructor reads is an error with the YAML path and the
+nearest accepted name, raised before anything is built. `compvis` translates configs published for Stable Diffusion v1,
+`schema` checks values and allowed classes, `untrusted` bounds YAML of unknown origin.
 """
 
 from __future__ import annotations
@@ -32,21 +32,28 @@ SECTIONS = {
     "lightning": ("trainer", "callbacks", "logger", "modelcheckpoint"),
     "sampling": ("frames", "fps", "window", "steps", "sampler", "scale", "motion_scale"),
 }
-# What a node under `lightning` is when it gives only `params`.
+# Name under lightning.callbacks -> the class where the config gives no `target`, and the node where the config does not
+# name it (None: no callback). The class says whether a callback changes the training (`changes_training`).
+CALLBACKS: dict[str, tuple[str, dict[str, Any] | None]] = {
+    "last_checkpoint": ("ldm.callbacks.LastCheckpoint", {}),
+    "memory": ("ldm.callbacks.MemoryReport", {}),
+    "plan": ("ldm.callbacks.reports.PlanReport", {}),
+    "learning_rates": (
+        "pytorch_lightning.callbacks.LearningRateMonitor", {"params": {"logging_interval": "step"}},
+    ),
+    "skip_bad_steps": ("ldm.callbacks.SkipBadSteps", {}),
+    "unreadable_clips": ("ldm.callbacks.UnreadableClips", {}),
+    "data_wait": ("ldm.callbacks.DataWait", {}),
+    "progress": ("ldm.callbacks.ProgressLines", {}),
+    "samples": ("ldm.callbacks.VideoLogger", None),
+    "average": ("ldm.callbacks.WeightAverage", None),
+}  # fmt: skip
 DEFAULT_TARGETS = {
     "lightning.logger": "pytorch_lightning.loggers.TensorBoardLogger",
     "lightning.modelcheckpoint": "pytorch_lightning.callbacks.ModelCheckpoint",
-    "lightning.callbacks.last_checkpoint": "ldm.callbacks.LastCheckpoint",
-    "lightning.callbacks.progress": "ldm.callbacks.ProgressLines",
-    "lightning.callbacks.memory": "ldm.callbacks.MemoryReport",
-    "lightning.callbacks.data_wait": "ldm.callbacks.DataWait",
-    "lightning.callbacks.skip_bad_steps": "ldm.callbacks.SkipBadSteps",
-    "lightning.callbacks.unreadable_clips": "ldm.callbacks.UnreadableClips",
-    "lightning.callbacks.samples": "ldm.callbacks.VideoLogger",
-    "lightning.callbacks.average": "ldm.callbacks.WeightAverage",
-    "lightning.callbacks.learning_rates": "pytorch_lightning.callbacks.LearningRateMonitor",
+    **{f"lightning.callbacks.{name}": target for name, (target, _) in CALLBACKS.items()},
 }
-# Modules whose classes configs may name, under their names of before -> now; checkpoints and bundles carry old ones.
+# Old module -> new: configs, checkpoints and bundles may name classes by where they once were.
 MOVED = {
     "ldm.callbacks.checkpoint_io": "ldm.callbacks.saving",
     "ldm.callbacks.compiling": "ldm.callbacks.compute",
@@ -57,18 +64,40 @@ MOVED = {
     "ldm.callbacks.videos": "ldm.callbacks.samples",
     "ldm.callbacks.waiting": "ldm.callbacks.reports",
     "ldm.data.drive_frames": "ldm.data.world.frames",
+    "ldm.models.diffusion.host_states": "ldm.optim.per_weight",
+    "ldm.models.diffusion.known": "ldm.sampling.denoisers",
+    "ldm.models.diffusion.known_mixture": "ldm.diffusion.known_frames",
+    "ldm.models.diffusion.memory_switches": "ldm.optim.stored_weights",
+    "ldm.models.diffusion.noise": "ldm.diffusion.noise",
+    "ldm.models.diffusion.optimizers": "ldm.optim",
+    "ldm.models.diffusion.parameter_groups": "ldm.optim.parameter_groups",
+    "ldm.models.diffusion.sampling": "ldm.sampling.loop",
     "ldm.models.diffusion.schedule": "ldm.diffusion.schedule",
+    "ldm.models.diffusion.stages": "ldm.sampling.stages",
+    "ldm.models.diffusion.step_judge": "ldm.optim.skippable",
+    "ldm.models.diffusion.stored_weights": "ldm.optim.stored_weights",
+    "ldm.models.diffusion.weight_by_weight": "ldm.optim.per_weight",
+    "ldm.models.diffusion.windows": "ldm.sampling.denoisers",
+    "ldm.models.remade_latents": "ldm.models.temporal_decoder",
+    "ldm.modules.compiling": "ldm.modules.compiled",
+    "ldm.modules.conditioning": "ldm.modules.unet",
+    "ldm.modules.cuda_graphs": "ldm.modules.compiled",
+    "ldm.modules.group_norm": "ldm.modules.nn",
+    "ldm.modules.host_inputs": "ldm.modules.recompute",
+    "ldm.modules.local_attention": "ldm.modules.temporal",
+    "ldm.modules.projections": "ldm.modules.nn",
 }
-# Arguments of Lightning's Trainer that have places of their own in the config, or none.
+# Arguments of Lightning's Trainer that the config sets elsewhere, or not at all.
 TRAINER_OWN = {"callbacks", "logger", "plugins", "default_root_dir", "enable_checkpointing", "model_registry"}
 # Arguments that main.py fills in for constructors that ask for them.
-SUPPLIED = ("learning_rate", "config", "folder", "save_dir")
+SUPPLIED = ("learning_rate", "config", "saved_config", "folder", "save_dir")
 
 
 def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> DictConfig:
     """Merge YAML files from left to right, then `key=value` overrides; values are YAML (`1e-4` is a number).
 
-    Raises `ConfigError` for a missing or broken file, an override without `=` and an unknown section.
+    Moved targets get their new names, and CompVis configs are translated. Raises `ConfigError` for a missing or broken
+    file, an override without `=` and an unknown section.
     """
     parts = [_read(Path(path)) for path in paths]
     for override in overrides:
@@ -88,13 +117,13 @@ def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> D
         # TypeError: a list over a mapping
         raise ConfigError(f"{_sources(paths, overrides)}: {error}") from error
     _check_keys(merged, SECTIONS[""], "")
-    return translate_compvis(merged)
+    return translate_compvis(OmegaConf.create(_with_current_targets(OmegaConf.to_container(merged))))
 
 
 def build(node: Mapping[str, Any], path: str, **given: Any) -> Any:
-    """Construct what `node` (`target` and `params`) describes; `path` is its place in the YAML, for error messages.
+    """Construct what `node` (`target` and `params`) describes.
 
-    `given` are arguments that the calling code supplies; they may not be in `params`.
+    path: of `node` in the YAML, for error messages. given: arguments that the calling code supplies; `params` may not.
     """
     target, params = _check_node(node, path, given=tuple(given), optional=())
     return target(**params, **given)
@@ -105,9 +134,27 @@ def check_node(node: Mapping[str, Any], path: str) -> None:
     _check_node(node, path, given=(), optional=())
 
 
+def find_target(node: Mapping[str, Any], path: str) -> type:
+    """The class of `node`, by its `target` or its path; raises `ConfigError` for one that a config may not name."""
+    return _import_target(_target_name(node, path), path)
+
+
 def accepted_names(node: Mapping[str, Any], path: str) -> tuple[str, ...]:
     """The argument names that the target of `node` takes."""
-    return tuple(_parameters(_import_target(_target_name(node, path), path)))
+    return tuple(_parameters(find_target(node, path)))
+
+
+def callback_nodes(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The callbacks of a run by name: the default ones, which the config may change or, with null, leave out."""
+    defaults = {name: node for name, (_, node) in CALLBACKS.items() if node is not None}
+    nodes = {**defaults, **((config.get("lightning") or {}).get("callbacks") or {})}
+    return {name: node for name, node in nodes.items() if node is not None}
+
+
+def current_target(name: str) -> str:
+    """The present dotted name of a class that may have moved."""
+    module, _, attribute = name.rpartition(".")
+    return f"{MOVED[module]}.{attribute}" if module in MOVED else name
 
 
 def check(config: DictConfig) -> None:
@@ -156,6 +203,15 @@ def _read(path: Path) -> DictConfig:
     return config
 
 
+def _with_current_targets(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {
+            key: current_target(value) if key == "target" and isinstance(value, str) else _with_current_targets(value)
+            for key, value in tree.items()
+        }
+    return [_with_current_targets(value) for value in tree] if isinstance(tree, list) else tree
+
+
 def _check_override(override: str, value: str) -> None:
     try:
         check_yaml(value, is_trusted())
@@ -176,7 +232,7 @@ def _check_keys(mapping: Mapping[str, Any], accepted: Iterable[str], path: str) 
 
 
 def _nodes(tree: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every mapping that has, or by its place implies, a `target`, outermost first."""
+    """Every mapping that has, or by its path implies, a `target`, outermost first."""
     if isinstance(tree, dict):
         if "target" in tree:
             yield path, tree
@@ -195,7 +251,7 @@ def _target_name(node: Mapping[str, Any], path: str) -> str:
     name = node.get("target", DEFAULT_TARGETS.get(path)) if isinstance(node, Mapping) else None
     if not isinstance(name, str):
         raise ConfigError(f"{path}: needs a `target`, the dotted name of the class to build")
-    return name
+    return current_target(name)
 
 
 def _check_node(
@@ -229,17 +285,17 @@ def _check_node(
 
 
 def _parameters(target: type) -> dict[str, inspect.Parameter]:
-    """The parameters that have names; what a class takes as **kwargs is not offered, since nothing could check it."""
+    """The named parameters; **kwargs are not offered, since nothing could check them."""
     try:
         signature = inspect.signature(target, eval_str=True)
-    except NameError:  # names that its module imports for type checkers alone
+    except NameError:  # imported under TYPE_CHECKING
         signature = inspect.signature(target)
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return {key: parameter for key, parameter in signature.parameters.items() if parameter.kind in named}
 
 
 def _import_target(name: str, path: str) -> type:
-    """The class that a config names; `ConfigError` for one that it may not, whose module is not imported."""
+    """The class that a config names; `ConfigError`, before its module is imported, for one that it may not."""
     if "." in name and name.partition(".")[0] != ldm.__name__:
         check_target(name, f"{path}.target")
     target = _find_class(name, path)
@@ -249,7 +305,6 @@ def _import_target(name: str, path: str) -> type:
 
 def _find_class(name: str, path: str) -> type:
     module_name, _, attribute = name.rpartition(".")
-    module_name = MOVED.get(module_name, module_name)
     where = f"{path}.target"
     if not module_name:
         raise ConfigError(f"{where}: expected a dotted name such as ldm.modules.unet.UNetModel, found {name!r}")
@@ -266,5 +321,5 @@ def _find_class(name: str, path: str) -> type:
         raise ConfigError(f"{where}: {module_name} has no class {attribute!r}; {nearest(attribute, classes)}")
     if not f"{target.__module__}.".startswith(f"{module_name}."):
         home = f"{target.__module__}.{target.__qualname__}"
-        raise ConfigError(f"{where}: {module_name} only borrows {attribute!r}; write {home}")
+        raise ConfigError(f"{where}: {attribute!r} is defined in `{target.__module__}`; use target `{home}`")
     return target

@@ -223,6 +223,8 @@ class ReconstructionLogger(pl.Callback):
     folder: the run folder; pictures go to its `images/val`. num_images: columns.
     """
 
+    changes_training = False
+
     def __init__(self, folder: str | Path, num_images: int = 6) -> None:
         super().__init__()
         self.folder, self.num_images = Path(folder) / "images" / "val", num_images

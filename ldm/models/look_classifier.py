@@ -77,6 +77,8 @@ class JudgeWriter(pl.Callback):
     folder: the run folder.
     """
 
+    changes_training = False
+
     def __init__(self, folder: str | Path) -> None:
         super().__init__()
         self.path = Path(folder) / "checkpoints" / "judge.safetensors"

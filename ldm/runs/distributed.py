@@ -1,4 +1,4 @@
-"""How the processes of a run share its work: each with the whole network (DDP), or each with a part of it (FSDP2)."""
+"""Training strategies of several processes: each has the whole network (DDP) or a part of it (FSDP2)."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from ldm.optim.stored_weights import MemorySwitches
 from ldm.runs.launch import find_launch
 from ldm.sharding import gather_full, shard_like
 
-WORDS = ("auto", "ddp", "ddp_find_unused_parameters_true", "fsdp")
+STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true", "fsdp")
 
 
 class Replicas(DDPStrategy):
-    """DDP in which no process sends its buffers to the others: all are made from the same numbers.
+    """DDP without a broadcast of buffers, which are the same in all processes.
 
-    Among them are the lower bits of split weights, 16-bit integers, which NCCL could not send at all.
+    NCCL cannot send the lower bits of split weights, which are 16-bit integers.
     """
 
     def _setup_model(self, model: torch.nn.Module) -> DistributedDataParallel:
@@ -34,10 +34,10 @@ class Replicas(DDPStrategy):
 
 
 class Parts(ModelParallelStrategy):
-    """FSDP2 over all processes, for a module that divides its weights in `configure_model`.
+    """FSDP2 over all processes, for a module that shards its weights in `configure_model`.
 
-    Checkpoints are those of any other run: one file, written by the first process through the trainer's checkpoint
-    plugin, with whole tensors under the same names and numbers, so that a run may go on with DDP or on one device.
+    A checkpoint is one file with whole tensors, as in any other run, written by the first process through the trainer's
+    checkpoint plugin; a run may be resumed with DDP or on one device.
     """
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class Parts(ModelParallelStrategy):
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
-        return False  # weights are divided by then, and the callbacks expect it before on_fit_start
+        return False  # weights are sharded by then, and callbacks expect it before on_fit_start
 
     @property
     def lightning_restore_optimizer(self) -> bool:
@@ -56,12 +56,12 @@ class Parts(ModelParallelStrategy):
         super().setup_environment()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Whole weights on the first process; the others take part and keep none."""
-        return self._on_the_first(self.lightning_module.state_dict())
+        """Whole weights on the first process; the others take part in gathering and keep none."""
+        return self._on_first(self.lightning_module.state_dict())
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Whole states on the first process, numbered as every optimiser numbers them."""
-        return self._on_the_first(getattr(optimizer, "_optimizer", optimizer).state_dict())
+        return self._on_first(getattr(optimizer, "_optimizer", optimizer).state_dict())
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         return self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only)
@@ -77,15 +77,15 @@ class Parts(ModelParallelStrategy):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-            places = [place for group in saved["param_groups"] for place in group["params"]]
+            indices = [index for group in saved["param_groups"] for index in group["params"]]
             states = {}
-            for place, weight in zip(places, weights, strict=True):
-                state = saved["state"].get(place)
+            for index, weight in zip(indices, weights, strict=True):
+                state = saved["state"].get(index)
                 if state is not None:
-                    states[place] = {name: _placed(value, weight) for name, value in state.items()}
+                    states[index] = {name: _sharded(value, weight) for name, value in state.items()}
             optimizer.load_state_dict({**saved, "state": states})
 
-    def _on_the_first(self, tree: dict[str, Any]) -> dict[str, Any]:
+    def _on_first(self, tree: dict[str, Any]) -> dict[str, Any]:
         is_first = self.is_global_zero
 
         def gathered(value: Any) -> Any:
@@ -97,36 +97,36 @@ class Parts(ModelParallelStrategy):
         return tree_map(gathered, tree)
 
 
-def _placed(value: Any, weight: torch.Tensor) -> Any:
-    """An optimiser's state divided as its weight is; counters stay as they are."""
+def _sharded(value: Any, weight: torch.Tensor) -> Any:
+    """An optimiser state sharded like its weight; counters unchanged."""
     is_of_weight = isinstance(value, torch.Tensor) and value.shape == weight.shape and value.ndim > 0
     return shard_like(value, weight) if is_of_weight else value
 
 
-def strategy_words(
+def strategy_options(
     arguments: Mapping[str, Any], world_size: int, model: pl.LightningModule, data: pl.LightningDataModule
 ) -> dict[str, Any]:
-    """What Lightning's Trainer is to be told of the strategy, from `lightning.trainer` and the number of processes.
+    """Arguments of Lightning's Trainer for the strategy in `arguments` and the number of processes.
 
-    "auto" is DDP where there is more than one process. Gradients are views of the buffers that are summed up; the graph
-    is taken as the same in every step where it is: with `has_static_graph`, which a module says of itself, and neither
-    single frames beside clips nor accumulation. Raises `UserError` for what cannot be combined.
+    "auto" is DDP with more than one process. Gradients are views of the reduction buckets. The graph is static for a
+    module with `has_static_graph`, without single frames beside clips and without accumulation. Raises `UserError` for
+    combinations that are not supported.
     """
-    word = arguments.get("strategy", "auto")
-    if word not in WORDS:
+    strategy = arguments.get("strategy", "auto")
+    if strategy not in STRATEGIES:
         raise UserError(
-            f"lightning.trainer.strategy: expected one of {', '.join(WORDS)}, found {word!r}; auto is ddp where there "
-            "is more than one device"
+            f"lightning.trainer.strategy: expected one of {', '.join(STRATEGIES)}, found {strategy!r}; auto is ddp "
+            "with more than one device"
         )
     if world_size == 1:
         return {"strategy": "auto"}
-    if word == "fsdp":
+    if strategy == "fsdp":
         _check_parts(arguments, model, data)
-        # What FSDP2 gathers in inference mode could not be used in training afterwards.
+        # Parameters that FSDP2 gathers in inference mode cannot be used in training.
         return {"strategy": Parts(), "inference_mode": False}
     has_stills = getattr(data, "image_share", 0) > 0
-    some_unused = has_stills or word == "ddp_find_unused_parameters_true"
-    # Without a step in between, DDP would take the first micro-batch, which it does not sum up, for the whole graph.
+    some_unused = has_stills or strategy == "ddp_find_unused_parameters_true"
+    # With accumulation DDP would record the first micro-batch, which it does not reduce, as the static graph.
     accumulates = arguments.get("accumulate_grad_batches", 1) != 1
     is_static = getattr(model, "has_static_graph", False) and not some_unused and not accumulates
     unused = some_unused or (not is_static and getattr(data, "frames", 2) == 1)
@@ -134,25 +134,25 @@ def strategy_words(
 
 
 def launch_plugins() -> list[Any]:
-    """What Lightning is to be told of whoever started the processes: SLURM's signals are the run's own affair."""
+    """Lightning's plugins for the launch: under SLURM, without Lightning's own signal handlers."""
     launch = find_launch()
     return [SLURMEnvironment(auto_requeue=False)] if launch is not None and launch.starter == "srun" else []
 
 
 def _check_parts(arguments: Mapping[str, Any], model: pl.LightningModule, data: pl.LightningDataModule) -> None:
-    """Raise `UserError` for what weights in parts exclude."""
+    """Raise `UserError` for options that FSDP does not support."""
     where = "lightning.trainer.strategy: fsdp"
     memory = getattr(model, "memory", None)
     if not isinstance(memory, MemorySwitches):
-        raise UserError(f"{where}: {type(model).__name__} cannot be divided among processes; use ddp")
+        raise UserError(f"{where}: {type(model).__name__} cannot be sharded; use ddp")
     if arguments.get("precision") == "16-mixed":
         raise UserError(
-            f"{where} needs lightning.trainer.precision bf16-mixed or 32-true, found 16-mixed, whose scale of "
-            "gradients every process would find alone; set another precision, or ddp"
+            f"{where} needs lightning.trainer.precision bf16-mixed or 32-true, found 16-mixed, whose gradient "
+            "scale would differ between processes; set another precision, or ddp"
         )
     if getattr(data, "image_share", 0) > 0:
         raise UserError(
             f"{where} needs data.params.image_share: 0, found {data.image_share:g}: a process whose batch has no clip "
-            "would have no gradients of the layers over time to give; leave one of them out, or set ddp"
+            "would have no gradients of the temporal layers; set one of them, or ddp"
         )
     memory.check_parts(where, model.optimizer_options)

@@ -1,5 +1,4 @@
-"""The last checkpoints of a run: `last.ckpt`, before it `last-1.ckpt` and so on; which of them is whole, and room for
-the next."""
+"""The last checkpoints of a run: `last.ckpt`, before it `last-1.ckpt` and so on; integrity, rotation and disk space."""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ from ldm.checkpoint.files import check_header
 from ldm.errors import UserError
 
 LAST = "last.ckpt"
-SLACK = 4 * 2**20  # bytes that a file has beside its tensors, and a little
+SLACK = 4 * 2**20  # bytes of a file beside its tensors, at most
 _EARLIER = re.compile(r"last-([1-9][0-9]{0,8})\.ckpt")
 
 
@@ -28,35 +27,34 @@ class NoRoomError(UserError):
 
 
 def kept(folder: Path) -> list[Path]:
-    """The last checkpoints in a run's checkpoints folder, newest first; torn ones too."""
+    """The last checkpoints in a run's checkpoints folder, newest first, corrupt ones included."""
     earlier = {int(found[1]): path for path in folder.glob("last-*.ckpt") if (found := _EARLIER.fullmatch(path.name))}
     newest = [folder / LAST] if (folder / LAST).is_file() else []
     return [*newest, *(earlier[number] for number in sorted(earlier))]
 
 
-def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint file, in words; None if it is whole.
+def corruption(path: Path) -> str | None:
+    """What is wrong with a checkpoint file; None if it is whole.
 
-    What the file says of itself is compared with its size, and every record with its checksum, for which all of it is
-    read once.
+    Compares the header with the file's size and every record with its checksum: the file is read once.
     """
     try:
         if check_header(path):
             with zipfile.ZipFile(path) as file:
                 record = file.testzip()
-            return None if record is None else f"the bytes of {record} are not those that were written"
+            return None if record is None else f"{record} does not match its checksum"
     except UserError as error:
-        return (str(error).splitlines() or ["damaged"])[0].removeprefix(f"{path}: ")
+        return (str(error).splitlines() or ["corrupt"])[0].removeprefix(f"{path}: ")
     except (OSError, zipfile.BadZipFile, EOFError, ValueError, NotImplementedError) as error:
         return f"cannot be read: {(str(error).splitlines() or [type(error).__name__])[0]}"
     return None
 
 
 def publish(fresh: Path, folder: Path, keep: int) -> None:
-    """Make a whole new file the run's `last.ckpt`; of the files before it the last `keep` - 1 stay.
+    """Make a whole new file the run's `last.ckpt` and keep the last `keep` - 1 files before it.
 
-    A kill at any moment leaves a whole `last.ckpt`, or, where a file system knows no hard links, at least the one
-    before. A torn `last.ckpt` is replaced and pushes none of the good ones out.
+    A kill at any moment leaves a whole `last.ckpt`, or, on a file system without hard links, at least `last-1.ckpt`. A
+    corrupt `last.ckpt` is replaced and displaces no whole one.
     """
     names = [folder / LAST, *(folder / f"last-{number}.ckpt" for number in range(1, keep))]
     if keep > 1 and _has_sound_header(names[0]) and not _is_same(*names[:2]):
@@ -78,13 +76,13 @@ def check_room(path: Path, checkpoint: Mapping[str, Any]) -> None:
     if free < needed:
         raise NoRoomError(
             f"{path.parent}: expected {_size(needed)} of free space for the next checkpoint, found {_size(free)}: the "
-            "disk is full. Nothing was written, and the checkpoints that are there stay as they are; free some space, "
+            "disk is full. Nothing was written, and the existing checkpoints are unchanged; free some space, "
             "or keep fewer with lightning.callbacks.last_checkpoint.params.keep_last=1"
         )
 
 
 def num_bytes(value: Any) -> int:
-    """Bytes of all tensors in nested containers as they are saved: whole storages, shared ones once."""
+    """Bytes of all tensors in nested containers as saved: whole storages, shared ones once."""
     return sum({pointer: size for pointer, size in _storages(value)}.values())
 
 
@@ -113,7 +111,7 @@ def _has_sound_header(path: Path) -> bool:
 
 
 def _is_same(path: Path, other: Path) -> bool:
-    """Whether both names already stand for one file, as after a kill between the two steps of `publish`."""
+    """Whether both names are one file, as after a kill between the two steps of `publish`."""
     return path.exists() and other.exists() and path.samefile(other)
 
 
@@ -129,11 +127,11 @@ def _second_name(path: Path, name: Path) -> None:
 
 
 def _settle(folder: Path) -> None:
-    """See that the names, too, survive a power cut."""
+    """Flush the folder: file names survive a power cut, too."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
-    except OSError:  # some network file systems refuse this of a folder
+    except OSError:  # some network file systems do not support this
         pass
     finally:
         os.close(handle)

@@ -1,6 +1,6 @@
-"""Who started this process and how many others: torchrun, srun, Lightning itself, or nobody.
+"""Which launcher started this process, and how many processes there are: torchrun, srun, Lightning, or none.
 
-One machine needs nothing: `--devices 8` starts the others. On several, torchrun or srun start every process, or `python
+On one machine `--devices 8` starts all of them. On several machines torchrun or srun starts every process, or `python
 main.py` is started once on each with NODE_RANK, MASTER_ADDR and MASTER_PORT set.
 """
 
@@ -17,13 +17,13 @@ from lightning_fabric.plugins.environments import SLURMEnvironment
 
 from ldm.errors import UserError
 
-PATIENCE = timedelta(minutes=10)  # for the processes of all machines to come
-_stores: list[dist.Store] = []  # kept: Lightning's processes meet at the same place afterwards
+PATIENCE = timedelta(minutes=10)  # for the processes of all machines to connect
+_stores: list[dist.Store] = []  # kept open: Lightning uses the same address afterwards
 
 
 @dataclass(frozen=True)
 class Launch:
-    """Processes that others than Lightning have started. starter: "torchrun" or "srun"; rank: of this process."""
+    """Processes started by torchrun or srun (`starter`); rank: of this process."""
 
     starter: str
     rank: int
@@ -36,7 +36,7 @@ class Launch:
 
 
 def find_launch() -> Launch | None:
-    """The launch that this process is part of; None if it is on its own or Lightning has started it."""
+    """The launch that this process is part of; None for a single process and for processes that Lightning starts."""
     if dist.is_available() and dist.is_torchelastic_launched():
         rank, world_size, per_node = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"))
         return Launch("torchrun", rank, world_size, per_node)
@@ -45,19 +45,19 @@ def find_launch() -> Launch | None:
     world_size = int(os.environ["SLURM_NTASKS"])
     if "SLURM_STEP_ID" not in os.environ:
         raise UserError(
-            f"SLURM: expected {world_size} processes of this command, started by srun, found one, started without; put "
+            f"SLURM: expected {world_size} processes of this command, started by srun, found one without srun; put "
             "srun before python"
         )
     if "SLURM_NTASKS_PER_NODE" not in os.environ:
         raise UserError(
-            f"SLURM: expected --ntasks-per-node with --nodes, found --ntasks {world_size} alone; say how many "
-            "processes a machine gets, one for each card"
+            f"SLURM: expected --ntasks-per-node with --nodes, found --ntasks {world_size} alone; give the number "
+            "of processes per machine, one for each GPU"
         )
     return Launch("srun", int(os.environ["SLURM_PROCID"]), world_size, int(os.environ["SLURM_NTASKS_PER_NODE"]))
 
 
 def is_first_process() -> bool:
-    """Whether this is the process that logs, samples and writes, as far as can be told before training begins."""
+    """Whether this process logs, samples and writes; known before training starts."""
     launch = find_launch()
     if launch is not None:
         return launch.rank == 0
@@ -67,8 +67,8 @@ def is_first_process() -> bool:
 def as_launched(arguments: Mapping[str, Any], on_one: int) -> dict[str, Any]:
     """Lightning's trainer arguments with the number of devices and nodes of the launch.
 
-    on_one: devices of a node that the arguments ask for; they count only where "devices" is among them. Raises
-        `UserError` where they ask for others than were started.
+    on_one: devices per node that the arguments ask for; used only where they have "devices". Raises `UserError` where
+        they differ from the launch.
     """
     launch = find_launch()
     if launch is None:
@@ -78,15 +78,15 @@ def as_launched(arguments: Mapping[str, Any], on_one: int) -> dict[str, Any]:
     for name, number in started.items():
         if name in arguments and asked[name] != number:
             raise UserError(
-                f"lightning.trainer.{name}: expected {number}, for {launch.starter} has started {launch.world_size} "
+                f"lightning.trainer.{name}: expected {number}, because {launch.starter} started {launch.world_size} "
                 f"processes, {launch.per_node} on each of {launch.num_nodes} machines, found {asked[name]}; leave it "
-                "out, or start others"
+                "out, or change the launch"
             )
     return {**started, **arguments}
 
 
-def agreed(word: str, num_nodes: int = 1) -> str:
-    """The word of a run's first process, in all processes that exist by now.
+def agree_on(value: str, num_nodes: int = 1) -> str:
+    """The value of a run's first process, in every process started so far.
 
     num_nodes: machines on which `python main.py` was started by hand.
     """
@@ -99,20 +99,20 @@ def agreed(word: str, num_nodes: int = 1) -> str:
     elif num_nodes > 1 and "LOCAL_RANK" not in os.environ:
         rank, world_size = _node_rank(num_nodes), num_nodes
     else:
-        return word
+        return value
     if world_size == 1:
-        return word
+        return value
     try:
         store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=PATIENCE))
         if rank == 0:
-            store.set("video-sd/word", word)
+            store.set("video-sd/value", value)
         _stores.append(store)
-        return store.get("video-sd/word").decode()
+        return store.get("video-sd/value").decode()
     except (RuntimeError, ValueError) as error:
-        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise UserError(
-            f"MASTER_ADDR, MASTER_PORT: expected {world_size} processes to meet at {place}, found {error}; start all "
-            "of them, with an address of the first that the others reach"
+            f"MASTER_ADDR, MASTER_PORT: expected {world_size} processes to connect at {address}, found {error}; "
+            "start all of them, with an address of the first that the others can reach"
         ) from error
 
 
@@ -121,6 +121,6 @@ def _node_rank(num_nodes: int) -> int:
     if missing:
         raise UserError(
             f"--num_nodes {num_nodes}: expected NODE_RANK, MASTER_ADDR and MASTER_PORT in the environment of each "
-            f"machine, found no {missing[0]}; set them, or start with torchrun or srun (docs/scaling.md)"
+            f"machine, found no {missing[0]}; set them, or use torchrun or srun (docs/scaling.md)"
         )
     return int(os.environ["NODE_RANK"])

@@ -109,9 +109,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "-b", "--base", nargs="+", metavar="YAML", default=["configs/video-sd.yaml"], help="configs, merged in turn"
     )
-    parser.add_argument(
-        "--report", type=Path, default=Path("docs/experiments/rehearsal.md"), help="default: %(default)s"
-    )
+    parser.add_argument("--report", type=Path, default=Path("docs/experiments/rehearsal.md"), help="default: %(default)s")
     parser.add_argument("--keep", action="store_true", help="do not delete the files at the end")
     parser.add_argument("--write", type=Path, metavar="FILE", help="only write the image checkpoint, there")
     parser.add_argument("--step-only", action="store_true", help="only the training step, on made-up clips")

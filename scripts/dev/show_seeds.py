@@ -101,9 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--images", type=Path, default=Path("docs/images/drive"), metavar="DIR", help="default: %(default)s"
     )
-    parser.add_argument(
-        "--page", type=Path, default=Path("docs/experiments/seeds.md"), metavar="FILE", help="default: %(default)s"
-    )
+    parser.add_argument("--page", type=Path, default=Path("docs/experiments/seeds.md"), metavar="FILE", help="default: %(default)s")
     parser.add_argument(
         "--outdir", type=Path, default=Path("outputs/seeds"), metavar="DIR", help="default: %(default)s"
     )

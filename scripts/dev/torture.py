@@ -34,7 +34,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ldm.callbacks import AtomicCheckpointIO
 from ldm.config import build, load_config, to_container
 from ldm.errors import Parser, UserError, run_command
-from ldm.runs.last_checkpoints import damage, kept
+from ldm.runs.last_checkpoints import corruption, kept
 from scripts.dev.torture_runs import ROOT, Death, Session
 
 CONFIG = str(ROOT / "configs" / "tiny" / "video.yaml")
@@ -148,7 +148,7 @@ class Training:
 
     def _newest(self, name: str) -> dict[str, Any] | None:
         folder = self._folder(name)
-        whole = [] if folder is None else [path for path in kept(folder / "checkpoints") if damage(path) is None]
+        whole = [] if folder is None else [path for path in kept(folder / "checkpoints") if corruption(path) is None]
         return self._io.load_checkpoint(whole[0]) if whole else None
 
     def _at(self, name: str, step: int) -> dict[str, Any]:

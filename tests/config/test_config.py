@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import textwrap
 from pathlib import Path
 from typing import Literal
@@ -9,7 +10,17 @@ from typing import Literal
 import pytest
 from omegaconf import OmegaConf
 
-from ldm.config import ConfigError, accepted_names, build, check, load_config, nearest, to_container
+from ldm.config import (
+    MOVED,
+    ConfigError,
+    accepted_names,
+    build,
+    check,
+    find_target,
+    load_config,
+    nearest,
+    to_container,
+)
 from ldm.config.schema import fits, trusting
 from ldm.data.clips import ClipDataModule
 
@@ -288,7 +299,8 @@ def test_a_constructor_that_takes_anything_gets_what_it_names(write):
 
 
 def test_a_class_is_named_where_it_is_at_home(write):
-    message = r"data.target: ldm.data.clips only borrows 'Dataset'; write torch.utils.data.dataset.Dataset"
+    home = "torch.utils.data.dataset"
+    message = f"data.target: 'Dataset' is defined in `{home}`; use target `{home}.Dataset`"
     with pytest.raises(ConfigError, match=message):
         check(load_config([write(VIDEO)], ["data.target=ldm.data.clips.Dataset"]))
 
@@ -296,6 +308,29 @@ def test_a_class_is_named_where_it_is_at_home(write):
 def test_nearest_lists_everything_when_nothing_is_near():
     assert nearest("zzz", ["one", "two"]) == "accepted here: one, two"
     assert nearest("zzz", []) == "accepted here: nothing"
+
+
+# ---- moved classes
+
+
+@pytest.mark.parametrize(("old", "new"), MOVED.items())
+def test_every_old_module_has_its_classes_in_the_new_one(old, new):
+    assert importlib.util.find_spec(old) is None, "a module that still exists has not moved"
+    assert importlib.util.find_spec(new) is not None and new not in MOVED
+
+
+def test_a_moved_target_gets_its_new_name_wherever_a_config_comes_from(write):
+    old = VIDEO.replace("ldm.callbacks.VideoLogger", "ldm.callbacks.videos.VideoLogger")
+    config = load_config([write(old)], ["lightning.callbacks.guard={target: ldm.callbacks.guard.SkipBadSteps}"])
+    check(config)
+    assert config.lightning.callbacks.samples.target == "ldm.callbacks.samples.VideoLogger"
+    assert config.lightning.callbacks.guard.target == "ldm.callbacks.bad_steps.SkipBadSteps"
+    inside_a_checkpoint = {"target": "ldm.data.drive_frames.DriveFrameDataModule"}  # read without load_config
+    assert find_target(inside_a_checkpoint, "data").__module__ == "ldm.data.world.frames"
+    with pytest.raises(
+        ConfigError, match=r"ldm.callbacks.samples has no class 'VideoLoger'; did you mean 'VideoLogger'"
+    ):
+        check(load_config([write(VIDEO)], ["lightning.callbacks.samples.target=ldm.callbacks.videos.VideoLoger"]))
 
 
 # ---- CompVis

@@ -15,7 +15,7 @@ from ldm.errors import UserError
 from ldm.models.diffusion.ddpm import LatentVideoDiffusion
 from ldm.modules.unet import UNetModel
 from ldm.optim.parameter_groups import ParameterGroups
-from ldm.runs import arguments as training_run
+from ldm.runs.folder import RUN_TIME_VARIABLE
 from tests.conftest import relative_error
 from tests.tiny_checkpoint import DDCONFIG, TEXT, UNET, image_state, part, write_zip
 from tests.toy_run import make_prepared
@@ -153,7 +153,7 @@ def tiny(tmp_path_factory):
         name = "-".join(["run", story or "reference", *(word.partition("=")[0] for word in words)])
         bases = [str(TINY)] + ([str(STORIES[story])] if story else [])
         with pytest.MonkeyPatch.context() as patch:
-            patch.delenv(training_run.RUN_TIME_VARIABLE, raising=False)
+            patch.delenv(RUN_TIME_VARIABLE, raising=False)
             arguments = ["-t", "-l", str(folder), "-n", name, "--accelerator", "cpu", "--max_steps", "2"]
             command.main(["--base", *bases, *arguments, *overrides, *words])
         return next(folder.glob(f"*_{name}")) / "checkpoints" / "last.ckpt"

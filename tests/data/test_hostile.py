@@ -27,7 +27,8 @@ from ldm.errors import UserError
 from ldm.evaluation.look_judge import METADATA_KEY, load_style_classifier
 from ldm.experiments.runs import Plan, read_words
 from ldm.files import parse_json
-from ldm.runs.arguments import check_places, find_run, parse_arguments
+from ldm.runs.arguments import parse_arguments
+from ldm.runs.folder import check_paths, plan_run
 from ldm.sampling.record import read_record
 from scripts.dev.fuzz_inputs import SHARD, info_of, prepared, read_index, read_shard, records
 
@@ -126,7 +127,7 @@ def test_plans_cannot_slip_flags_into_a_command(tmp_path, words, message):
 def test_a_run_is_called_something_in_its_folder(tmp_path, name):
     (tmp_path / "a.yaml").write_text("model: {}")
     with pytest.raises(UserError, match="expected part of a folder's name, found"):
-        find_run(parse_arguments(["-b", str(tmp_path / "a.yaml"), "-n", name, "-l", str(tmp_path)]))
+        plan_run(parse_arguments(["-b", str(tmp_path / "a.yaml"), "-n", name, "-l", str(tmp_path)]))
 
 
 def test_nothing_of_a_config_is_written_outside_the_run_folder(tmp_path):
@@ -134,15 +135,15 @@ def test_nothing_of_a_config_is_written_outside_the_run_folder(tmp_path):
         dirpath, filename = str(tmp_path / "run" / "checkpoints"), "last"
 
     run = tmp_path / "run"
-    check_places(run, None, [Saver()])
+    check_paths(run, None, [Saver()])
     Saver.filename = "../../escaped"
-    with pytest.raises(UserError, match=r"Saver.filename: expected a place in the run folder .*escaped.*--trust"):
-        check_places(run, None, [Saver()])
+    with pytest.raises(UserError, match=r"Saver.filename: expected a path in the run folder .*escaped.*--trust"):
+        check_paths(run, None, [Saver()])
     Saver.dirpath = "/etc"
-    with pytest.raises(UserError, match=r"Saver.dirpath: expected a place in the run folder"):
-        check_places(run, None, [Saver()])
+    with pytest.raises(UserError, match=r"Saver.dirpath: expected a path in the run folder"):
+        check_paths(run, None, [Saver()])
     with trusting():
-        check_places(run, None, [Saver()])
+        check_paths(run, None, [Saver()])
 
 
 # ---- JSON

@@ -14,8 +14,8 @@ from ldm.data.stream import HeldOutSampler
 from ldm.errors import UserError
 from ldm.optim.stored_weights import MemorySwitches
 from ldm.runs import launch as distributed_launch
-from ldm.runs.distributed import Parts, Replicas, strategy_words
-from ldm.runs.launch import agreed, as_launched
+from ldm.runs.distributed import Parts, Replicas, strategy_options
+from ldm.runs.launch import agree_on, as_launched
 from tests.conftest import relative_error
 from tests.process_runs import SET, Command, Job, Team, free_port, last
 from tests.toy_run import ToyModel, make_prepared, toy_config
@@ -222,8 +222,8 @@ def test_started_on_two_machines(tmp_path, teams, starter):
 @pytest.mark.parametrize(
     ("changes", "arguments", "message"),
     [
-        ({}, {"devices": 4}, "trainer.devices: expected 1, for srun has started 2 processes, 1 on each .*, found 4"),
-        ({}, {"num_nodes": 1}, "trainer.num_nodes: expected 2, for srun has started 2 processes"),
+        ({}, {"devices": 4}, "trainer.devices: expected 1, because srun started 2 processes, 1 on each .*, found 4"),
+        ({}, {"num_nodes": 1}, "trainer.num_nodes: expected 2, because srun started 2 processes"),
         ({"SLURM_STEP_ID": None}, {}, "expected 2 processes of this command, started by srun, found one"),
         ({"SLURM_NTASKS_PER_NODE": None}, {}, "SLURM: expected --ntasks-per-node with --nodes, found --ntasks 2 alone"),
     ],
@@ -246,15 +246,15 @@ def test_a_launch_says_how_many(monkeypatch):
 def test_machines_that_do_not_know_of_each_other(monkeypatch):
     monkeypatch.setenv("NODE_RANK", "1")
     with pytest.raises(UserError, match=r"--num_nodes 2: expected NODE_RANK, MASTER_ADDR .*, found no MASTER_ADDR"):
-        agreed("now", 2)
+        agree_on("now", 2)
 
 
 def test_a_machine_that_nobody_meets(monkeypatch):
     monkeypatch.setattr(distributed_launch, "PATIENCE", timedelta(seconds=0.5))
     for name, value in (on_two_machines("torchrun")[0]).items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=r"MASTER_ADDR, MASTER_PORT: expected 2 processes to meet at 127.0.0.1:\d+"):
-        agreed("now")
+    with pytest.raises(UserError, match=r"MASTER_ADDR, MASTER_PORT: expected 2 processes to connect at 127.0.0.1:\d+"):
+        agree_on("now")
 
 
 # ---- what is chosen, and what is refused
@@ -276,15 +276,15 @@ def stand_in(memory=None, **optimizer):
 )
 def test_replicas_are_the_rule(words, image_share, static, unused):
     data = SimpleNamespace(image_share=image_share, frames=5)
-    chosen = strategy_words(words, 2, stand_in(), data)["strategy"]
+    chosen = strategy_options(words, 2, stand_in(), data)["strategy"]
     assert isinstance(chosen, Replicas) and chosen._ddp_kwargs == {
         "static_graph": static, "find_unused_parameters": unused, "gradient_as_bucket_view": True,
     }  # fmt: skip
-    assert strategy_words(words, 1, stand_in(), data) == {"strategy": "auto"}
+    assert strategy_options(words, 1, stand_in(), data) == {"strategy": "auto"}
 
 
 def test_parts_are_a_word():
-    words = strategy_words(FSDP | {"precision": "bf16-mixed"}, 8, stand_in(), SimpleNamespace(image_share=0))
+    words = strategy_options(FSDP | {"precision": "bf16-mixed"}, 8, stand_in(), SimpleNamespace(image_share=0))
     assert isinstance(words.pop("strategy"), Parts) and words == {"inference_mode": False}
 
 
@@ -292,7 +292,7 @@ def test_parts_are_a_word():
     ("words", "model", "image_share", "message"),
     [
         ({"strategy": "deepspeed"}, stand_in(), 0, "strategy: expected one of auto, ddp, .*, fsdp, found 'deepspeed'"),
-        (FSDP, ToyModel(0.1), 0, "fsdp: ToyModel cannot be divided among processes; use ddp"),
+        (FSDP, ToyModel(0.1), 0, "fsdp: ToyModel cannot be sharded; use ddp"),
         (FSDP | {"precision": "16-mixed"}, stand_in(), 0, "precision bf16-mixed or 32-true, found 16-mixed"),
         (FSDP, stand_in(), 0.2, "fsdp needs data.params.image_share: 0, found 0.2"),
         (FSDP, stand_in({"weights": "split"}), 0, "fsdp needs model.params.memory.weights: float32, found split"),
@@ -303,7 +303,7 @@ def test_parts_are_a_word():
 )
 def test_what_excludes_what(words, model, image_share, message):
     with pytest.raises(UserError, match=message):
-        strategy_words(words, 2, model, SimpleNamespace(image_share=image_share))
+        strategy_options(words, 2, model, SimpleNamespace(image_share=image_share))
 
 
 def test_a_step_in_the_backward_pass_is_for_one_device():

@@ -23,7 +23,7 @@ from ldm.errors import UserError
 from ldm.optim import build_optimizer
 from ldm.optim.stored_weights import StoredWeights
 from ldm.runs import last_checkpoints
-from ldm.runs.last_checkpoints import LAST, check_room, damage, kept, num_bytes, publish
+from ldm.runs.last_checkpoints import LAST, check_room, corruption, kept, num_bytes, publish
 from scripts.dev.torture import leaves, logged, unlike
 from tests.toy_run import ToyModel, last, make_prepared, read
 
@@ -122,7 +122,7 @@ def test_an_error_in_a_validation_is_no_moment_to_save(root, tmp_path, caplog):
     with pytest.raises(RuntimeError, match="something"), caplog.at_level(logging.WARNING, logger="ldm"):
         run(root, tmp_path, steps=8, every=3, model=model)
     assert read(last(tmp_path))["global_step"] == 3
-    assert "step 4 is not saved: it was not over. The last good one is of step 3" in caplog.messages
+    assert "step 4 is not saved: it was not complete. The last good one is of step 3" in caplog.messages
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw8bit", "adamw4bit"])
@@ -240,15 +240,15 @@ def test_damage_is_found_wherever_it_is(tmp_path):
     path = tmp_path / LAST
     save(path, 1, size=5000)
     whole = path.read_bytes()
-    assert damage(path) is None
+    assert corruption(path) is None
     path.write_bytes(whole[: len(whole) // 2])
-    assert "half written" in damage(path)
+    assert "half written" in corruption(path)
     changed = bytearray(whole)
     changed[len(whole) // 2] ^= 1
     path.write_bytes(changed)
-    assert "are not those that were written" in damage(path)
+    assert "does not match its checksum" in corruption(path)
     path.write_bytes(b"")
-    assert damage(path) is not None
+    assert corruption(path) is not None
 
 
 # ---- a full disk

@@ -21,7 +21,8 @@ from ldm.checkpoint import identity, load_unet, read_checkpoint
 from ldm.config import ConfigError, build, load_config, to_container
 from ldm.data.shards import DatasetError
 from ldm.errors import UserError
-from ldm.runs.arguments import find_run, parse_arguments
+from ldm.runs.arguments import parse_arguments
+from ldm.runs.folder import plan_run
 from tests.toy_command import last, run
 from tests.toy_run import ToyModel, make_prepared
 
@@ -136,7 +137,7 @@ def test_ctrl_c_saves_says_so_and_ends_normally(toy):
     assert process.returncode == 0, text
     assert "Ctrl-C: finishing this step, then saving" in text and "Traceback" not in text
     folder = next((toy.parent / "logs").iterdir())
-    said = re.search(r"stopped after step (\d+); saved .*last.ckpt. Go on with: python main.py -r (\S+) -t", text)
+    said = re.search(r"stopped after step (\d+); saved .*last.ckpt. Resume with: python main.py -r (\S+) -t", text)
     assert said and last(folder)["global_step"] == int(said[1]) and Path(said[2]) == folder
 
 
@@ -152,7 +153,7 @@ def test_sigterm_saves_and_says_how_to_go_on(toy):
     text = "".join(lines) + process.communicate(timeout=120)[0]
     assert process.returncode == 143 and "Traceback" not in text and "Ctrl-C" not in text, text
     folder = next((toy.parent / "logs").iterdir())
-    said = re.search(r"by SIGTERM after step (\d+); saved .*last.ckpt. Go on with: python main.py -r (\S+) -t", text)
+    said = re.search(r"by SIGTERM after step (\d+); saved .*last.ckpt. Resume with: python main.py -r (\S+) -t", text)
     assert said and last(folder)["global_step"] == int(said[1]) and Path(said[2]) == folder
 
 
@@ -176,8 +177,8 @@ def test_a_mistake_is_one_line_without_a_traceback(toy):
         (["-t", "maybe"], r"expected yes or no, found 'maybe'"),
         (["-s", "x"], r"invalid int value: 'x'; --help lists all options$"),
         (["frames=3"], r"frames: nothing reads this key; accepted here: data, lightning, model, prepare"),
-        (["--gpus", "one"], r'--gpus: expected card numbers with a comma \("0," or "0,1"\) or how many'),
-        (["--gpus", ","], r"--gpus: expected card numbers"),
+        (["--gpus", "one"], r'--gpus: expected GPU numbers with a comma \("0," or "0,1"\) or how many'),
+        (["--gpus", ","], r"--gpus: expected GPU numbers"),
         (["--gpus", "0,", "--devices", "2"], r"--gpus and --devices exclude each other"),
         (["-r", "x", "-n", "y"], r"-n/--name and -r/--resume exclude each other"),
         (["-r", "nowhere"], r"-r nowhere: expected a run folder or a checkpoint file, found nothing"),
@@ -229,9 +230,9 @@ def test_mistakes_of_ours_are_not_put_on_the_config(toy, monkeypatch):
 
 def test_two_runs_never_share_a_folder(toy):
     folder = run(toy, "-b", str(toy), "-t")
-    again = find_run(parse_arguments(["-b", str(toy), "-l", str(folder.parent)]))
+    again = plan_run(parse_arguments(["-b", str(toy), "-l", str(folder.parent)]))
     again.folder = folder
-    with pytest.raises(UserError, match="another run of this name has begun in this second"):
+    with pytest.raises(UserError, match="another run of this name began in the same second"):
         again.save_config()
 
 

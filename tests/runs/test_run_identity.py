@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
 import main as command
+from ldm.config import CALLBACKS
 from ldm.errors import UserError
 from ldm.runs import identity as run_identity
-from ldm.runs.arguments import find_run, parse_arguments
-from ldm.runs.identity import config_changes, data_identity, git_revision, model_identity, taken_from
+from ldm.runs.arguments import parse_arguments
+from ldm.runs.folder import plan_run
+from ldm.runs.identity import config_changes, data_identity, git_revision, model_identity, model_source
 from tests.toy_command import last, run
 from tests.toy_run import make_prepared
 
@@ -27,13 +28,13 @@ pytestmark = pytest.mark.filterwarnings(
 def test_folders_that_cannot_be_resumed(toy, tmp_path):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     with pytest.raises(UserError, match=r"expected .*last.ckpt of a run, or its configs, found neither"):
-        find_run(parse_arguments(["-r", str(tmp_path / "run"), "-t"]))
+        plan_run(parse_arguments(["-r", str(tmp_path / "run"), "-t"]))
     torch.save({}, tmp_path / "run" / "checkpoints" / "last.ckpt")
     with pytest.raises(UserError, match=r"expected the run's configs in .*configs, found none"):
-        find_run(parse_arguments(["-r", str(tmp_path / "run"), "-t"]))
+        plan_run(parse_arguments(["-r", str(tmp_path / "run"), "-t"]))
     (tmp_path / "stray.ckpt").write_bytes(b"")
     with pytest.raises(UserError, match="expected a file in the checkpoints folder of a run"):
-        find_run(parse_arguments(["-r", str(tmp_path / "stray.ckpt"), "-t"]))
+        plan_run(parse_arguments(["-r", str(tmp_path / "stray.ckpt"), "-t"]))
 
 
 def test_a_torn_checkpoint_is_recognised_and_the_one_before_it_used(toy, caplog):
@@ -43,7 +44,7 @@ def test_a_torn_checkpoint_is_recognised_and_the_one_before_it_used(toy, caplog)
     path.write_bytes(path.read_bytes()[:1500])
     caplog.clear()
     command.main(["-r", str(folder), "-t"])
-    assert caplog.messages[0].startswith(f"{path} is damaged or half written: ")
+    assert caplog.messages[0].startswith(f"{path} is corrupt or half written: ")
     assert caplog.messages[1] == f"{folder / 'checkpoints' / 'last-1.ckpt'} is used: it is the newest whole checkpoint"
     assert last(folder)["global_step"] == 4
     assert all(torch.equal(weight, wanted[name]) for name, weight in last(folder)["state_dict"].items())
@@ -62,7 +63,7 @@ def test_a_run_killed_before_it_saved_begins_again_with_its_own_seed(toy, caplog
     path.unlink()
     caplog.clear()
     command.main(["-r", str(folder), "-t"])
-    assert caplog.messages[0].endswith("has no checkpoint: the run ended before it saved, and begins again")
+    assert caplog.messages[0].endswith("has no checkpoint: the run ended before it saved, and starts over")
     found = last(folder)
     assert torch.equal(found["state_dict"]["head.weight"], wanted["state_dict"]["head.weight"])
     assert found["between_steps"]["generators"][0]["torch"].equal(wanted["between_steps"]["generators"][0]["torch"])
@@ -94,7 +95,7 @@ def test_a_changed_config_is_shown_and_may_be_allowed(toy, caplog):
     words = ["-r", str(folder), "-t", "--max_steps", "5", "data.params.frames=4", "model.params.momentum=0.5"]
     message = (
         r"-r .*_toy: expected the config that the run has been trained with, found another: "
-        r"data.params.frames was 3, now 4; model.params.momentum was not there, now 0.5. .* --allow config"
+        r"data.params.frames was 3, now 4; model.params.momentum was absent, now 0.5. .* --allow config"
     )
     with pytest.raises(UserError, match=message):
         command.main(words)
@@ -139,12 +140,13 @@ def test_another_base_model_is_noticed_and_one_that_is_gone_is_not_needed(tmp_pa
     with pytest.raises(UserError, match=message):
         run_identity.check_record(tmp_path, record, now, ("config", "data"))
     assert len(run_identity.check_record(tmp_path, record, now, ("model",))) == 1
-    assert taken_from(model, checkpoint, {"model.params.ckpt_path": path}) == model
+    assert model_source(model, model, checkpoint) == model
     path.unlink()
     assert model_identity(model, before) == before, "the run has what it began with"
-    found = taken_from(model, checkpoint, {"model.params.ckpt_path": path})
+    found = model_source(model, model, checkpoint)
     assert found["params"]["ckpt_path"] == str(checkpoint) and model["params"]["ckpt_path"] == str(path)
-    assert taken_from(model, checkpoint, {"model.params.ckpt_path": Path("other.ckpt")}) == model
+    other = {"params": {"ckpt_path": "other.ckpt"}}
+    assert model_source(model, other, checkpoint) == model == model_source(model, model, None)
 
 
 def test_what_decides_on_the_weights_and_what_does_not():
@@ -161,10 +163,46 @@ def test_what_decides_on_the_weights_and_what_does_not():
     assert config_changes(before, before) == []
     assert config_changes(before, now) == [
         "model.params.width was 3, now 4", "data.params.batch_size was 2, now 1",
-        "lightning.trainer.precision was bf16-mixed, now not there",
-        "lightning.callbacks.average.params.decay was 0.9, now not there",
-        "lightning.callbacks.average was not there, now None",
+        "lightning.trainer.precision was bf16-mixed, now absent",
+        "lightning.callbacks.average.params.decay was 0.9, now absent",
+        "lightning.callbacks.average.target was ldm.callbacks.average.WeightAverage, now absent",
     ]  # fmt: skip
+
+
+LOGGING = {  # name in the config -> node; the first are defaults
+    "last_checkpoint": {}, "memory": {}, "plan": {}, "learning_rates": {}, "unreadable_clips": {}, "data_wait": {},
+    "progress": {}, "samples": {"params": {"steps": 9}}, "motion": {"target": "ldm.callbacks.MotionLogger"},
+    "compute": {"target": "ldm.callbacks.ComputeCount"},
+    "pictures": {"target": "ldm.models.autoencoder.ReconstructionLogger"},
+}  # fmt: skip
+TRAINING = {
+    "skip_bad_steps": {"params": {"factor": 9}}, "average": {"params": {"decay": 0.5}},
+    "compiled": {"target": "ldm.callbacks.CompileNetwork"}, "unknown": {"target": "nowhere.Callback"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*LOGGING, *TRAINING])
+def test_a_callback_that_logs_may_change_and_one_that_trains_may_not(name):
+    node = (LOGGING | TRAINING)[name]
+    changed = {**node, "params": {"any": 1}}
+    configs = [
+        {"lightning": {"callbacks": callbacks}} for callbacks in ({}, {name: node}, {name: changed}, {name: None})
+    ]
+    found = [bool(config_changes(one, other)) for one in configs for other in configs if one is not other]
+    assert (not any(found)) if name in LOGGING else any(found)
+    if name in TRAINING:
+        assert config_changes(configs[1], configs[2]) and config_changes(configs[1], configs[3])
+
+
+def test_every_default_callback_says_whether_it_changes_the_training():
+    assert set(CALLBACKS) <= set(LOGGING | TRAINING)
+
+
+def test_the_full_and_the_old_name_of_a_callback_are_the_same_callback():
+    nodes = [{}] + [{"target": f"ldm.callbacks.{name}"} for name in ("SkipBadSteps", "bad_steps.SkipBadSteps")]
+    nodes.append({"target": "ldm.callbacks.guard.SkipBadSteps"})
+    configs = [{"lightning": {"callbacks": {"skip_bad_steps": node}}} for node in nodes]
+    assert not any(config_changes(configs[0], other) for other in configs)
 
 
 def test_footage_is_told_by_names_sizes_and_ends(tmp_path):
@@ -205,5 +243,5 @@ def test_what_allow_takes(words, message):
 def test_a_record_that_is_none(toy):
     folder = run(toy, "-b", str(toy), "-t")
     (folder / "run.json").write_text("[]")
-    with pytest.raises(UserError, match=r"run.json: expected what main.py wrote of the run, found something else"):
+    with pytest.raises(UserError, match=r"run.json: expected the record that main.py wrote, found something else"):
         command.main(["-r", str(folder), "-t"])

@@ -7,14 +7,13 @@ import torch
 
 from ldm.config import load_config
 from ldm.errors import UserError
-from ldm.runs import arguments as training_run
-from ldm.runs.arguments import num_devices, parse_arguments, trainer_arguments
+from ldm.runs.arguments import num_devices, parse_arguments, trainer_arguments, with_trainer_flags
 
 
 def devices(*arguments, **trainer):
     options = parse_arguments(["-b", "x", *arguments])
     config = load_config([], [f"lightning.trainer.{name}={value}" for name, value in trainer.items()])
-    return trainer_arguments(training_run._with_flags(config, options.trainer))
+    return trainer_arguments(with_trainer_flags(config, options.trainer))
 
 
 def test_gpus_as_in_the_original(monkeypatch):
@@ -40,15 +39,15 @@ def test_precisions_under_all_their_names():
 
 def test_no_card_for_gpus_0(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    message = r"--gpus 0, needs 1 graphics card, found 0: .* Give --accelerator cpu instead"
+    message = r"--gpus 0,: expected 1 GPU, found 0: .* Give --accelerator cpu to train on the CPU"
     with pytest.raises(UserError, match=message):
         devices("--gpus", "0,")
-    with pytest.raises(UserError, match="accelerator gpu needs 1 graphics card, found 0"):
+    with pytest.raises(UserError, match="accelerator gpu: expected 1 GPU, found 0"):
         devices("--accelerator", "gpu")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(UserError, match="--gpus 0,1 needs 2 graphics cards, found 1"):
+    with pytest.raises(UserError, match="--gpus 0,1: expected 2 GPUs, found 1"):
         devices("--gpus", "0,1")
-    with pytest.raises(UserError, match="--gpus 4 needs 4 graphics cards, found 1"):
+    with pytest.raises(UserError, match="--gpus 4: expected 4 GPUs, found 1"):
         devices("--gpus", "4")
 
 
