@@ -1,7 +1,6 @@
-"""A stand-in for Stable Diffusion v1's public checkpoint, as large and of the same form, with random weights.
+"""Parts of the rehearsal: a stand-in for the public checkpoint, sizes, weight comparison, and the measured step.
 
-`scripts/dev/rehearse.py` takes it through the whole road at full size: what is needed is counted here before, and what
-training did to the weights is compared here after.
+The stand-in has the format and size of Stable Diffusion v1's public checkpoint and random weights.
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ from ldm.config import build, to_container
 from ldm.data.preparing.preparation import Preparation, Settings
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
+from ldm.experiments.tables import markdown_table
 from ldm.files import write_atomically
 from ldm.optim.parameter_groups import ParameterGroups
 from ldm.planning.count import PROCESSOR, count_step, pixels_per_latent, shape_of
@@ -40,7 +40,7 @@ SPARE_BYTES = 10**9  # footage, prepared clips, logs, samples
 
 
 @dataclass(frozen=True)
-class Sizes:
+class RehearsalSizes:
     """Parameters of the video network, and bytes of the two large files of a rehearsal."""
 
     num_parameters: int
@@ -50,25 +50,25 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """What one training step did to the tensors of a checkpoint.
+class WeightComparison:
+    """The effect of one training step on the tensors of a checkpoint.
 
-    num_equal: tensors of the image file that were not trained and are the same, bit for bit; `changed` are not.
-    num_moved: trained tensors that are different; `still` are not. `idle` are not either, and cannot be yet: what lies
-        before the output of temporal attention, and before the last layers of the embeddings of frame rate and noise,
-        which start at zero and let no gradient through.
+    num_equal: untrained tensors that equal the image file bit for bit; `changed` differ.
+    num_updated: trained tensors that changed; `unchanged` did not. `idle` did not and cannot: they lie before layers
+        that are initialised to zero and pass no gradient (the output of temporal attention, the last layers of the
+        embeddings of frame rate and noise level).
     """
 
     num_equal: int
     changed: list[str]
-    num_moved: int
-    still: list[str]
+    num_updated: int
+    unchanged: list[str]
     idle: list[str]
 
 
 @dataclass
-class Place:
-    """The files of a rehearsal in its folder."""
+class RehearsalFiles:
+    """The files of a rehearsal."""
 
     folder: Path
     footage: Path = field(init=False)
@@ -85,15 +85,15 @@ class Place:
         return self.only("logs/*/checkpoints/last.ckpt")
 
     def only(self, pattern: str) -> Path:
-        """The one file of that name; a stage that ended well has written it."""
+        """The only file that matches; a successful stage has written it."""
         found = sorted(self.folder.glob(pattern))
         if len(found) != 1:
-            raise UserError(f"{self.folder}: expected one file {pattern}, found {len(found)}; look at the output above")
+            raise UserError(f"{self.folder}: expected one file {pattern}, found {len(found)}; see the output above")
         return found[0]
 
 
-def check_disk(folder: Path, sizes: Sizes) -> None:
-    """Raise UserError unless the files will fit."""
+def check_disk(folder: Path, sizes: RehearsalSizes) -> None:
+    """Raise UserError unless the files fit on the disk."""
     needed = sizes.image_file + sizes.video_file + SPARE_BYTES
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -111,7 +111,7 @@ def num_bytes_in(path: Path) -> int:
 
 
 def image_tensors(config: DictConfig | Mapping[str, Any]) -> dict[str, Tensor]:
-    """Every tensor of the image model that a video config starts from, CompVis names; weights are without values."""
+    """Every tensor of the image model that a video config starts from, CompVis names; weights are meta tensors."""
     params = to_container(config)["model"]["params"]
     unet, first_stage, text_encoder = (dict(params[f"{part}_config"]) for part in ("unet", "first_stage", "cond_stage"))
     unet["params"] = {**unet["params"], "temporal": False}
@@ -122,8 +122,8 @@ def image_tensors(config: DictConfig | Mapping[str, Any]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if not is_temporal(name)}
 
 
-def count_sizes(config: DictConfig | Mapping[str, Any]) -> Sizes:
-    """What a rehearsal of a config will write, counted without building anything; raises as its parts do."""
+def count_sizes(config: DictConfig | Mapping[str, Any]) -> RehearsalSizes:
+    """The sizes of a rehearsal of a config, counted on meta tensors."""
     config = to_container(config)
     num_trained = num_temporal = num_parameters = 0
     for name, (num, is_trained) in _video_parameters(config).items():
@@ -136,11 +136,11 @@ def count_sizes(config: DictConfig | Mapping[str, Any]) -> Sizes:
     if ((config.get("lightning") or {}).get("callbacks") or {}).get("average"):
         per_trained += 4
     video_file = image_file + 4 * num_temporal + math.ceil(per_trained * num_trained)
-    return Sizes(num_parameters, num_trained, image_file, video_file)
+    return RehearsalSizes(num_parameters, num_trained, image_file, video_file)
 
 
 def random_weight(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """A value for a weight that keeps activations of order one: unit gain for matrices and kernels, norms at rest."""
+    """A random weight that keeps activations of order one: unit gain for matrices and kernels, identity for norms."""
     if len(shape) == 1:
         return torch.ones(shape) if name.endswith(".weight") else torch.zeros(shape)
     gain = 1.0 if "embedding" in name else shape[1:].numel() ** -0.5
@@ -150,13 +150,13 @@ def random_weight(name: str, shape: torch.Size, generator: torch.Generator) -> T
 def write_public_checkpoint(
     path: Path, tensors: Mapping[str, Tensor], contents: Mapping[str, Any], generator: torch.Generator
 ) -> None:
-    """Write what torch.save writes for `{**contents, "state_dict": tensors}`, one tensor in memory at a time.
+    """Write `{**contents, "state_dict": tensors}` as torch.save does, with one tensor in memory at a time.
 
-    Tensors without values (on the device "meta") get random ones.
+    Meta tensors get random values.
     """
     structure = io.BytesIO()
     _StructurePickler(structure, protocol=2).dump({**contents, "state_dict": dict(tensors)})
-    writer = torch._C.PyTorchFileWriter(str(path))  # torch.save's own, which public files came from too
+    writer = torch._C.PyTorchFileWriter(str(path))  # as torch.save uses; public files were written by it
     writer.write_record("data.pkl", structure.getvalue(), structure.tell())
     for number, (name, tensor) in enumerate(tensors.items()):
         value = random_weight(name, tensor.shape, generator) if tensor.is_meta else tensor.contiguous()
@@ -164,10 +164,10 @@ def write_public_checkpoint(
     writer.write_end_of_file()
 
 
-def compare(image_path: Path, video_path: Path, config: DictConfig | Mapping[str, Any]) -> Comparison:
-    """Compare a checkpoint written after a step of training with the image file that training started from.
+def compare(image_path: Path, video_path: Path, config: DictConfig | Mapping[str, Any]) -> WeightComparison:
+    """Compare a checkpoint after one training step with the image file that training started from.
 
-    Where a weight began, if it is not in the image file, its running average tells, which began there too.
+    The initial value of a weight that the image file lacks is that of its running average.
     """
     before, after = read_checkpoint(image_path).tensors, read_checkpoint(video_path).tensors
     trained = {UNET_PREFIX + name for name, (_, is_trained) in _video_parameters(config).items() if is_trained}
@@ -178,18 +178,18 @@ def compare(image_path: Path, video_path: Path, config: DictConfig | Mapping[str
         start = before.get(name, after.get(averages[name.removeprefix(UNET_PREFIX)]))
         if start is None or _same(start, after.get(name)):
             unmoved.append(name)
-    return Comparison(
+    return WeightComparison(
         num_equal=len(before.keys() - trained) - len(changed),
         changed=changed,
-        num_moved=len(trained) - len(unmoved),
-        still=[name for name in unmoved if not _is_idle(name)],
+        num_updated=len(trained) - len(unmoved),
+        unchanged=[name for name in unmoved if not _is_idle(name)],
         idle=[name for name in unmoved if _is_idle(name)],
     )
 
 
 @dataclass(frozen=True)
 class _Storage:
-    """The values of a tensor, to be written as a record of their own."""
+    """The values of a tensor, written as a record of their own."""
 
     tensor: Tensor
     number: int
@@ -218,7 +218,7 @@ class _StructurePickler(pickle.Pickler):
 
 
 def _video_parameters(config: DictConfig | Mapping[str, Any]) -> dict[str, tuple[int, bool]]:
-    """Name of each parameter of the video network -> how many numbers it holds, and whether it is trained."""
+    """Name of each parameter of the video network -> its size, and whether it is trained."""
     params = to_container(config)["model"]["params"]
     with torch.device("meta"):
         unet = build(params["unet_config"], "model.params.unet_config")
@@ -228,12 +228,12 @@ def _video_parameters(config: DictConfig | Mapping[str, Any]) -> dict[str, tuple
 
 
 def _schedule(params: Mapping[str, Any]) -> NoiseSchedule:
-    words = ("timesteps", "linear_start", "linear_end", "parameterization")
-    return NoiseSchedule(**{word: params[word] for word in words if word in params})
+    keys = ("timesteps", "linear_start", "linear_end", "parameterization")
+    return NoiseSchedule(**{key: params[key] for key in keys if key in params})
 
 
 def _same(first: Tensor, second: Tensor | None) -> bool:
-    """The same bits, so that not even zero and minus zero are alike; what is stored in bfloat16 is compared so."""
+    """Bitwise equality (0.0 and -0.0 differ); a second tensor in bfloat16 is compared in bfloat16."""
     if second is None or first.shape != second.shape or second.dtype not in (first.dtype, torch.bfloat16):
         return False
     first = first.to(second.dtype)
@@ -242,53 +242,53 @@ def _same(first: Tensor, second: Tensor | None) -> bool:
 
 def _is_idle(name: str) -> bool:
     before_attention = is_temporal(name) and ".transformer_blocks." in name and ".to_out." not in name
-    return before_attention or any(f".conditioning.temporal.{told}.0." in name for told in ("fps", "known_level"))
+    return before_attention or any(f".conditioning.temporal.{part}.0." in name for part in ("fps", "known_level"))
 
 
 TITLE = "## A step of each preset"
 HEADER = [
     TITLE, "",
-    "`python scripts/dev/rehearse.py --step-only --base configs/video-sd.yaml PRESET`: one step, full size, on "
-    "made-up latents, in a process of its own that starts from the image checkpoint and writes its own at the end. "
-    "Resident is the kernel's own count of the whole process, GiB: Python and its libraries, and the pages of mapped "
-    "checkpoints; what is freed of blocks from 1 MiB on goes back to the system at once. Counted is the step's live "
-    "tensors alone, on a processor and on a card, as `scripts/plan.py` has it before any step. Seconds "
-    "are with one thread and whatever else the machine did; a dash is what was not seen.", "",
-    "| config | clips x frames | loss | resident | without mapped files | counted: processor | card | s | when |",
-    "|---|---|---|---|---|---|---|---|---|",
+    "`python scripts/dev/rehearse.py --step-only --base configs/video-sd.yaml PRESET`: one step at full size on random "
+    "latents, in a process that reads the image checkpoint and writes its own. Resident is the kernel's count of the "
+    "whole process in GiB, with libraries and mapped checkpoint pages. Counted are the live tensors of the step "
+    "on a CPU and on a GPU, as `scripts/plan.py` counts them. Seconds are with one thread on a machine that may be "
+    "busy; a dash is a value that the system does not show.", "",
+    *markdown_table(
+        ["config", "clips x frames", "loss", "resident", "without mapped files", "counted: CPU", "GPU", "s", "date"], []
+    ).splitlines(),
 ]  # fmt: skip
-# The C library's word (Linux) for: what is freed of blocks from 1 MiB on goes back to the system, and is not resident.
-GIVE_BACK = ("MALLOC_MMAP_THRESHOLD_", str(2**20))
+# glibc: freed blocks of 1 MiB or more return to the system at once and are not resident.
+MALLOC_TRIM = ("MALLOC_MMAP_THRESHOLD_", str(2**20))
 NUM_TOKENS = 77
 GIB = 2**30
 
 
 @dataclass(frozen=True)
-class StepTaken:
-    """A step that was measured, beside what was counted; bytes."""
+class MeasuredStep:
+    """A training step: measured, and counted in bytes on a CPU and on a GPU."""
 
     name: str
     size: str
     loss: float
     measured: Measured
-    on_processor: int
-    on_card: int
+    cpu_bytes: int
+    gpu_bytes: int
 
     def row(self) -> str:
         """A row of the report's table."""
-        sizes = (self.measured.peak_memory, self.measured.peak_own_memory, self.on_processor, self.on_card)
+        sizes = (self.measured.peak_memory, self.measured.peak_own_memory, self.cpu_bytes, self.gpu_bytes)
         cells = ["-" if size is None else f"{size / GIB:.2f}" for size in sizes]
         cells = [self.name, self.size, f"{self.loss:.4f}", *cells, f"{self.measured.seconds:.0f}"]
         return f"| {' | '.join([*cells, date.today().isoformat()])} |"
 
 
-def name_of(bases: Sequence[str], overrides: Sequence[str]) -> str:
-    """The last config and the words that change it, as a cell of the table."""
-    return " ".join([Path(bases[-1]).stem, *(f"`{word}`" for word in overrides)])
+def step_name(bases: Sequence[str], overrides: Sequence[str]) -> str:
+    """The last config and its overrides, as a cell of the table."""
+    return " ".join([Path(bases[-1]).stem, *(f"`{override}`" for override in overrides)])
 
 
-def write_made_up_clips(folder: Path, config: DictConfig | Mapping[str, Any], image_file: Path) -> None:
-    """A prepared folder for one step of a config, as if by the encoders in `image_file`; normal numbers for latents."""
+def write_random_clips(folder: Path, config: DictConfig | Mapping[str, Any], image_file: Path) -> None:
+    """A prepared set for one step of a config with the encoders of `image_file`; latents are Gaussian noise."""
     config = to_container(config)
     config["model"]["params"]["ckpt_path"] = str(image_file)
     shape, data = shape_of(config), config["data"]["params"]
@@ -314,51 +314,51 @@ def write_made_up_clips(folder: Path, config: DictConfig | Mapping[str, Any], im
     making.store_empty_context(normal(NUM_TOKENS, unet["context_dim"]))
     length = (shape.frames - 1) * min(data.get("strides") or [1]) + 1
     for number in range(shape.clips):
-        with making.video(f"made-up-{number}", f"{number:064x}", ["a road"]) as part:
+        with making.video(f"random-{number}", f"{number:064x}", ["a road"]) as part:
             moments = normal(length, 2 * unet["out_channels"], shape.height, shape.width)
             part.add(range(length), moments, [normal(NUM_TOKENS, unet["context_dim"])])
     making.finish()
 
 
-def step_taken(name: str, config: DictConfig | Mapping[str, Any], measured: Measured) -> StepTaken:
-    """What a run of one step took and printed, beside what is counted for it here."""
+def measure_step(name: str, config: DictConfig | Mapping[str, Any], measured: Measured) -> MeasuredStep:
+    """A measured training command with its loss and the counted memory of its step."""
     found = re.findall(r"\bloss (-?[\w.]+)", measured.output)
     config = to_container(config)
     shape = shape_of(config)
     counts = [count_step(config, shape, *machine).peak.total for machine in ((PROCESSOR,), ())]
     size = f"{shape.clips} x {shape.frames}"
-    return StepTaken(name, size, float(found[-1]) if found else math.nan, measured, *counts)
+    return MeasuredStep(name, size, float(found[-1]) if found else math.nan, measured, *counts)
 
 
-def mistakes(step: StepTaken, most: float | None) -> list[str]:
-    """What is not as it should be. most: GB that may be resident; None: any."""
-    found = [] if math.isfinite(step.loss) else [f"the loss is {step.loss}, no finite number"]
+def failures_of(step: MeasuredStep, most: float | None) -> list[str]:
+    """What is wrong with a step. most: GB that may be resident; None: any."""
+    found = [] if math.isfinite(step.loss) else [f"the loss is {step.loss}, not finite"]
     if most is not None and step.measured.peak_memory > most * 1e9:
-        found.append(f"{step.measured.peak_memory / 1e9:.2f} GB were resident, more than {most:g}")
+        found.append(f"{step.measured.peak_memory / 1e9:.2f} GB resident, more than {most:g}")
     return found
 
 
-def with_row(report: str, step: StepTaken) -> str:
-    """The text of a report with the step's row in its table, in place of an older one of the same name and size."""
+def with_row(report: str, step: MeasuredStep) -> str:
+    """A report with the step's row in its table; a row of the same name and size is replaced."""
     before, section = split_off(report)
     start = f"| {step.name} | {step.size} |"
     rows = [line for line in section.splitlines()[len(HEADER) :] if line and not line.startswith(start)]
     return "\n".join([before.rstrip("\n"), "", *HEADER, *rows, step.row(), ""]).lstrip("\n")
 
 
-def write_row(path: Path, step: StepTaken) -> None:
-    """Put the step's row into a report that need not be there yet."""
+def write_row(path: Path, step: MeasuredStep) -> None:
+    """Put the step's row into a report, which may not exist yet."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, with_row(path.read_text(encoding="utf-8") if path.is_file() else "", step))
 
 
 def with_rows_of(path: Path, report: str) -> str:
-    """The text of a new report with the table of steps of the one in a file, if there is one."""
+    """A new report with the table of steps of the report in a file, if it exists."""
     section = split_off(path.read_text(encoding="utf-8"))[1] if path.is_file() else ""
     return f"{report}\n{section}" if section else report
 
 
 def split_off(report: str) -> tuple[str, str]:
-    """A report without the table of steps, and that table, which is at its end."""
+    """A report without the table of steps at its end, and that table."""
     before, title, after = report.partition(TITLE)
     return before, title + after
