@@ -1,11 +1,11 @@
-"""How well a checkpoint makes the frames between known ones: its error, beside that of blending the known frames.
+"""Error of the frames that a checkpoint makes between known frames, beside that of blending the known frames.
 
     python scripts/dev/score_inbetweens.py --ckpt CKPT --prepared DIR
 
-The clips are those that DIR holds out from training, by the config in the checkpoint: scenes it never saw. Of each, the
-first and the last frame are given and the others made. Errors are root mean squares over the frames made, of scaled
-latents. A sample is one of all that could have been, and so further from the truth than their mean, which blending is
-close to; --sampler dpm++ --steps 1 makes the network's own mean.
+The clips are those of DIR that the config in the checkpoint holds out from training. The first and the last frame of
+each clip are given and the others are made. Errors are root mean squares of scaled latents over the frames made. A
+sample has a larger error than the mean of all samples, which blending is close to; --sampler dpm++ --steps 1 makes the
+network's own mean.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import torch
@@ -27,6 +29,7 @@ from ldm.config import build
 from ldm.config.schema import mapping_at
 from ldm.data.clips import ClipDataModule
 from ldm.errors import Parser, UserError, run_command
+from ldm.experiments.tables import markdown_table
 from ldm.files import write_atomically
 from ldm.modules.posterior import posterior_mean
 from ldm.sampling.denoisers import KnownDenoiser, KnownLatents
@@ -41,12 +44,10 @@ def held_out(generator: ClipGenerator, prepared: Path) -> ClipDataModule:
     """The data module of the checkpoint's config, on the folder `prepared`; raises UserError."""
     config = generator.checkpoint.config or {}
     params = dict(mapping_at("data.params", mapping_at("data", config.get("data")).get("params")))
-    words = {word: params[word] for word in ("frames", "strides", "val_share", "seed") if word in params}
-    if "frames" not in words:
-        raise UserError(
-            f"{generator.checkpoint.path}: expected a checkpoint of a training run here, found no data config"
-        )
-    data = build({"target": DATA, "params": {**words, "root": str(prepared), "num_workers": 0}}, "data")
+    kwargs = {key: params[key] for key in ("frames", "strides", "val_share", "seed") if key in params}
+    if "frames" not in kwargs:
+        raise UserError(f"{generator.checkpoint.path}: expected the checkpoint of a training run, found no data config")
+    data = build({"target": DATA, "params": {**kwargs, "root": str(prepared), "num_workers": 0}}, "data")
     data.setup()
     first_stage, text_encoder = first_stage_tensors(generator.checkpoint), text_tensors(generator.checkpoint)
     data.prepared.check_encoders(identity(first_stage), identity(text_encoder), generator.scale_factor)
@@ -59,13 +60,13 @@ def held_out(generator: ClipGenerator, prepared: Path) -> ClipDataModule:
 
 
 def windows(data: ClipDataModule, num: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Posterior means `b t c h w`, captions `b n d` and rates `b` of up to `num` clips of each rate, in batches."""
+    """Batches of posterior means `b t c h w`, captions `b n d` and rates `b` of up to `num` clips per rate."""
     by_rate: dict[int, list[int]] = {}
     for index, (_, _, stride) in enumerate(data.val_clips.windows):
         by_rate.setdefault(stride, []).append(index)
     for indices in by_rate.values():
         spread = np.unique(np.linspace(0, len(indices) - 1, min(num, len(indices))).round().astype(int))
-        chosen = [indices[place] for place in spread]
+        chosen = [indices[number] for number in spread]
         for start in range(0, len(chosen), BATCH):
             clips = [data.val_clips[index] for index in chosen[start : start + BATCH]]
             moments = torch.cat([clip.moments for clip in clips]).float()
@@ -74,28 +75,28 @@ def windows(data: ClipDataModule, num: int) -> Iterator[tuple[Tensor, Tensor, Te
 
 
 def blend(first: Tensor, last: Tensor, frames: int) -> Tensor:
-    """Frames on the line from the first to the last latents: `b c h w`, `b c h w` -> `b t c h w`."""
+    """Linear interpolation from the first to the last latents: `b c h w`, `b c h w` -> `b t c h w`."""
     return torch.stack([torch.lerp(first, last, frame / (frames - 1)) for frame in range(frames)], dim=1)
 
 
 @torch.no_grad()
 def score(generator: ClipGenerator, data: ClipDataModule, num: int, steps: int, sampler: str, seed: int) -> list[dict]:
-    """A row for each clip: its rate, and the mean squared errors of the model and of the blend.
+    """One row per clip: its rate and the mean squared errors of the model and of the blend.
 
-    Raises UserError unless the known latents come back bit for bit.
+    Fails unless the known latents are returned bit for bit.
     """
     rows, batches = [], list(windows(data, num))
     for index, (means, context, fps) in enumerate(track(batches, "frames between", console=Console(stderr=True))):
         clean = (generator.scale_factor * means).to(generator.device)
         frames = clean.shape[1]
-        generators = [torch.Generator().manual_seed(seed + BATCH * index + place) for place in range(len(clean))]
+        generators = [torch.Generator().manual_seed(seed + BATCH * index + number) for number in range(len(clean))]
         noise = initial_noise(*clean.shape, generators, generator.noise).to(clean)
         known = KnownLatents.placed(clean[:, [0, -1]], [0, frames - 1], frames)
         network = GuidedDenoiser(generator.unet, context.to(generator.device, generator.dtype), fps=fps)
         denoiser = KnownDenoiser(network, generator.schedule, known, noise, fill=generator.fill)
         made = sample(denoiser, build_scheduler(sampler, generator.schedule), noise, steps)
         if not torch.equal(made[:, [0, -1]], clean[:, [0, -1]]):
-            raise AssertionError("known latents did not come back as they were given")
+            raise AssertionError("the sampler changed known latents")
         blended = blend(clean[:, 0], clean[:, -1], frames)
         errors = [(guess - clean)[:, 1:-1].square().flatten(1).mean(1) for guess in (made, blended)]
         rows += [
@@ -106,28 +107,28 @@ def score(generator: ClipGenerator, data: ClipDataModule, num: int, steps: int, 
 
 
 def summary(rows: Sequence[dict]) -> str:
-    """A table in Markdown, for each rate and all together: root mean squared errors, and how far the model's is below
-    the blend's, as it stands and squared."""
-    lines = ["| frames a second | clips | blend | model | below | squared, below |", "|---|---|---|---|---|---|"]
+    """A Markdown table per rate and in total: root mean squared errors, and the model's relative improvement."""
+    lines = []
     rates = sorted({row["fps"] for row in rows}, reverse=True)
     parts = [(f"{rate:g}", [row for row in rows if row["fps"] == rate]) for rate in rates]
     for name, chosen in [*parts, ("all", rows)]:
         model, blended = (float(np.mean([row[kind] for row in chosen])) for kind in ("model", "blend"))
         below = [f"{1 - (model / blended) ** power:.1%}" if blended else "-" for power in (0.5, 1)]
-        lines.append(f"| {name} | {len(chosen)} | {blended**0.5:.4f} | {model**0.5:.4f} | {' | '.join(below)} |")
-    return "\n".join(lines)
+        lines.append([name, f"{len(chosen)}", f"{blended**0.5:.4f}", f"{model**0.5:.4f}", *below])
+    headings = ["frames per second", "clips", "blend", "model", "model below blend", "the same squared"]
+    return markdown_table(headings, lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Score a checkpoint and print the table."""
     parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt", type=Path, required=True, metavar="FILE", help="of a network that takes known frames")
-    parser.add_argument("--prepared", type=Path, required=True, metavar="DIR", help="the clips it was trained on")
-    parser.add_argument("--clips", type=int, default=64, metavar="N", help="at each rate (default: %(default)s)")
+    parser.add_argument("--ckpt", type=Path, required=True, metavar="FILE", help="network with known frames")
+    parser.add_argument("--prepared", type=Path, required=True, metavar="DIR", help="the set it was trained on")
+    parser.add_argument("--clips", type=int, default=64, metavar="N", help="clips per rate (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=25, metavar="N", help="diffusion steps (default: %(default)s)")
     parser.add_argument("--sampler", default="ddim", metavar="NAME", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON with a row for each clip")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON file with a row per clip")
     given = parser.parse_args(arguments)
     if given.clips < 1:
         raise UserError(f"--clips: expected at least 1, found {given.clips}")
@@ -136,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = score(generator, held_out(generator, given.prepared), given.clips, given.steps, given.sampler, given.seed)
     if given.out:
         write_atomically(given.out, json.dumps(rows, indent=1) + "\n")
-    print(summary(rows))
+    print(summary(rows), end="")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Contact sheets of clips that nobody chose: the seed decides the look, which makes the prompt, and the noise.
+"""Contact sheets of clips that are not selected: the seed decides the style, the prompt and the noise.
 
     python scripts/dev/show_seeds.py --ckpt models/drive --page docs/experiments/seeds.md
 
-One sheet for each seed, as docs/images/drive/NN.png, and a page that shows them all and says which looks were ever seen
-in motion in training. The clips themselves, with everything they were made from, stay in --outdir.
+One sheet per seed, docs/images/drive/NN.png, and a page that shows them and tells which styles the model saw in motion
+in training. The clips, with their records, stay in --outdir.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 
@@ -31,25 +33,25 @@ MOST_SEEDS = 100
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """What a seed stands for."""
+class SeedChoice:
+    """The style and prompt of a seed."""
 
     seed: int
     look: str
     prompt: str
-    has_moved: bool  # whether clips of the look were in the training set of the experiment
+    has_moved: bool  # whether the training set had clips of the style
 
 
-def choose(seed: int) -> Chosen:
-    """The look and the prompt of a seed."""
+def choose(seed: int) -> SeedChoice:
+    """The style and the prompt of a seed."""
     look = LOOKS[int(np.random.default_rng(seed).integers(len(LOOKS)))]
-    return Chosen(seed, look, f"{DESCRIBED[look].phrases[0]} {DRIVES[0]}", look in MOVING_LOOKS)
+    return SeedChoice(seed, look, f"{DESCRIBED[look].phrases[0]} {DRIVES[0]}", look in MOVING_LOOKS)
 
 
 def make_sheets(
-    checkpoint: Path, chosen: Sequence[Chosen], outdir: Path, images: Path, run: Callable[[Sequence[str]], None]
+    checkpoint: Path, chosen: Sequence[SeedChoice], outdir: Path, images: Path, run: Callable[[Sequence[str]], None]
 ) -> None:
-    """Sample a clip for each seed, as the checkpoint suggests, by txt2vid.py; lay each out as `images`/NN.png.
+    """Sample a clip per seed with the checkpoint's defaults by txt2vid.py; write each as `images`/NN.png.
 
     run: runs ["script.py", "argument", ...].
     """
@@ -69,15 +71,15 @@ def make_sheets(
             contact_sheet(rows).quantize(256).save(partial, format="PNG", optimize=True)
 
 
-def page(chosen: Sequence[Chosen], images: Path, path: Path, checkpoint: Path) -> str:
-    """A page in Markdown, to be written to `path`, that shows the sheets."""
+def page(chosen: Sequence[SeedChoice], images: Path, path: Path, checkpoint: Path) -> str:
+    """A Markdown page of the sheets, to be written to `path`."""
     num_moved = sum(one.has_moved for one in chosen)
     lines = [
         f"# Seeds {chosen[0].seed} to {chosen[-1].seed}",
         "",
-        f"Clips of `{checkpoint.as_posix()}`, by `python scripts/dev/show_seeds.py` and not chosen: the seed decides "
-        f"the look and the noise. Frames go from left to right, {PER_ROW} in a row. Of {len(chosen)} looks here, "
-        f"{num_moved} were seen in motion in training and {len(chosen) - num_moved} as single pictures alone.",
+        f"Clips of `{checkpoint.as_posix()}`, by `python scripts/dev/show_seeds.py`, not selected: the seed decides "
+        f"style and noise. Frames go from left to right, {PER_ROW} in a row. Of {len(chosen)} styles here, "
+        f"{num_moved} were seen in motion in training and {len(chosen) - num_moved} as single pictures only.",
     ]
     for one in chosen:
         seen = "seen in motion in training" if one.has_moved else "never seen in motion in training"
@@ -87,24 +89,22 @@ def page(chosen: Sequence[Chosen], images: Path, path: Path, checkpoint: Path) -
 
 
 def run_in_root(words: Sequence[str]) -> None:
-    """Run a script of the project as a command; raises UserError when it fails, which it has explained itself."""
+    """Run a script of the project; raises UserError if it fails, after its own message."""
     status = subprocess.run([sys.executable, *words], cwd=ROOT, check=False).returncode
     if status:
-        raise UserError(f"{words[0]} ended with status {status}; it says why above")
+        raise UserError(f"{words[0]} ended with status {status}; see its message above")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Make the sheets and the page."""
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--ckpt", type=Path, default=Path("models/drive"), metavar="PATH", help="default: %(default)s")
-    parser.add_argument("--seeds", type=int, default=16, metavar="N", help="0 to N-1 (default: %(default)s)")
-    parser.add_argument(
-        "--images", type=Path, default=Path("docs/images/drive"), metavar="DIR", help="default: %(default)s"
-    )
-    parser.add_argument("--page", type=Path, default=Path("docs/experiments/seeds.md"), metavar="FILE", help="default: %(default)s")
-    parser.add_argument(
-        "--outdir", type=Path, default=Path("outputs/seeds"), metavar="DIR", help="default: %(default)s"
-    )
+    parser.add_argument("--seeds", type=int, default=16, metavar="N", help="seeds 0 to N-1 (default: %(default)s)")
+    for name, default, metavar in (
+        ("--images", "docs/images/drive", "DIR"), ("--page", "docs/experiments/seeds.md", "FILE"),
+        ("--outdir", "outputs/seeds", "DIR"),
+    ):  # fmt: skip
+        parser.add_argument(name, type=Path, default=Path(default), metavar=metavar, help="default: %(default)s")
     given = parser.parse_args(arguments)
     if not 1 <= given.seeds <= MOST_SEEDS:
         raise UserError(f"--seeds: expected 1 to {MOST_SEEDS}, found {given.seeds}")

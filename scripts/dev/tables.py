@@ -1,14 +1,12 @@
-"""Tables in Markdown from the JSON of evaluations and ablations, and documents whose tables are kept up to date.
+"""Documents whose Markdown tables come from result files: evaluations, ablations, benchmarks, trainings and bundles.
 
-A document has places for tables, each with the file it comes from, relative to the document:
+A document marks each table with its file, relative to the document:
 
-    <!-- table: drive/ablations.json -->
-    ... whatever stood here is replaced ...
+    <!-- table: report/ablations.json -->
+    ... the table, replaced each time ...
     <!-- end of table -->
 
-A record of scripts/dev/benchmark.py has several: FILE.json#train, #goals, #run.
-
-Nothing is computed here: every number is one that a script has written. The config of a bundle has a table as well.
+A benchmark's record has several tables: FILE.json#train (a section), #goals, #run. Nothing is measured here.
 """
 
 from __future__ import annotations
@@ -33,12 +31,61 @@ NETWORKS = {
     "temporal": "UNet, temporal layers",
     "temporal_decoder": "autoencoder decoder, temporal layers",
 }
+BEGINS = "<!-- table:"
+TABLE = re.compile(r"(<!-- table: *(\S+) *-->\n).*?(<!-- end of table -->)", flags=re.DOTALL)
+
+
+def fill_document(document: Path) -> str:
+    """The text of a document with all its tables regenerated; raises UserError."""
+    text = document.read_text(encoding="utf-8")
+    if not TABLE.search(text) or len(TABLE.findall(text)) != text.count(BEGINS):
+        raise UserError(
+            f"{document}: expected marks of tables, '<!-- table: FILE.json -->' and below '<!-- end of table -->', "
+            f"found {len(TABLE.findall(text))} complete of {text.count(BEGINS)}"
+        )
+
+    def fill(mark: re.Match) -> str:
+        file, _, part = mark[2].partition("#")
+        return f"{mark[1]}{table_of(document.parent / file, part)}{mark[3]}"
+
+    return TABLE.sub(fill, text)
+
+
+def table_of(path: Path, part: str = "") -> str:
+    """The table of a result file, or of the bundle of a config; raises UserError.
+
+    part: of a benchmark's record: a section, `goals` or `run`.
+    """
+    if path.suffix == ".yaml":
+        return bundle_table(path.parent)
+    try:
+        results = parse_json(path.read_bytes())
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: expected results of evaluate.py or ablate.py, found no such file") from error
+    except ValueError as error:
+        raise UserError(f"{path}: expected JSON, found something else ({error})") from error
+    if isinstance(results, dict) and {"columns", "runs", "references", "rows"} <= results.keys():
+        return ablation_table(results)
+    if isinstance(results, dict) and {"measures", "rows"} <= results.keys():
+        return evaluation_table(results)
+    if is_record(results):
+        return benchmark_table(results, part, path)
+    if is_training(results):
+        rows = [[name, f"{stage['steps']:,}", f"{stage['seconds'] / 60:.1f}"] for name, stage in results.items()]
+        return markdown_table(["stage", "steps", "minutes"], rows)
+    raise UserError(f"{path}: expected results of evaluate.py or ablate.py, found other JSON")
+
+
+def is_training(results: Any) -> bool:
+    """Whether results are those of scripts/train_drive.py: stages with steps and seconds."""
+    stages = results.values() if isinstance(results, Mapping) else ()
+    return bool(stages) and all(isinstance(stage, Mapping) and {"steps", "seconds"} <= stage.keys() for stage in stages)
 
 
 def bundle_table(folder: Path = BUNDLED) -> str:
-    """Each file of a bundle with its network, parameters and size; below them, what clips it was made for.
+    """Network, parameters and size of each file of a bundle; below, the clips it was trained for and its defaults.
 
-    Raises `CheckpointError` where the bundle is not whole.
+    Raises `CheckpointError` if a file of the bundle is missing.
     """
     _, config = read_bundle(folder)
     rows, total_parameters, total_bytes = [], 0, 0
@@ -60,73 +107,13 @@ def bundle_table(folder: Path = BUNDLED) -> str:
     return f"{files}\n{markdown_table(list(settings), [list(settings.values())])}"
 
 
-def training_table(stages: Mapping[str, Mapping[str, Any]]) -> str:
-    """The stages that scripts/train_drive.py has trained: steps and minutes."""
-    rows = [[name, f"{stage['steps']:,}", f"{stage['seconds'] / 60:.1f}"] for name, stage in stages.items()]
-    return markdown_table(["stage", "steps", "minutes"], rows)
-
-
-def is_training(results: Any) -> bool:
-    """Whether results are those of scripts/train_drive.py."""
-    return (
-        isinstance(results, Mapping)
-        and len(results) > 0
-        and all(isinstance(stage, Mapping) and {"steps", "seconds"} <= stage.keys() for stage in results.values())
-    )
-
-
-TERA = 1e12
-PLACE = re.compile(r"(<!-- table: *(\S+) *-->\n).*?(<!-- end of table -->)", flags=re.DOTALL)
-BEGINS = "<!-- table:"
-
-
-def fill_document(document: Path) -> str:
-    """The text of a document with all its tables made anew; raises UserError."""
-    text = document.read_text(encoding="utf-8")
-    if not PLACE.search(text) or len(PLACE.findall(text)) != text.count(BEGINS):
-        raise UserError(
-            f"{document}: expected places for tables, '<!-- table: FILE.json -->' and below '<!-- end of table -->', "
-            f"found {len(PLACE.findall(text))} whole ones of {text.count(BEGINS)}"
-        )
-    return PLACE.sub(lambda place: f"{place[1]}{_table_at(document, place[2])}{place[3]}", text)
-
-
-def _table_at(document: Path, place: str) -> str:
-    file, _, part = place.partition("#")
-    return table_of(document.parent / file, part)
-
-
-def table_of(path: Path, part: str = "") -> str:
-    """The table of a file of results, or of the config of a bundle; raises UserError.
-
-    part: of a benchmark's record: a section, `goals` or `run`.
-    """
-    if path.suffix == ".yaml":
-        return bundle_table(path.parent)
-    try:
-        results = parse_json(path.read_bytes())
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: expected results of evaluate.py or ablate.py, found no such file") from error
-    except ValueError as error:
-        raise UserError(f"{path}: expected JSON, found something else ({error})") from error
-    if isinstance(results, dict) and {"columns", "runs", "references", "rows"} <= results.keys():
-        return ablation_table(results)
-    if isinstance(results, dict) and {"measures", "rows"} <= results.keys():
-        return evaluation_table(results)
-    if is_record(results):
-        return benchmark_table(results, part, path)
-    if is_training(results):
-        return training_table(results)
-    raise UserError(f"{path}: expected results of evaluate.py or ablate.py, found other JSON")
-
-
 def benchmark_table(results: Mapping[str, Any], part: str, path: Path) -> str:
-    """A section of a benchmark's record, its goals, or when and where it was run."""
+    """A section of a benchmark's record, its goals, or its date and machine."""
     rows = rows_of(results)
     if part == "run":
         if results["date"] is None:
             return markdown_table(["run", "where"], [["none yet", ""]])
-        peaks = ", ".join(f"{peak / TERA:.3g} TFLOP/s in {name}" for name, peak in results["peaks"].items())
+        peaks = ", ".join(f"{peak / 1e12:.3g} TFLOP/s in {name}" for name, peak in results["peaks"].items())
         lines = [[results["date"], results["machine"], f"{results['threads']}", peaks]]
         return markdown_table(["run", "where", "threads", "fastest matrix product"], lines)
     if part == "goals":
@@ -135,13 +122,13 @@ def benchmark_table(results: Mapping[str, Any], part: str, path: Path) -> str:
     found = [row for row in rows if row.section == part]
     if not found:
         known = ", ".join(dict.fromkeys(row.section for row in rows))
-        raise UserError(f"{path}#{part}: expected run, goals or a section that was run ({known}), found {part!r}")
+        raise UserError(f"{path}#{part}: expected run, goals or a measured section ({known}), found {part!r}")
     headings, *lines = table_rows(found)
     return markdown_table(headings, lines)
 
 
 def evaluation_table(report: Mapping[str, Any]) -> str:
-    """A line for each row of a report of scripts/evaluate.py: means and their 95% intervals, then distances."""
+    """A line per row of a report of scripts/evaluate.py: means with 95% intervals, then distances."""
     kinds = [("estimates", name, its) for name, its in report["measures"].items()]
     kinds += [("distances", name, its) for name, its in report.get("distances", {}).items()]
     lines = [

@@ -68,7 +68,7 @@ def test_a_run_prints_and_writes(run, without_peers, tmp_path):
     path = tmp_path / "out/record.json"
     assert "| ours |" in table_of(path, "train")
     assert record["date"] in table_of(path, "run")
-    with pytest.raises(UserError, match=r"record.json#memory: expected run, goals or a section that was run"):
+    with pytest.raises(UserError, match=r"record.json#memory: expected run, goals or a measured section"):
         table_of(path, "memory")
 
 

@@ -1,4 +1,4 @@
-"""The tables of a model card, and, where the project has its bundled model, that model."""
+"""The tables of a model card, and the bundled model if it has weights."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def bundle(tmp_path) -> Path:
     return tmp_path / "drive"
 
 
-def test_a_bundle_in_a_table(bundle):
+def test_the_table_of_a_bundle(bundle):
     table = table_of(bundle / "config.yaml")
     unet = sum(one.numel() for name, one in video_state().items() if name.startswith("model."))
     files = [line.split(" | ") for line in table.splitlines() if line.startswith("| `")]
@@ -51,7 +51,7 @@ def test_a_bundle_in_a_table(bundle):
         table_of(bundle / "config.yaml")
 
 
-def test_the_card_gets_its_numbers_from_files(bundle):
+def test_the_card_takes_its_numbers_from_files(bundle):
     shutil.copy(CARD, bundle / "README.md")
     stages = {"image": {"minutes": 10, "steps": 1234, "seconds": 601.3}, "video": {"steps": 7, "seconds": 30}}
     (bundle / "training.json").write_text(json.dumps(stages))
@@ -65,14 +65,11 @@ def test_the_card_gets_its_numbers_from_files(bundle):
     assert text.count("| model | 64 | 0.88 (0.80 to 0.90) |") == len(evaluations) > 1 and "32x32 pixels" in text
 
 
-def test_results_of_another_kind_are_refused(tmp_path):
+def test_other_json_is_an_error(tmp_path):
     for results in ({}, {"image": {"steps": 3}}, [1]):
         (tmp_path / "x.json").write_text(json.dumps(results))
         with pytest.raises(UserError, match=r"x.json: expected results of .*, found other JSON"):
             table_of(tmp_path / "x.json")
-
-
-# the model that comes with the project
 
 
 @WITH_WEIGHTS
@@ -83,7 +80,7 @@ def test_the_bundled_model_is_small_and_its_card_is_up_to_date():
 
 
 @WITH_WEIGHTS
-def test_the_bundled_model_makes_different_pictures_of_different_prompts():
+def test_the_bundled_model_follows_the_prompt():
     generator = ClipGenerator(BUNDLED)
     prompts = ("volcano fire burning scenic byway road drive", "snow scenic byway road drive")
     clips = []

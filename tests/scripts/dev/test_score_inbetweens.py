@@ -1,4 +1,4 @@
-"""Scoring frames in between: held-out clips only, errors beside those of the blend, known latents bit for bit."""
+"""Scores of frames between known frames: held-out clips only, errors beside the blend, known latents bit for bit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DATA = {"root": "elsewhere", "frames": 5, "strides": [1, 2], "val_share": 0.4, "
 
 @pytest.fixture
 def prepared(tmp_path, checkpoint):
-    """Scenes whose latents grow evenly from frame to frame, so that a blend is exact."""
+    """Scenes whose latents change linearly from frame to frame, which a blend reproduces exactly."""
     contents = read_checkpoint(checkpoint)
     return make_prepared(
         tmp_path / "set", [20] * 8, moments_shape=[8, 4, 4], context_shape=[3, 16], scale_factor=0.01,
@@ -34,22 +34,23 @@ def prepared(tmp_path, checkpoint):
 @pytest.fixture
 def checkpoint(tmp_path):
     config = copy.deepcopy(CONFIG)
-    words = config["model"]["params"]["unet_config"]["params"]
-    words |= {"in_channels": 9, "fps_embedding": True, "known_level_embedding": True}
+    config["model"]["params"]["unet_config"]["params"] |= {
+        "in_channels": 9,
+        "fps_embedding": True,
+        "known_level_embedding": True,
+    }
     config["data"] = {"target": "ldm.data.clips.ClipDataModule", "params": DATA}
     config["model"]["params"]["scale_factor"] = 0.01
-    params = {
-        word: config["model"]["params"][word] for word in ("unet_config", "first_stage_config", "cond_stage_config")
-    }
+    params = {key: config["model"]["params"][key] for key in ("unet_config", "first_stage_config", "cond_stage_config")}
     unet = LatentVideoDiffusion(**params, learning_rate=1e-3).unet
-    told = {f"model.diffusion_model.{name}": tensor for name, tensor in unet.state_dict().items()}
-    path = tmp_path / "told.ckpt"
-    torch.save({"state_dict": {**told, **video_state()}, "config": config}, path)
+    weights = {f"model.diffusion_model.{name}": tensor for name, tensor in unet.state_dict().items()}
+    path = tmp_path / "conditioned.ckpt"
+    torch.save({"state_dict": {**weights, **video_state()}, "config": config}, path)
     return path
 
 
 class Blender(torch.nn.Module):
-    """Stands for the network: as if the clean latents were those of the known ends, blended."""
+    """Stands for the network: predicts the blend of both known frames."""
 
     has_fps_embedding = has_known_level = True
 
@@ -64,13 +65,13 @@ class Blender(torch.nn.Module):
         return (x[:, :, :4] - signal * blended) / noise
 
 
-def test_a_network_that_blends_scores_as_the_blend(checkpoint, prepared):
+def test_a_network_that_blends_has_the_error_of_the_blend(checkpoint, prepared):
     generator = ClipGenerator(checkpoint)
     generator._unet = Blender(generator.schedule)
     data = score_inbetweens.held_out(generator, prepared)
     rows = score_inbetweens.score(generator, data, num=4, steps=10, sampler="ddim", seed=0)
     assert {row["fps"] for row in rows} == generator._unet.rates == {10.0, 5.0}
-    assert all(row["blend"] < 1e-9 for row in rows)  # these scenes change evenly
+    assert all(row["blend"] < 1e-9 for row in rows)  # these scenes change linearly
     left = 1 - generator.schedule.alphas_cumprod[0].item()  # variance of the noise where DDIM ends
     assert all(row["model"] < 3 * left for row in rows)
 
@@ -91,16 +92,16 @@ def test_errors_are_those_of_the_frames_made(checkpoint, prepared, monkeypatch):
     assert "| 10 | 1 | 2.0000 | 1.0000 | 50.0% | 75.0% |" in score_inbetweens.summary([half])
 
 
-def test_clips_of_other_encoders_are_not_scored(checkpoint, tmp_path):
+def test_clips_of_other_encoders_are_an_error(checkpoint, tmp_path):
     other = make_prepared(tmp_path / "other", [20] * 8, moments_shape=[8, 4, 4], context_shape=[3, 16])
     with pytest.raises(UserError, match="other"):
         score_inbetweens.held_out(ClipGenerator(checkpoint), other)
 
 
-def test_the_command_scores_clips_never_trained_on(checkpoint, prepared, tmp_path, capsys):
+def test_the_command_scores_held_out_clips(checkpoint, prepared, tmp_path, capsys):
     out = tmp_path / "rows.json"
-    words = ["--ckpt", str(checkpoint), "--prepared", str(prepared), "--clips", "2", "--steps", "2", "--out", str(out)]
-    score_inbetweens.main(words)
+    common = ["--ckpt", str(checkpoint), "--prepared", str(prepared)]
+    score_inbetweens.main([*common, "--clips", "2", "--steps", "2", "--out", str(out)])
     table = capsys.readouterr().out
     rows = json.loads(out.read_text())
     assert len(rows) == 4 and all(np.isfinite(row["model"]) for row in rows)
@@ -111,7 +112,7 @@ def test_the_command_scores_clips_never_trained_on(checkpoint, prepared, tmp_pat
     assert not trained & {part.scene.key for part, _, _ in data.val_clips.windows}
 
 
-def test_what_cannot_be_scored_is_said(checkpoint, prepared, tmp_path):
+def test_checkpoints_that_cannot_be_scored_are_errors(checkpoint, prepared, tmp_path):
     plain = tmp_path / "plain.ckpt"
     torch.save({"state_dict": video_state(), "config": CONFIG}, plain)
     with pytest.raises(UserError, match="frames between: expected a network that takes known frames"):
@@ -121,5 +122,5 @@ def test_what_cannot_be_scored_is_said(checkpoint, prepared, tmp_path):
     contents = torch.load(checkpoint, weights_only=True)
     contents["config"].pop("data")
     torch.save(contents, plain)
-    with pytest.raises(UserError, match=r"plain\.ckpt: expected a checkpoint of a training run here"):
+    with pytest.raises(UserError, match=r"plain\.ckpt: expected the checkpoint of a training run"):
         score_inbetweens.main(["--ckpt", str(plain), "--prepared", str(prepared)])

@@ -1,4 +1,4 @@
-"""Sheets of clips that nobody chose."""
+"""Contact sheets of clips by seed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def run_here(words):
     txt2vid.main([*words[1:], "--device", "cpu"])
 
 
-def test_a_seed_always_stands_for_the_same():
+def test_a_seed_always_gives_the_same_style_and_prompt():
     chosen = [show_seeds.choose(seed) for seed in range(16)]
     assert chosen == [show_seeds.choose(seed) for seed in range(16)]
     assert len({one.look for one in chosen}) > 8
@@ -48,7 +48,7 @@ def test_sheets_and_page(tmp_path, capsys):
         assert f"![{one.look}](images/drive/{one.seed:02}.png)" in text
 
 
-def test_a_clip_of_another_seed_is_noticed(tmp_path):
+def test_a_clip_of_another_seed_is_an_error(tmp_path):
     torch.save({"state_dict": video_state(), "config": {**CONFIG, **SMALL}}, tmp_path / "last.ckpt")
 
     def run_other(words):
@@ -59,11 +59,11 @@ def test_a_clip_of_another_seed_is_noticed(tmp_path):
         show_seeds.make_sheets(tmp_path / "last.ckpt", [show_seeds.choose(0)], tmp_path, tmp_path / "i", run_other)
 
 
-def test_bad_input(tmp_path):
+def test_errors(tmp_path):
     for number in ("0", "101"):
         with pytest.raises(UserError, match=f"--seeds: expected 1 to 100, found {number}"):
             show_seeds.main(["--seeds", number])
     script = tmp_path / "fails.py"
     script.write_text("raise SystemExit(3)")
-    with pytest.raises(UserError, match=r"fails.py ended with status 3; it says why above"):
+    with pytest.raises(UserError, match=r"fails.py ended with status 3; see its message above"):
         show_seeds.run_in_root([str(script)])
