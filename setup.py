@@ -55,6 +55,7 @@ setup(
     version="0.1.0",
     description="Stable Diffusion v1 with a sense of time",
     packages=find_packages(include=["ldm", "ldm.*"]),
+    package_data={"ldm.data.world": ["looks.yaml"]},
     python_requires=">=3.11",
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
