@@ -29,12 +29,12 @@ from ldm import checkpoint
 from ldm.config import check, load_config, to_container
 from ldm.config.schema import FLAG, is_trusted, trusting
 from ldm.data.preparing.footage import FootageError, name_videos
-from ldm.data.preparing.parts import Settings
+from ldm.data.preparing.parts import EncodingSettings
 from ldm.data.preparing.preparation import SHARD_BYTES, Preparation
 from ldm.data.preparing.report import make_progress, print_looks, print_table, summary, write_preview
 from ldm.data.preparing.sources import (
     Encoders,
-    Plan,
+    PreparePlan,
     Source,
     VideoSource,
     find_captions,
@@ -144,7 +144,7 @@ def read_size(arguments: argparse.Namespace, defaults: dict[str, Any]) -> list[i
     return size
 
 
-def read_settings(arguments: argparse.Namespace, config: DictConfig) -> Settings:
+def read_settings(arguments: argparse.Namespace, config: DictConfig) -> EncodingSettings:
     """Everything that all scenes of the data set will have in common."""
     defaults = dict(config.get("prepare") or {})
     if unknown := set(defaults) - {"fps", "size"}:
@@ -154,7 +154,7 @@ def read_settings(arguments: argparse.Namespace, config: DictConfig) -> Settings
         raise UserError(f"--fps: expected frames a second above 0, found {fps:g}")
     size = read_size(arguments, defaults)
     first_stage, text_encoder = identities(config)
-    return Settings(
+    return EncodingSettings(
         first_stage=first_stage,
         text_encoder=text_encoder,
         scale_factor=checkpoint.latent_scale(config),
@@ -165,7 +165,7 @@ def read_settings(arguments: argparse.Namespace, config: DictConfig) -> Settings
 
 
 def prepare_all(
-    plan: Plan, ready: Iterable[Source], preparation: Preparation, encoders: Encoders, progress: Progress
+    plan: PreparePlan, ready: Iterable[Source], preparation: Preparation, encoders: Encoders, progress: Progress
 ) -> None:
     """Prepare the sources one by one, as they are ready; those that turn out to be unusable are noted in the plan."""
     expected = [source.num_frames for source in plan.sources]
@@ -182,7 +182,7 @@ def prepare_all(
         progress.update(task, completed=before, total=before + to_come)
 
 
-def note_broken(plan: Plan, source: Source, reason: str, preparation: Preparation) -> None:
+def note_broken(plan: PreparePlan, source: Source, reason: str, preparation: Preparation) -> None:
     """Note why a source cannot be prepared, in the plan and, for a video that is still there, for the next run."""
     path = source.path if isinstance(source, VideoSource) else source.name
     plan.unusable[source.name] = reason.removeprefix(f"{path}: ")
@@ -191,7 +191,7 @@ def note_broken(plan: Plan, source: Source, reason: str, preparation: Preparatio
 
 
 def prepare_on_ray(
-    plan: Plan, preparation: Preparation, config: DictConfig, given: argparse.Namespace, progress: Progress
+    plan: PreparePlan, preparation: Preparation, config: DictConfig, given: argparse.Namespace, progress: Progress
 ) -> dict[str, str]:
     """The same by the workers of a Ray cluster; returns what was cut of captions that are too long."""
     workers = ray_workers()
@@ -221,7 +221,7 @@ def ray_workers() -> ModuleType:
         raise UserError('--engine ray: the package ray is missing; pip install -e ".[ray]"') from error
 
 
-def captions_of(plan: Plan) -> list[str]:
+def captions_of(plan: PreparePlan) -> list[str]:
     """Every caption of the videos that are to be prepared, once; drawn clips have their own, which fit."""
     videos = (source for source in plan.sources if isinstance(source, VideoSource))
     return list(dict.fromkeys(caption for source in videos for caption in source.captions))
@@ -271,7 +271,7 @@ def carry_out(given: argparse.Namespace, console: Console) -> None:
 
 
 def prepare_here(
-    plan: Plan, preparation: Preparation, config: DictConfig, processes: int | None, progress: Progress
+    plan: PreparePlan, preparation: Preparation, config: DictConfig, processes: int | None, progress: Progress
 ) -> Encoders:
     """Prepare what is planned in this process; returns the encoders that did it."""
     encoders = Encoders(config)
@@ -289,7 +289,7 @@ def prepare_here(
 def finish(
     given: argparse.Namespace,
     preparation: Preparation,
-    plan: Plan,
+    plan: PreparePlan,
     encoders: Callable[[], Encoders],
     console: Console,
 ) -> None:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ldm.data.preparing.preparation import Preparation, Settings
+from ldm.data.preparing.preparation import EncodingSettings, Preparation
 from ldm.data.shards import PreparedSet
 
-SETTINGS = Settings(
+SETTINGS = EncodingSettings(
     first_stage="a" * 64, text_encoder="b" * 64, scale_factor=0.18215, fps=10.0, size=[64, 64], num_tokens=5
 )
 CAPTIONS = ["a drive", "eine Fahrt → Süden"]

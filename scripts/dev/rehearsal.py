@@ -26,7 +26,7 @@ from ldm.checkpoint import full_state_dict, identity, is_temporal, read_checkpoi
 from ldm.checkpoint.encoders import encoder_tensors, latent_scale
 from ldm.checkpoint.names import FIRST_STAGE_PREFIX, TEXT_PREFIX, UNET_PREFIX, average_names
 from ldm.config import build, to_container
-from ldm.data.preparing.preparation import Preparation, Settings
+from ldm.data.preparing.preparation import EncodingSettings, Preparation
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
 from ldm.experiments.tables import markdown_table
@@ -298,7 +298,7 @@ def write_random_clips(folder: Path, config: DictConfig | Mapping[str, Any], ima
         for prefix in (FIRST_STAGE_PREFIX, TEXT_PREFIX)
     }
     unet, pixels = config["model"]["params"]["unet_config"]["params"], pixels_per_latent(config)
-    settings = Settings(
+    settings = EncodingSettings(
         first_stage=names[FIRST_STAGE_PREFIX],
         text_encoder=names[TEXT_PREFIX],
         scale_factor=latent_scale(config),

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from ldm.callbacks.motion import _begin
 from ldm.config import ConfigError, check, load_config
 from ldm.config.schema import trusting
-from ldm.data.preparing.preparation import Preparation, Settings
+from ldm.data.preparing.preparation import EncodingSettings, Preparation
 from ldm.data.shards import PreparedSet
 from ldm.data.shards.index import DATASET_FILE, EMPTY_FILE, INDEX_FILE, DatasetError
 from ldm.data.stream import StreamDataModule
@@ -314,7 +314,7 @@ def test_a_shard_that_is_a_pipe_does_not_hang(tmp_path):
 
 
 def test_a_note_of_a_half_prepared_folder_names_no_other_file(tmp_path):
-    settings = Settings("a" * 64, "b" * 64, 1.0, 10.0, [64, 64], 5)
+    settings = EncodingSettings("a" * 64, "b" * 64, 1.0, 10.0, [64, 64], 5)
     victim = tmp_path / "victim.tar"
     victim.touch()
     work = tmp_path / "out" / ".unfinished"

@@ -24,7 +24,7 @@ _SHA256 = re.compile("[0-9A-Za-z_-]{1,128}")
 
 
 @dataclass(frozen=True)
-class Settings:
+class EncodingSettings:
     """What every scene of a prepared folder has in common; another value needs another folder."""
 
     first_stage: str
@@ -103,7 +103,7 @@ def hash_file(path: Path) -> str:
 class PartWriter:
     """The scenes of one video on their way to disk."""
 
-    def __init__(self, report: VideoReport, settings: Settings, shard: ShardWriter) -> None:
+    def __init__(self, report: VideoReport, settings: EncodingSettings, shard: ShardWriter) -> None:
         self.report = report
         self.entries: list[SceneEntry] = []
         self._settings = settings
@@ -167,7 +167,7 @@ class Note:
 class PartFolder:
     """A folder that gets the parts of videos under `settings`, one after the other."""
 
-    def __init__(self, folder: Path, settings: Settings) -> None:
+    def __init__(self, folder: Path, settings: EncodingSettings) -> None:
         self.folder, self.settings = folder, settings
 
     @contextmanager

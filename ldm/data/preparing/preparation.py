@@ -22,7 +22,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from ldm.data.preparing.parts import Broken, Note, PartFolder, PartWriter, Settings, VideoReport
+from ldm.data.preparing.parts import Broken, EncodingSettings, Note, PartFolder, PartWriter, VideoReport
 from ldm.data.shards import (
     DATASET_FILE,
     EMPTY_FILE,
@@ -57,7 +57,11 @@ class Preparation:
     """
 
     def __init__(
-        self, out: Path | str, settings: Settings, shard_bytes: int = SHARD_BYTES, share: tuple[int, int] = (1, 1)
+        self,
+        out: Path | str,
+        settings: EncodingSettings,
+        shard_bytes: int = SHARD_BYTES,
+        share: tuple[int, int] = (1, 1),
     ) -> None:
         self.out = Path(out)
         self.settings = settings
@@ -173,7 +177,7 @@ class Preparation:
             found = {name: info[name] for name in asdict(self.settings)}
         elif begun.is_file():
             with _reading(begun, self._begin_again) as content:
-                found = asdict(Settings(**parse_json(content)))
+                found = asdict(EncodingSettings(**parse_json(content)))
         else:
             return
         differences = [

@@ -26,7 +26,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 
 from ldm.config.schema import trusting
 from ldm.data.preparing.footage import FootageError
-from ldm.data.preparing.parts import PartFolder, Settings, VideoReport
+from ldm.data.preparing.parts import EncodingSettings, PartFolder, VideoReport
 from ldm.data.preparing.preparation import Preparation
 from ldm.data.preparing.sources import Encoders, Source, identities, prepare_source
 from ldm.errors import UserError
@@ -43,7 +43,7 @@ class Work:
     """What all workers are told: the config's content, what all scenes have in common, and their share of a machine."""
 
     config: dict[str, Any]
-    settings: Settings
+    settings: EncodingSettings
     is_trusted: bool
     num_cpus: int
 

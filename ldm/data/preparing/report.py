@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ldm.data.preparing.parts import VideoReport
-from ldm.data.preparing.sources import Encoders, Plan
+from ldm.data.preparing.sources import Encoders, PreparePlan
 from ldm.data.shards import PreparedSet
 from ldm.files import replacing
 from ldm.video import contact_sheet
@@ -29,7 +29,7 @@ from ldm.video import contact_sheet
 PREVIEW_SCENES, PREVIEW_FRAMES = 4, 5
 
 
-def print_table(plan: Plan, fresh: list[VideoReport], console: Console) -> None:
+def print_table(plan: PreparePlan, fresh: list[VideoReport], console: Console) -> None:
     """What was kept, what was dropped and why."""
     table = Table(title="prepared footage")
     for column in ("video", "scenes", "frames", "dropped"):
@@ -44,7 +44,7 @@ def print_table(plan: Plan, fresh: list[VideoReport], console: Console) -> None:
     console.print(table, markup=False)
 
 
-def print_looks(plan: Plan, fresh: list[VideoReport], console: Console) -> None:
+def print_looks(plan: PreparePlan, fresh: list[VideoReport], console: Console) -> None:
     """How many clips there are of each look, and what is wrong with any."""
     table = Table(title="drawn clips")
     for column in ("look", "clips", "frames", "dropped"):
@@ -92,7 +92,7 @@ def make_progress(console: Console) -> Progress:
     return Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console)
 
 
-def summary(prepared: PreparedSet, plan: Plan, fresh: list[VideoReport], is_drawn: bool) -> str:
+def summary(prepared: PreparedSet, plan: PreparePlan, fresh: list[VideoReport], is_drawn: bool) -> str:
     """The last line: what the folder holds now."""
     info = prepared.info
     kind = "clips" if is_drawn else "videos"

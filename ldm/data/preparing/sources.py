@@ -22,7 +22,7 @@ from omegaconf import DictConfig
 from ldm import checkpoint
 from ldm.checkpoint.names import FIRST_STAGE_PREFIX, TEXT_PREFIX
 from ldm.data.preparing.footage import FootageError, find_scenes, probe, read_frames
-from ldm.data.preparing.parts import PartFolder, Settings, VideoReport, hash_file
+from ldm.data.preparing.parts import EncodingSettings, PartFolder, VideoReport, hash_file
 from ldm.data.preparing.preparation import Preparation
 from ldm.errors import UserError
 from ldm.modules.posterior import posterior_mean
@@ -161,7 +161,7 @@ class Source(Protocol):
     sha256: str
     num_frames: int  # at the prepared rate, as far as known beforehand
 
-    def open(self, settings: Settings) -> Footage:
+    def open(self, settings: EncodingSettings) -> Footage:
         """Begin to read it. Raises FootageError at once or, for damage further on, from the frames."""
 
 
@@ -189,13 +189,13 @@ class VideoSource:
     path: Path
     captions: list[str]
 
-    def open(self, settings: Settings) -> Footage:
+    def open(self, settings: EncodingSettings) -> Footage:
         frames = read_frames(self.path, settings.fps, tuple(settings.size))
         return Footage(frames, find_scenes(self.path, settings.fps).scenes, self.captions)
 
 
 @dataclass
-class Plan:
+class PreparePlan:
     """What is to be done, what cannot be used and why (by name), and what was done before."""
 
     sources: list[Source] = field(default_factory=list)
@@ -215,12 +215,12 @@ def plan_videos(
     captions: dict[Path, list[str]],
     preparation: Preparation,
     retry_broken: bool = False,
-) -> Plan:
+) -> PreparePlan:
     """Look at every file; `names` are pairs of path and name in the data set.
 
     What an earlier run could not prepare is left out, unless `retry_broken`.
     """
-    plan = Plan()
+    plan = PreparePlan()
     found: dict[str, VideoSource] = {}
     twins: dict[str, list[str]] = {}
     for path, name in names:

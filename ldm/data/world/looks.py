@@ -72,11 +72,10 @@ class Look:
 def read_styles(path: Path) -> dict[str, Look]:
     """The styles of a YAML file by name, in its order; raises UserError."""
     styles: dict[str, Look] = {}
-    for name, values in yaml.load(
-        path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    ).items():
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    for name, given in yaml.load(path.read_text(encoding="utf-8"), loader).items():
         try:
-            values = _frozen(values)
+            values = _frozen(given)
             styles[name] = Look(name, **{**values, "things": tuple(Things(**things) for things in values["things"])})
         except (TypeError, ValueError, KeyError) as error:
             raise UserError(f"{path}: {name}: expected the keys of a style and colours as #rrggbb ({error})") from error

@@ -18,9 +18,9 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ldm.config import nearest
-from ldm.data.preparing.parts import Settings
+from ldm.data.preparing.parts import EncodingSettings
 from ldm.data.preparing.preparation import FINISH_OR_FRESH, Preparation
-from ldm.data.preparing.sources import MAX_SCENE_FRAMES, Footage, Plan
+from ldm.data.preparing.sources import MAX_SCENE_FRAMES, Footage, PreparePlan
 from ldm.data.shards import DatasetError
 from ldm.data.world import LOOKS, RATES, SIZES, WorldClip, draw_clip
 from ldm.errors import UserError
@@ -96,7 +96,7 @@ class DrawnSource:
     def name(self) -> str:
         return f"drawn/{self.look}/{self.seed:09d}"
 
-    def open(self, settings: Settings) -> Footage:
+    def open(self, settings: EncodingSettings) -> Footage:
         """The clip, drawn now if it is not yet; its one scene may be a single frame."""
         clip = self.clip or draw_clip(self.look, self.seed, self.num_frames, settings.size, settings.fps)
         notes = {"look": self.look, "seed": self.seed, "speed": _plain(clip.speed), "yaw": _plain(clip.yaw)}
@@ -119,7 +119,7 @@ def plan_world(
     seed: int,
     preparation: Preparation,
     share: tuple[int, int] = (1, 1),
-) -> Plan:
+) -> PreparePlan:
     """Clips number 0 to `num_clips` - 1 of a seed, the looks in turn, so that more can be added later.
 
     share: (i, n) for the i-th n-th of them, i from 1.
@@ -131,7 +131,7 @@ def plan_world(
     check_world(num_clips, num_frames, seed, settings)
     marks = {look: _mark(look) for look in looks[:num_clips]}
     by_name = {report.source: report for report in preparation.reports.values()}
-    plan = Plan()
+    plan = PreparePlan()
     for number in range(share[0] - 1, num_clips, share[1]):
         look = looks[number % len(looks)]
         about = {
@@ -154,7 +154,7 @@ def plan_world(
     return plan
 
 
-def check_world(num_clips: int, num_frames: int, seed: int, settings: Settings) -> None:
+def check_world(num_clips: int, num_frames: int, seed: int, settings: EncodingSettings) -> None:
     """Raise UserError for what cannot be drawn."""
     for name, value, least, most in (
         ("--world", num_clips, 1, SEEDS_EACH),
@@ -167,7 +167,7 @@ def check_world(num_clips: int, num_frames: int, seed: int, settings: Settings) 
             raise UserError(f"{name}: the drawn world takes {least:,} to {most:,}, found {value:,}")
 
 
-def draw_ahead(sources: Sequence[DrawnSource], settings: Settings, processes: int) -> Iterator[DrawnSource]:
+def draw_ahead(sources: Sequence[DrawnSource], settings: EncodingSettings, processes: int) -> Iterator[DrawnSource]:
     """The sources in their order; with more than one process, drawn there, some ahead of the one that is asked for."""
     if processes == 1 or len(sources) < 2:
         yield from sources

@@ -10,7 +10,10 @@ import pytest
 
 from ldm.data.world import LOOKS, draw_clip, paint_frame, plan_scene
 from ldm.data.world.looks import LOOKS as THEIR_LOOKS
+from ldm.data.world.looks import STYLES_FILE, read_styles
 from ldm.data.world.standing import find_seen
+from ldm.data.world.things import BILLBOARDS, BOXES, WALLS
+from ldm.data.world.weather import WEATHER
 from ldm.errors import UserError
 
 SIZE = 64
@@ -40,6 +43,32 @@ def warp_error(clip) -> float:
 def test_there_are_looks_enough_and_those_of_the_post():
     assert len(LOOKS) >= 24
     assert {"cyberpunk", "volcano fire", "summer dawn"} <= set(LOOKS)
+
+
+def test_every_kind_that_a_style_names_can_be_drawn():
+    for look in THEIR_LOOKS.values():
+        assert {things.kind for things in look.things} <= {*BILLBOARDS, *BOXES}
+        assert look.rail is None or look.rail[0] in WALLS
+        assert look.weather is None or look.weather in WEATHER
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "found"),
+    [
+        ('haze: "#5d2118"', 'haze: "#5d21"', "found the colour '#5d21'"),
+        ("visible: 100", "visibel: 100", "'visibel'"),
+        ("pattern: lava", "", "'pattern'"),
+        ("  things:", "  objects:", "'things'"),
+        ("kind: mound, ", "", "'kind'"),
+    ],
+)
+def test_malformed_styles_are_refused(tmp_path, before, after, found):
+    path = tmp_path / "looks.yaml"
+    text = STYLES_FILE.read_text()
+    assert before in text
+    path.write_text(text.replace(before, after, 1))
+    with pytest.raises(UserError, match=rf"volcano fire: expected the keys of a style .*{re.escape(found)}"):
+        read_styles(path)
 
 
 @pytest.mark.parametrize("look", LOOKS)
