@@ -1,4 +1,4 @@
-"""Which device the networks of a command run on, in which precision, and how its libraries are set."""
+"""Device, precision, GPU settings and memory of the process of a command."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _MALLOC = ((-3, 32 * 2**20), (-1, 2**31 - 1), (-2, 64 * 2**20))
 
 
 def choose_device(name: str) -> torch.device:
-    """The device called `name`, which must be there; "auto" takes the best."""
+    """The device `name`, "auto" for the best one. Raises `UserError` if this machine does not have it."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        if not re.fullmatch(r"cpu|cuda(:\d+)?|mps", name):  # torch knows others, such as "meta"
+        if not re.fullmatch(r"cpu|cuda(:\d+)?|mps", name):  # torch accepts others, such as "meta"
             raise RuntimeError("there is no such device")
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -33,20 +33,18 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_precision(given: str | None, device: torch.device) -> str:
-    """What was given, or what suits the device."""
+    """`given`, or bf16 on a GPU that has it and full elsewhere."""
     if given is not None:
         return given
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "full"
 
 
 def set_up_gpu(exact: bool, repeatable: bool) -> None:
-    """Choose what torch leaves open on NVIDIA cards, for the whole process; elsewhere it changes nothing.
+    """Set float32 precision and the choice of cuDNN algorithms for the process; without a GPU nothing changes.
 
-    exact: products and convolutions of float32 numbers are computed in float32. If not, in TF32, whose factors have 10
-        bits of fraction instead of 23, at several times the speed. Who asks for full precision gets it; where bfloat16
-        or float16 is asked for, what is left in float32 takes TF32.
-    repeatable: cuDNN takes algorithms that give the same bits again. If not, it tries several for each size it meets
-        and keeps the fastest: training has few sizes.
+    exact: float32 products and convolutions in float32; False: in TF32 (10 bits of fraction instead of 23), at several
+        times the speed. Commands set it for full precision; in bf16 or fp16 the remaining float32 uses TF32.
+    repeatable: deterministic algorithms; False: the fastest, measured for each new input size.
     """
     if not torch.cuda.is_available():
         return
@@ -57,11 +55,10 @@ def set_up_gpu(exact: bool, repeatable: bool) -> None:
 
 
 def keep_freed_memory() -> bool:
-    """Let this process keep memory that it frees instead of giving it back; whether that could be arranged.
+    """Have glibc keep freed memory for the next step instead of returning it; returns whether that was set.
 
-    Every step of a network frees what it takes and takes it again; given back, each page is cleared by the system
-    before it comes again. With glibc, blocks of up to 32 MiB, the most it allows, are then cut from memory that stays.
-    Where the environment says how glibc is to go about it, that holds.
+    The kernel clears every page that it hands out again. Blocks of up to 32 MiB, glibc's maximum, are then taken from
+    memory that the process keeps. Allocator settings in the environment take precedence.
     """
     if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         return False
@@ -73,10 +70,10 @@ def keep_freed_memory() -> bool:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes ever in use: by PyTorch on a card, resident of this process elsewhere."""
+    """Peak memory in bytes: allocated by PyTorch on a GPU, resident memory of this process elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
-    if status.exists():  # the kernel's other number begins with what the process had that started this one
+    if status.exists():  # ru_maxrss includes the peak of the parent process
         return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text(encoding="ascii", errors="replace"))[1])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -43,6 +43,11 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return ((actual - expected).norm() / expected.norm().clamp_min(1e-30)).item()
 
 
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Standard normal float32 numbers, the same ones for a seed."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
 @pytest.fixture(scope="session")
 def goldens():
     """`goldens("unet")` -> dict of tensors recorded from the public reference implementations."""

@@ -1,8 +1,7 @@
-"""What noise the frames of a clip get: each its own, or some of it in common, in training and at the start of sampling.
+"""Noise of the frames of a clip, independent or correlated, in training and at the start of sampling; seeds.
 
-Frames of a clip resemble each other, and so may their noise: Ge et al. 2023, "Preserve Your Own Correlation" (section
-3.2, mixed and progressive noise). Offset noise, which lets a network change how bright a whole picture is, is due to
-Guttenberg 2023, "Diffusion with Offset Noise".
+Mixed and progressive noise: Ge et al. 2023, "Preserve Your Own Correlation" (section 3.2). Offset noise, with which a
+network can change the brightness of a whole image: Guttenberg 2023, "Diffusion with Offset Noise".
 """
 
 from __future__ import annotations
@@ -18,10 +17,10 @@ KINDS = ("independent", "mixed", "progressive")
 class NoiseFamily:
     """Unit normal noise for clips.
 
-    kind: "independent" frames; "mixed": all have a part in common; "progressive": each goes on from the one before.
-    share: correlation of neighbouring frames, 0 to below 1. Frames n apart have the same one if mixed, its n-th power
-        if progressive.
-    offset: standard deviation of what is added to each channel of a whole clip.
+    kind: "independent" frames; "mixed": all share one component; "progressive": each continues the one before.
+    share: correlation of neighbouring frames, 0 to below 1. Frames n apart have the same correlation if mixed, its n-th
+        power if progressive.
+    offset: standard deviation of a constant added to each channel of a clip.
     """
 
     def __init__(self, kind: str = "independent", share: float = 0.0, offset: float = 0.0) -> None:
@@ -39,10 +38,7 @@ class NoiseFamily:
         self.kind, self.share, self.offset = kind, share, offset
 
     def draw(self, frames: int, channels: int, h: int, w: int, generator: torch.Generator) -> Tensor:
-        """Noise of a clip, `t c h w`, drawn on the generator's device.
-
-        From the same generator state a longer clip starts with the noise of the shorter one.
-        """
+        """Noise of a clip, `t c h w`, on the generator's device; a longer clip starts with that of a shorter one."""
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator, device=generator.device)
@@ -58,14 +54,14 @@ class NoiseFamily:
         return noise + offset
 
     @classmethod
-    def from_config(cls, words: object) -> NoiseFamily:
-        """The family that `model.params.noise` describes; None: independent frames. Raises `UserError`."""
-        words = {} if words is None else words
+    def from_config(cls, options: object) -> NoiseFamily:
+        """The family of `model.params.noise`; None: independent frames. Raises `UserError`."""
+        options = {} if options is None else options
         known = ("kind", "share", "offset")
-        if not hasattr(words, "items") or (strangers := [word for word in words if word not in known]):
-            found = words if not hasattr(words, "items") else strangers[0]
-            raise UserError(f"model.params.noise: expected the words {', '.join(known)}, found {found!r}")
-        return cls(**words)
+        if not hasattr(options, "items") or (unknown := [key for key in options if key not in known]):
+            found = options if not hasattr(options, "items") else unknown[0]
+            raise UserError(f"model.params.noise: expected the keys {', '.join(known)}, found {found!r}")
+        return cls(**options)
 
 
 def _is_number(value: object) -> bool:
@@ -73,7 +69,7 @@ def _is_number(value: object) -> bool:
 
 
 def mix_seed(seed: int, stream: int, position: int) -> int:
-    """One 63-bit seed from three numbers, far apart for near ones (the finaliser of splitmix64, Steele et al. 2014)."""
+    """A 63-bit seed that depends on its three numbers alone (finaliser of splitmix64, Steele et al. 2014)."""
     mix = (seed * 0x9E3779B97F4A7C15 + stream * 0xD1B54A32D192ED03 + position) & 0xFFFFFFFFFFFFFFFF
     for multiplier, shift in ((0xBF58476D1CE4E5B9, 30), (0x94D049BB133111EB, 27)):
         mix = ((mix ^ (mix >> shift)) * multiplier) & 0xFFFFFFFFFFFFFFFF

@@ -1,9 +1,7 @@
-"""The noise schedule: how much noise each diffusion step adds, what the network is asked to predict, and how much an
-error counts.
+"""The noise schedule: noise level of each diffusion step, prediction target and loss weight. Sampling is not here.
 
-Formulas and equation numbers: Ho et al. 2020, "Denoising Diffusion Probabilistic Models" (DDPM), and for the velocity
-target Salimans & Ho 2022, "Progressive Distillation" (section 3, appendix D). What the noise is like is in `noise.py`.
-Sampling is not here.
+Equation numbers: Ho et al. 2020, "Denoising Diffusion Probabilistic Models" (DDPM); velocity target: Salimans & Ho
+2022, "Progressive Distillation" (section 3, appendix D).
 """
 
 from __future__ import annotations
@@ -18,16 +16,15 @@ MAX_TIMESTEPS = 100_000
 
 
 class NoiseSchedule(nn.Module):
-    """Variance-preserving schedule with CompVis's "linear" betas, which are linear in sqrt(beta).
+    """Variance-preserving schedule with CompVis's "linear" betas, linear in sqrt(beta), computed in float64.
 
     timesteps: number of diffusion steps, 1 to 100,000.
     linear_start, linear_end: first and last beta, 0 < start <= end < 1.
-    parameterization: what the network predicts: "eps" the noise, "x0" the clean latents, "v" the velocity.
-    zero_terminal_snr: shift the betas so that the last step is noise alone, as sampling begins (Lin et al. 2023,
-        "Common Diffusion Noise Schedules and Sample Steps are Flawed", algorithm 1); not with "eps".
+    parameterization: prediction target: "eps" the noise, "x0" the clean latents, "v" the velocity.
+    zero_terminal_snr: the last step is pure noise, as at the start of sampling (Lin et al. 2023, "Common Diffusion
+        Noise Schedules and Sample Steps are Flawed", algorithm 1); not with "eps".
 
-    Everything is computed in float64 and stored as float32. The buffers are not persistent: they follow from three
-    numbers, and `compvis_buffers` gives them under their public names for a checkpoint.
+    The buffers are float32 and not persistent; `compvis_buffers` gives them under their public names for a checkpoint.
     """
 
     alphas_cumprod: Tensor
@@ -54,9 +51,8 @@ class NoiseSchedule(nn.Module):
             )
         if zero_terminal_snr and (parameterization == "eps" or timesteps < 2):
             raise UserError(
-                "zero_terminal_snr: expected parameterization v or x0 (the last step shows nothing but noise, so that "
-                f"to name the noise says nothing of the latents) and 2 timesteps or more, found '{parameterization}' "
-                f"and {timesteps}"
+                "zero_terminal_snr: expected parameterization v or x0 (the last step is pure noise, from which eps "
+                f"recovers no latents) and 2 timesteps or more, found '{parameterization}' and {timesteps}"
             )
         self.num_timesteps = timesteps
         self.zero_terminal_snr = zero_terminal_snr
@@ -75,10 +71,9 @@ class NoiseSchedule(nn.Module):
         return _with_zero_terminal_snr(betas) if self.zero_terminal_snr else betas
 
     def scales_at(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """What the latents and the noise are multiplied by at `timesteps`, `b` each, float32.
+        """Factors of the latents and of the noise at `timesteps`, clamped to the schedule: `b` -> float32 `b`, `b`.
 
-        Between two steps, noise / signal is on the line between theirs, as in the Euler sampler. Steps beyond the first
-        or last are taken as those.
+        Between two steps the ratio noise / signal is linear, as in the Euler sampler.
         """
         steps = timesteps.float().clamp(0, self.num_timesteps - 1)
         below = steps.floor().long()
@@ -88,15 +83,14 @@ class NoiseSchedule(nn.Module):
         ratio = torch.lerp(ratios[below], ratios[above], part)
         signal, noise = (1 + ratio.square()).rsqrt(), ratio * (1 + ratio.square()).rsqrt()
         is_step = part == 0
-        return torch.where(is_step, self.signal_scale[below], signal), torch.where(
-            is_step, self.noise_scale[below], noise
-        )
+        signal = torch.where(is_step, self.signal_scale[below], signal)
+        return signal, torch.where(is_step, self.noise_scale[below], noise)
 
     def loss_weight(self, timesteps: Tensor, min_snr_gamma: float | None) -> Tensor:
-        """How much the squared error of the network's output counts at `timesteps`: `b` -> `b`.
+        """Weight of the squared error of the network's output at `timesteps`: `b` -> `b`.
 
-        min_snr_gamma: the error in the clean latents counts min(SNR, gamma) (Hang et al. 2023, "Efficient Diffusion
-            Training via Min-SNR Weighting Strategy", section 3.4); None: every output counts 1.
+        min_snr_gamma: weights the error in the clean latents by min(SNR, gamma) (Hang et al. 2023, "Efficient Diffusion
+            Training via Min-SNR Weighting Strategy", section 3.4); None: 1.
         """
         signal, noise = self.signal_scale[timesteps].square(), self.noise_scale[timesteps].square()
         if min_snr_gamma is None:
@@ -104,7 +98,7 @@ class NoiseSchedule(nn.Module):
         weight = torch.minimum(signal / noise, torch.full_like(signal, min_snr_gamma))
         if self.parameterization == "x0":
             return weight
-        # An error e in the output is an error e * noise / signal ("eps") or e * noise ("v") in the clean latents.
+        # An error e of the output is an error e * noise / signal ("eps") or e * noise ("v") of the clean latents.
         return weight * (noise / signal if self.parameterization == "eps" else noise)
 
     def add_noise(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -112,19 +106,19 @@ class NoiseSchedule(nn.Module):
         return _over(self.signal_scale, timesteps, clean) * clean + _over(self.noise_scale, timesteps, clean) * noise
 
     def velocity_factor(self, timesteps: Tensor) -> Tensor:
-        """Squared error of the velocity for a squared error 1 of the network's output at `timesteps`: `b` -> `b`."""
+        """Squared error of the velocity per squared error of the network's output at `timesteps`: `b` -> `b`."""
         if self.parameterization == "v":
             return torch.ones_like(self.signal_scale[timesteps])
         scale = self.signal_scale if self.parameterization == "eps" else self.noise_scale
         return scale[timesteps].square().reciprocal()
 
     def with_level(self, known: Tensor, noise: Tensor, levels: Tensor) -> Tensor:
-        """Known latents with the noise of diffusion steps `levels`, 0 for none: `b ...`, `b ...`, `b` -> `b ...`."""
+        """Known latents noised to diffusion steps `levels`, 0 for no noise: `b ...`, `b ...`, `b` -> `b ...`."""
         is_clean = (levels == 0).view(-1, *[1] * (known.ndim - 1))
         return torch.where(is_clean, known, self.add_noise(known, noise, levels))
 
     def target(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the network is trained to return at `timesteps`: `b ...` -> `b ...`."""
+        """The training target of the network at `timesteps`: `b ...` -> `b ...`."""
         if self.parameterization == "eps":
             return noise
         if self.parameterization == "x0":
@@ -132,7 +126,7 @@ class NoiseSchedule(nn.Module):
         return _over(self.signal_scale, timesteps, clean) * noise - _over(self.noise_scale, timesteps, clean) * clean
 
     def to_noise(self, output: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
-        """The noise that a network output stands for: `b ...` -> `b ...`."""
+        """The noise that follows from a network output: `b ...` -> `b ...`."""
         signal, noise = _over(self.signal_scale, timesteps, noisy), _over(self.noise_scale, timesteps, noisy)
         if self.parameterization == "eps":
             return output
@@ -178,11 +172,11 @@ def _with_zero_terminal_snr(betas: Tensor) -> Tensor:
 
 
 def checked_gamma(gamma: float | None, zero_terminal_snr: bool) -> float | None:
-    """`min_snr_gamma` of a config as it is. Raises `UserError` for one that cannot be."""
+    """`min_snr_gamma` of a config, unchanged. Raises `UserError` unless it is a positive number or None."""
     if gamma is not None and zero_terminal_snr:
         raise UserError(
-            "model.params.min_snr_gamma: expected null with zero_terminal_snr: where sampling begins, the weight "
-            "min(SNR, gamma) is zero and nothing would be learned; leave out one of them"
+            "model.params.min_snr_gamma: expected null with zero_terminal_snr: at the last step the weight min(SNR, "
+            "gamma) is 0 and nothing is learned; leave out one of them"
         )
     if gamma is not None and (isinstance(gamma, bool) or not isinstance(gamma, int | float) or gamma <= 0):
         raise UserError(f"model.params.min_snr_gamma: expected a number above 0 or null, found {gamma!r}")

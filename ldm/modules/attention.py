@@ -1,4 +1,4 @@
-"""The transformer blocks of Stable Diffusion v1's UNet, under their public parameter names, with time between them.
+"""The transformer blocks of Stable Diffusion v1's UNet, under their public parameter names, with temporal attention.
 
 Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models", appendix E.2.1. Shapes as in
 `temporal.py`.
@@ -20,7 +20,7 @@ from ldm.modules.temporal import TemporalAttention
 
 
 class GEGLU(nn.Module):
-    """Gated linear unit with an exact GELU gate, value first (Shazeer 2020): `... d` -> `... d'`."""
+    """Gated linear unit with an exact GELU gate (Shazeer 2020), value before gate: `... d` -> `... d'`."""
 
     def __init__(self, in_dim: int, out_dim: int) -> None:
         super().__init__()
@@ -32,11 +32,11 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with a GEGLU four times as wide between them: `... d` -> `... d`."""
+    """GEGLU to four times the width, then a linear layer: `... d` -> `... d`."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        # The public code has dropout at place 1, at rate zero in every Stable Diffusion v1 model.
+        # The public code has dropout at index 1, at rate zero in every Stable Diffusion v1 model.
         self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -44,10 +44,7 @@ class FeedForward(nn.Module):
 
 
 class CrossAttention(AttentionProjections):
-    """Attention of a frame's tokens to each other or, with a context, to the caption of the clip.
-
-    query_dim, context_dim: widths of the tokens and of the context; None: the tokens attend to each other.
-    """
+    """Attention of a frame's tokens to the caption of the clip, or to each other with a `context_dim` of None."""
 
     def __init__(
         self,
@@ -68,7 +65,7 @@ class CrossAttention(AttentionProjections):
         self.to_out = nn.Sequential(nn.Linear(inner_dim, query_dim))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """`(b t) n c`, `b m d` -> `(b t) n c`; keys and values are computed once per clip, whatever t is."""
+        """`(b t) n c`, `b m d` -> `(b t) n c`; keys and values are computed once per clip."""
         batch, num_tokens = (x if context is None else context).shape[0], x.shape[1]
         q, k, v = self.project(x, context)
         q = rearrange(q, "(b t) n (heads d) -> b heads (t n) d", b=batch, heads=self.num_heads)
@@ -78,12 +75,10 @@ class CrossAttention(AttentionProjections):
 
 
 class BasicTransformerBlock(nn.Module):
-    """Self-attention within the frame, cross-attention to the text, attention over time, feed-forward; all residual.
+    """Self-attention within the frame, cross-attention to the text, attention over frames, feed-forward; all residual.
 
-    temporal: words of `TemporalAttention` besides dim and back end, for the block to own `temporal`, the attention over
-        frames; None for none.
-    feed_forward_frames: the feed-forward takes that many frames at a time and keeps only its input for the backward
-        pass, see `chunks`; None: all at once.
+    temporal: options of `TemporalAttention` besides dim and back end; None: the block has none.
+    feed_forward_frames: number of frames per call of the feed-forward, see `recompute.in_chunks`; None: all.
     """
 
     def __init__(
@@ -112,7 +107,7 @@ class BasicTransformerBlock(nn.Module):
         x = self.run_part(self._within_frames, x)
         x = self.run_part(self._to_text, x, context)
         if num_frames is not None and self.temporal is not None:
-            x = self.run_part(self._over_time, x, num_frames)
+            x = self.run_part(self._across_frames, x, num_frames)
         return self.run_part(self._feed_forward, x)
 
     def _within_frames(self, x: Tensor) -> Tensor:
@@ -121,21 +116,21 @@ class BasicTransformerBlock(nn.Module):
     def _to_text(self, x: Tensor, context: Tensor | None) -> Tensor:
         return self.attn2(self.norm2(x), context) + x
 
-    def _over_time(self, x: Tensor, num_frames: int) -> Tensor:
+    def _across_frames(self, x: Tensor, num_frames: int) -> Tensor:
         return self.temporal(x, num_frames) + x
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         if self.feed_forward_frames is None:
-            return self._feed_forward_at_once(x)
+            return self._feed_forward_whole(x)
         weights = [*self.norm3.parameters(), *self.ff.parameters()]
-        return in_chunks(self._feed_forward_at_once, weights, x, self.feed_forward_frames)
+        return in_chunks(self._feed_forward_whole, weights, x, self.feed_forward_frames)
 
-    def _feed_forward_at_once(self, x: Tensor) -> Tensor:
+    def _feed_forward_whole(self, x: Tensor) -> Tensor:
         return self.ff(self.norm3(x)) + x
 
 
 class SpatialTransformer(nn.Module):
-    """Transformer blocks over the pixels of each frame, added to their input; the sum starts as the input alone."""
+    """Transformer blocks over the pixels of each frame, residual; initialised to the identity."""
 
     def __init__(
         self,
@@ -158,7 +153,7 @@ class SpatialTransformer(nn.Module):
         self.run_part: Run = run_directly
 
     def run_parts_by(self, run: Run) -> None:
-        """Call its parts - projections, each attention, the feed-forward - as `run` says, see `recomputing`."""
+        """Call its parts (projections, each attention, feed-forward) by `run`, see `recompute`."""
         for part in (self, *self.transformer_blocks):
             part.run_part = run
 

@@ -1,8 +1,7 @@
-"""torch.compile for a network whose clips come in a few sizes: one graph for each, and an error where there is none.
+"""Faster calls of a network whose inputs come in few shapes: torch.compile and CUDA graphs, one graph for each shape.
 
-torch.compile itself, left alone, tries graphs for any number of frames, gives up after eight of them and then runs the
-plain network without a word. Here every set of shapes has a graph of its own, compiled whole (`fullgraph`) for exactly
-these sizes, and what cannot be compiled ends in a `UserError` that names the frames.
+By itself torch.compile generalises over the number of frames, gives up after eight graphs and then silently runs
+uncompiled. Here every set of shapes gets its own full graph, and a network that cannot be compiled is a `UserError`.
 """
 
 from __future__ import annotations
@@ -17,29 +16,28 @@ from torch import Tensor, nn
 
 from ldm.errors import UserError
 
-MAX_GRAPHS = 64  # of one network; frames, sizes, guidance or not, gradients or not
-BACKENDS = ("inductor", "aot_eager", "eager")  # the latter two compile nothing: they show whether a graph can be had
+MAX_GRAPHS = 64  # of one network: frames, sizes, with and without guidance or gradients
+BACKENDS = ("inductor", "aot_eager", "eager")  # the latter two compile nothing: they show whether a graph can be traced
 
 
 class CompiledByShape:
-    """Calls `network`'s forward through a graph for the shapes at hand, compiled when they are first seen."""
+    """Calls `network`'s forward through a graph for the given shapes, compiled at their first call."""
 
     def __init__(self, network: nn.Module, backend: str = "inductor") -> None:
         if backend not in BACKENDS:
             raise UserError(f"compile: expected backend to be one of {', '.join(BACKENDS)}, found {backend!r}")
         self.forward = network.forward
-        self.backend = backend
         self.shapes: set[tuple] = set()
         self.compiled = torch.compile(self.forward, dynamic=False, fullgraph=True, backend=backend)
 
     def __call__(self, x: Tensor, *inputs: Any, **named: Any) -> Tensor:
-        self.shapes.add((tuple(x.shape), x.dtype, torch.is_grad_enabled(), *map(_shape, (*inputs, *named.values()))))
+        self.shapes.add((torch.is_grad_enabled(), *map(_signature, (x, *inputs, *named.values()))))
         if len(self.shapes) > MAX_GRAPHS:
             raise UserError(
                 f"compile: {_frames(x)} would be graph {MAX_GRAPHS + 1} of the network; make clips of fewer sizes or "
                 "leave compile out"
             )
-        # Graphs belong to the code of the class, so all its networks in a process count.
+        # Dynamo counts graphs per class, so the limit covers all networks of the process.
         limits = {_limit(): 16 * MAX_GRAPHS, _limit("accumulated_"): 16 * MAX_GRAPHS}
         try:
             with torch._dynamo.config.patch(limits):
@@ -52,7 +50,7 @@ class CompiledByShape:
 
 
 def compile_by_shape(network: nn.Module, backend: str = "inductor") -> CompiledByShape:
-    """Have all calls of `network` go through graphs; its names and weights stay. `undo_compile` takes it back."""
+    """Route all calls of `network` through graphs; names and weights are unchanged. Undone by `undo_compile`."""
     network.forward = CompiledByShape(network, backend)
     return network.forward
 
@@ -63,12 +61,73 @@ def undo_compile(network: nn.Module) -> None:
         del network.forward
 
 
+class GraphReplay:
+    """Calls `network`'s forward by replaying a recording for the given shapes, made at their first call.
+
+    record: takes a call without arguments, returns a function that repeats it and returns its output tensor.
+    """
+
+    def __init__(self, network: nn.Module, record: Callable[[Callable[[], Tensor]], Callable[[], Tensor]]) -> None:
+        self.forward = network.forward
+        self.record = record
+        self.recordings: dict[tuple, tuple[list[Tensor], Callable[[], Tensor]]] = {}
+
+    @torch.no_grad()
+    def __call__(self, *inputs: Any, **named: Any) -> Tensor:
+        values = [*inputs, *named.values()]
+        tensors = [value for value in values if isinstance(value, Tensor)]
+        kind = (len(inputs), *named, *map(_signature, values))
+        if kind not in self.recordings:
+            buffers = [tensor.clone() for tensor in tensors]  # the recording reads its inputs here
+            left = iter(buffers)
+            fixed = [next(left) if isinstance(value, Tensor) else value for value in values]
+            rest = dict(zip(named, fixed[len(inputs) :], strict=True))
+            self.recordings[kind] = buffers, self.record(lambda: self.forward(*fixed[: len(inputs)], **rest))
+        buffers, replay = self.recordings[kind]
+        for buffer, tensor in zip(buffers, tensors, strict=True):
+            buffer.copy_(tensor)
+        return replay().clone()  # the next replay overwrites it
+
+
+def check_cuda_graphs(device: torch.device) -> None:
+    """Raise `UserError` for a device without CUDA graphs."""
+    if device.type != "cuda":
+        raise UserError(f"--cuda-graphs: expected an NVIDIA GPU, found '{device.type}'; leave it out")
+
+
+def use_cuda_graphs(network: nn.Module) -> GraphReplay:
+    """Route all calls of a frozen `network` on a GPU through CUDA graphs."""
+    if any(weight.requires_grad for weight in network.parameters()):
+        raise ValueError("a recording has no gradients; freeze the network first")
+    network.forward = GraphReplay(network, record_cuda_graph)
+    return network.forward
+
+
+def record_cuda_graph(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """A CUDA graph of a call on the current GPU, after three warm-up calls on a side stream."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return out
+
+    return replay
+
+
 def _frames(x: Tensor) -> str:
     return f"{x.shape[1]} frames of {x.shape[-2]}x{x.shape[-1]}" if x.ndim == 5 else "images"
 
 
-def _shape(value: Any) -> Any:
-    return (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else value
+def _signature(value: Any) -> Any:
+    return (tuple(value.shape), value.dtype, value.device) if isinstance(value, Tensor) else value
 
 
 @functools.cache
@@ -76,73 +135,3 @@ def _limit(kind: str = "") -> str:
     """The name of dynamo's limit in this version of torch."""
     names = [f"{kind}recompile_limit", f"{kind}cache_size_limit"]
     return next(name for name in names if hasattr(torch._dynamo.config, name))
-
-
-Play = Callable[[], Tensor]  # runs what was recorded again and returns the tensor that it fills
-WARM_UPS = 3  # runs before recording, in which libraries choose kernels and allocate
-
-
-class GraphReplay:
-    """Calls `network`'s forward by playing back a recording of it for the shapes at hand.
-
-    record: makes a recording of a call without arguments; another one than that of CUDA is for tests.
-    """
-
-    def __init__(self, network: nn.Module, record: Callable[[Callable[[], Tensor]], Play]) -> None:
-        self.forward = network.forward
-        self.record = record
-        self.recordings: dict[tuple, tuple[list[Tensor], Play]] = {}
-
-    @torch.no_grad()
-    def __call__(self, *inputs: Any, **named: Any) -> Tensor:
-        values = [*inputs, *named.values()]
-        tensors = [value for value in values if isinstance(value, Tensor)]
-        kind = (len(inputs), *named, *map(_kind, values))
-        if kind not in self.recordings:
-            places = [tensor.clone() for tensor in tensors]  # where the recording reads its inputs
-            left = iter(places)
-            stable = [next(left) if isinstance(value, Tensor) else value for value in values]
-            rest = dict(zip(named, stable[len(inputs) :], strict=True))
-            play = self.record(lambda: self.forward(*stable[: len(inputs)], **rest))
-            self.recordings[kind] = (places, play)
-        places, play = self.recordings[kind]
-        for place, tensor in zip(places, tensors, strict=True):
-            place.copy_(tensor)
-        return play().clone()  # the next playback writes over it
-
-
-def check_cuda_graphs(device: torch.device) -> None:
-    """Raise `UserError` for a device that cannot record."""
-    if device.type != "cuda":
-        raise UserError(f"--cuda-graphs: expected an NVIDIA GPU, found '{device.type}'; leave it out")
-
-
-def use_cuda_graphs(network: nn.Module) -> GraphReplay:
-    """Have all calls of a frozen `network`, which is on a card, be played back."""
-    if any(weight.requires_grad for weight in network.parameters()):
-        raise ValueError("a recording has no gradients; freeze the network first")
-    network.forward = GraphReplay(network, record_cuda_graph)
-    return network.forward
-
-
-def record_cuda_graph(call: Callable[[], Tensor]) -> Play:
-    """A CUDA graph of a call, on the current card, after some runs on a stream of its own as CUDA asks for."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(WARM_UPS):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = call()
-
-    def play() -> Tensor:
-        graph.replay()
-        return out
-
-    return play
-
-
-def _kind(value: Any) -> Any:
-    return (tuple(value.shape), value.dtype, value.device) if isinstance(value, Tensor) else value

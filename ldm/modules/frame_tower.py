@@ -1,4 +1,4 @@
-"""A small convolutional network that looks at single frames: features for the judge of looks and for the text model."""
+"""A small convolutional network over single frames: features for the style classifier and for the text model."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from einops import reduce
 from torch import Tensor, nn
 
-SIDE = 64  # pixels; frames of any size are brought to it
+SIDE = 64  # pixels; frames of any size are resized to it
 GROUPS = 8
-WIDTHS = (32, 64, 96, 128)  # after the first convolution and after each block, whose picture is half as large
+WIDTHS = (32, 64, 96, 128)  # after the first convolution and after each block, which halves the size
 
 
 class FrameTower(nn.Module):
-    """Frames -> one vector each, from four resolutions of residual blocks and the mean over what is left.
+    """One vector per frame: residual blocks at falling resolutions, then the mean over pixels.
 
     widths: channels, multiples of 8; the last is the width of the vector.
     """
@@ -28,7 +28,7 @@ class FrameTower(nn.Module):
         self.norm = nn.LayerNorm(self.width)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Frames in [-1, 1] of any size, squeezed to a square -> features: `b 3 h w` -> `b d`."""
+        """Frames in [-1, 1], resized to a square -> features: `b 3 h w` -> `b d`."""
         if pixels.shape[-2:] != (SIDE, SIDE):
             pixels = F.interpolate(pixels, (SIDE, SIDE), mode="bilinear", align_corners=False, antialias=True)
         return self.norm(reduce(self.blocks(self.first(pixels)), "b d h w -> b d", "mean"))
@@ -47,7 +47,7 @@ class FrameClassifier(nn.Module):
 
 
 class _Block(nn.Module):
-    """Two convolutions beside a shortcut, to half the size: `b c h w` -> `b c' h/2 w/2`."""
+    """Residual block that halves the size: `b c h w` -> `b c' h/2 w/2`."""
 
     def __init__(self, before: int, after: int) -> None:
         super().__init__()

@@ -1,4 +1,8 @@
-"""The small parts every block of the UNet is made of: timestep embedding, zero start, convolutions laid in memory."""
+"""Parts that UNet blocks share: timestep embedding, memory layout of convolutions, group norm, attention projections.
+
+On a CPU, torch's channels-last group norm is slow for few channels per group, and its variance E[x^2] - E[x]^2 loses
+four digits where the values of a group are nearly equal. `GroupNorm32` avoids both.
+"""
 
 from __future__ import annotations
 
@@ -19,35 +23,35 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000) -
     Timesteps may be fractional. An odd `dim` ends in a zero.
     """
     half = dim // 2
-    halves = torch.arange(half, dtype=torch.float32, device=timesteps.device)  # from the CPU they would be waited for
+    halves = torch.arange(half, dtype=torch.float32, device=timesteps.device)  # no copy from the CPU
     angles = timesteps[:, None].float() * torch.exp(-math.log(max_period) * halves / half)
     return F.pad(torch.cat([angles.cos(), angles.sin()], dim=-1), (0, dim % 2))
 
 
 def angles_of_frames(num_frames: int, dim: int, max_period: float, device: torch.device | None = None) -> Tensor:
-    """By how much each pair of channels of each frame is rotated (RoFormer, Su et al. 2021): float32 `t dim/2`."""
+    """Angles by which pairs of channels of each frame are rotated (RoFormer, Su et al. 2021): float32 `t dim/2`."""
     frequencies = max_period ** (-torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
     return torch.arange(num_frames, dtype=torch.float32, device=device)[:, None] * frequencies
 
 
 def at_each_pixel(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """A convolution of one pixel as the linear layer it is: `b c h w` -> `b c' h w`, channels last if `x` is."""
+    """A 1x1 convolution as a linear layer: `b c h w` -> `b c' h w`, channels last if `x` is."""
     return F.linear(x.permute(0, 2, 3, 1), conv.weight.flatten(1), conv.bias).permute(0, 3, 1, 2)
 
 
 def is_smaller_than_kernel(x: Tensor, kernel: Tensor) -> bool:
-    """Whether activations that lie channels last had better be copied to lie like the kernel, and the result back.
+    """Whether it is cheaper to copy channels-last activations to the layout of the kernel, and the result back.
 
-    On a processor a convolution else copies the kernel, and its gradient, which for small maps is more.
+    Otherwise a convolution on a CPU copies the kernel and its gradient.
     """
     return not x.is_cuda and kernel.is_contiguous() and kernel.numel() > x.numel()
 
 
 def use_channels_last(network: nn.Module) -> None:
-    """Lay the kernels of `network` in memory as its activations lie, channels last: names, shapes, values stay.
+    """Store the kernels of `network` channels last, as its activations are; names, shapes and values are unchanged.
 
-    A convolution over channels-last activations would else copy its kernel at every call, and its gradient back.
-    Kernels of one pixel lie so either way. That of a 1-D convolution is laid for the 2-D one with a width of 1.
+    Otherwise each convolution copies its kernel at every call, and its gradient back. 1x1 kernels are the same in both
+    layouts; the kernel of a 1-D convolution is stored for a 2-D one of width 1.
     """
     for layer in network.modules():
         if isinstance(layer, nn.Conv1d | nn.Conv2d) and layer.weight[0, 0].numel() > 1:
@@ -62,18 +66,18 @@ def zeroed(module: nn.Module) -> nn.Module:
     return module
 
 
-NARROW = 4  # channels a group, up to which our own sums are faster on a CPU than torch's channels-last kernel ...
-MANY_PIXELS = 256  # ... of so many pixels or more
+# Groups of at most so many channels and at least so many pixels are faster by `NarrowGroups` than by torch, on a CPU.
+MAX_NARROW_CHANNELS, MIN_NARROW_PIXELS = 4, 256
 
 
 class GroupNorm32(nn.GroupNorm):
-    """Group norm over 32 groups whose statistics are taken in float32 for half-precision inputs: `b c h w` -> same."""
+    """Group norm over 32 groups with statistics in float32 for half-precision inputs: `b c h w` -> same."""
 
     def __init__(self, channels: int, eps: float = 1e-5) -> None:
         super().__init__(32, channels, eps=eps)
 
     def forward(self, x: Tensor, num_frames: int | None = None) -> Tensor:
-        """`num_frames`: take the statistics over that many images at a time, the frames of a clip; None: over each."""
+        """num_frames: take statistics over the frames of a clip, that many images; None: over each image."""
         if num_frames is not None:
             height = x.shape[-2]
             over_clip = self._normalised(rearrange(x, "(b t) c h w -> b c (t h) w", t=num_frames))
@@ -85,41 +89,34 @@ class GroupNorm32(nn.GroupNorm):
         out = x.float() if half else x
         weight, bias = (self.weight.float(), self.bias.float()) if half else (self.weight, self.bias)
         if x.device.type == "cpu":
-            if self._is_slow(out):
+            is_last = out.is_contiguous(memory_format=torch.channels_last) and not out.is_contiguous()
+            is_narrow = out.shape[1] <= MAX_NARROW_CHANNELS * self.num_groups
+            if is_last and is_narrow and out.shape[2] * out.shape[3] >= MIN_NARROW_PIXELS:
                 return NarrowGroups.apply(out, weight, bias, self.num_groups, self.eps).to(x.dtype)
             out = out - group_means(out, self.num_groups)
         return F.group_norm(out, self.num_groups, weight, bias, self.eps).to(x.dtype)
 
-    def _is_slow(self, x: Tensor) -> bool:
-        """Whether torch's kernel would take its time: on groups of few channels, channels last."""
-        is_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-        return is_last and x.shape[1] <= NARROW * self.num_groups and x.shape[2] * x.shape[3] >= MANY_PIXELS
-
 
 @torch.no_grad()
 def group_means(x: Tensor, num_groups: int) -> Tensor:
-    """Means per image and group, `b c h w` -> `b c 1 1`, to take off first: group norm does not depend on them.
-
-    torch's channels-last kernel for CPUs computes the variance as E[x^2] - E[x]^2, which loses four digits on a
-    group whose values are nearly alike.
-    """
-    means = reduce(x, "b c h w -> b c", "mean")  # over pixels first, the fast direction in channels-last memory
+    """Means of each image and group, `b c h w` -> `b c 1 1`; subtracting them leaves the result of group norm."""
+    means = reduce(x, "b c h w -> b c", "mean")  # over pixels first: fast in channels-last memory
     return rearrange(_over_groups(means, num_groups, "mean"), "b c -> b c 1 1")
 
 
 class NarrowGroups(torch.autograd.Function):
     """Group norm (Wu and He 2018, eq. 1 to 6) of channels-last activations, by sums over pixels.
 
-    Means are taken off, twice, before squares are summed up. Of values z, normalised, with gradients g:
-    dx = weight g / deviation - (mean of weight g + z mean of (weight g z)) / deviation.
+    The mean is subtracted twice, the second time for rounding, before squares are summed. With normalised values z and
+    gradients g: dx = (weight g - mean of (weight g) - z mean of (weight g z)) / deviation.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float) -> Tensor:
         rows = rearrange(x, "b c h w -> b (h w) c")
-        num_values = _values(rows, num_groups)
+        num_values = rows.shape[1] * rows.shape[2] // num_groups
         centred = rows - _over_groups(rows.sum(1, keepdim=True), num_groups) / num_values
-        centred -= _over_groups(centred.sum(1, keepdim=True), num_groups) / num_values  # what rounding has left
+        centred -= _over_groups(centred.sum(1, keepdim=True), num_groups) / num_values
         squares = torch.linalg.vector_norm(centred, dim=1, keepdim=True).square()
         inverse = (_over_groups(squares, num_groups) / num_values + eps).rsqrt()
         ctx.save_for_backward(centred, inverse, weight)
@@ -134,7 +131,7 @@ class NarrowGroups(torch.autograd.Function):
         rows = rearrange(gradient, "b c h w -> b (h w) c")
         sums, products = (value.sum(1, keepdim=True) for value in (rows, rows * centred))  # `b 1 c`
         mean, slope = (_over_groups(value * weight, ctx.num_groups) for value in (sums, products))
-        num_values = _values(rows, ctx.num_groups)
+        num_values = rows.shape[1] * rows.shape[2] // ctx.num_groups
         constant, factor = -inverse * mean / num_values, -(inverse**3) * slope / num_values
         of_input = torch.addcmul(constant, rows, inverse * weight).addcmul_(centred, factor)
         of_weight, of_bias = (products * inverse).sum((0, 1)), sums.sum((0, 1))
@@ -142,23 +139,18 @@ class NarrowGroups(torch.autograd.Function):
 
 
 def _over_groups(by_channel: Tensor, num_groups: int, how: str = "sum") -> Tensor:
-    """Sum or mean over the channels of each group, at each of them: `... c` -> same."""
+    """Sum or mean over the channels of each group, repeated for each channel: `... c` -> same."""
     of_group = reduce(by_channel, "... (g c) -> ... g", how, g=num_groups)
     return repeat(of_group, "... g -> ... (g c)", c=by_channel.shape[-1] // num_groups)
 
 
-def _values(rows: Tensor, num_groups: int) -> int:
-    """How many values a group has of `b n c`."""
-    return rows.shape[1] * rows.shape[2] // num_groups
-
-
 class AttentionProjections(nn.Module):
-    """Owns `to_q`, `to_k` and `to_v`, linear layers without bias, which its subclass makes."""
+    """Owns the linear layers `to_q`, `to_k` and `to_v` without bias, which its subclass builds."""
 
-    joined: Tensor | None = None  # the weights of all three, or of keys and values if these are made of something else
+    joined: Tensor | None = None  # the weights of all three, or of keys and values if these have another input
 
     def project(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries of `x`, `b n c`, keys and values of `context`, `b m d`; None: of x."""
+        """Queries from `x`, `b n c`, keys and values from `context`, `b m d`; None: from x."""
         of_x = x if context is None else context
         if self.joined is None:
             return self.to_q(x), self.to_k(of_x), self.to_v(of_x)
@@ -168,15 +160,14 @@ class AttentionProjections(nn.Module):
         return self.to_q(x), *F.linear(of_x, keys_and_values).chunk(2, dim=-1)
 
     def join(self) -> None:
-        """Lay the weights side by side; they must not be trained, and moving or converting them undoes it."""
+        """Store the frozen weights side by side, for one product; moving or converting them undoes it."""
         layers = [self.to_q, self.to_k, self.to_v]
         if any(layer.weight.requires_grad for layer in layers):
-            raise ValueError("weights that are trained stay apart: the optimiser knows them one by one")
+            raise ValueError("projections with trained weights cannot be joined: the optimiser holds each by itself")
         if self.to_q.in_features != self.to_k.in_features:
             layers = layers[1:]
         joined = torch.cat([layer.weight.detach() for layer in layers])
-        parts = joined.split([layer.out_features for layer in layers])
-        for layer, part in zip(layers, parts, strict=True):
+        for layer, part in zip(layers, joined.split([layer.out_features for layer in layers]), strict=True):
             layer.weight.data = part
         self.joined = joined
 
@@ -186,7 +177,7 @@ class AttentionProjections(nn.Module):
 
 
 def join_projections(network: nn.Module) -> int:
-    """Join those of every attention in a frozen network, in place; returns in how many."""
+    """Join the projections of every attention in a frozen network, in place; returns the number of attentions."""
     attentions = [layer for layer in network.modules() if isinstance(layer, AttentionProjections)]
     for layer in attentions:
         layer.join()

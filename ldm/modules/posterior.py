@@ -1,7 +1,7 @@
-"""The Gaussian over latents that the image autoencoder's encoder describes (Kingma & Welling 2014).
+"""The Gaussian over latents given by the encoder of the image autoencoder (Kingma & Welling 2014).
 
-Its moments are stored as the encoder gives them, mean and log-variance one after the other in the channels, so that a
-clip prepared once can be sampled anew at every visit. Any leading dimensions: `... 2c h w`.
+Its moments are stored as the encoder returns them, mean and log-variance side by side in the channels, so each visit of
+a prepared clip can draw a new sample. Any leading dimensions: `... 2c h w`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from torch import Tensor
 
 from ldm.errors import UserError
 
-# The bounds CompVis puts on the log-variance: outside of them its exponential helps nobody.
-LOGVAR_BOUNDS = (-30.0, 20.0)
+LOGVAR_BOUNDS = (-30.0, 20.0)  # those of CompVis
 
 
 def split_moments(moments: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,14 +1,14 @@
 """How time enters the network: a convolution over frames after each image convolution, and attention over frames.
 
-Both follow Singer et al. 2022, "Make-A-Video" (section 3.2), and both start as nothing: the convolution as the
-identity, the attention as zero, so that an image network that is given them still makes the same images. Shapes, here
-and in the rest of the network:
+Both follow Singer et al. 2022, "Make-A-Video" (section 3.2). The convolution is initialised to the identity, the output
+of the attention to zero, so an image network with fresh temporal layers generates the same images. Attention over
+frames takes positions by rotating queries and keys (Su et al. 2021, "RoFormer"), which has no parameters and is defined
+for any number of frames. Shapes, here and in the rest of the network:
 
     b clips   t frames   c channels   h w height and width   n tokens   d width of a token or of an attention head
 
-Frames are folded into the batch, `(b t) c h w`; how many there are is an argument of every call. Without it (None) the
-input is a batch of images and time does not take part. Position in time is told to the attention by rotating queries
-and keys (Su et al. 2021, "RoFormer"), which has no parameters and is defined for any number of frames.
+Frames are folded into the batch, `(b t) c h w`; their number is an argument of every call. None: a batch of images,
+which temporal layers leave alone.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from ldm.errors import UserError
-from ldm.modules.backends import MASKED_BACKENDS, attend
-from ldm.modules.backends.cpu import attend_over_few_frames, is_suited
-from ldm.modules.backends.triton_op import check_fused, temporal_attention, why_not
+from ldm.modules.backends import attend, choose, options
+from ldm.modules.backends.interface import Frames
 from ldm.modules.nn import AttentionProjections, angles_of_frames, at_each_pixel, is_smaller_than_kernel, zeroed
+
+MAX_PERIOD = 10000.0  # of the slowest rotation by position, in frames over 2 pi
 
 
 def is_temporal(name: str) -> bool:
@@ -32,85 +33,13 @@ def is_temporal(name: str) -> bool:
     return ".temporal." in name
 
 
-@dataclass(frozen=True)
-class Window:
-    """What a frame sees: `num_frames`, odd, with itself in the middle, and the clip's first frame if `sees_first`."""
-
-    num_frames: int
-    sees_first: bool
-
-    @property
-    def radius(self) -> int:
-        return self.num_frames // 2
-
-
-def check_window(local: int | None, sees_first: bool, backend: str) -> Window | None:
-    """The window of these words of the config, None for all frames; raises `UserError`."""
-    where = "unet_config.params.temporal_attention"
-    if local is None:
-        if sees_first:
-            raise UserError(f"{where}.sees_first: means nothing without {where}.local; every frame sees the first one")
-        return None
-    if isinstance(local, bool) or not isinstance(local, int) or local < 1 or local % 2 == 0:
-        raise UserError(
-            f"{where}.local: expected an odd number of frames (as many before as after) or null, found {local!r}"
-        )
-    if backend not in MASKED_BACKENDS:
-        raise UserError(
-            f"{where}.local: expected attention_backend to be one of {', '.join(MASKED_BACKENDS)}, which can leave "
-            f"frames out, found '{backend}'"
-        )
-    return Window(local, sees_first)
-
-
-def attend_locally(q: Tensor, k: Tensor, v: Tensor, window: Window, backend: str = "sdpa") -> Tensor:
-    """`attend` where each frame sees `window`: `b heads t d` three times -> `b heads t d`."""
-    num_frames, num_heads, size = q.shape[-2], q.shape[1], window.num_frames
-    num_blocks = -(-num_frames // size)
-    surplus = num_blocks * size - num_frames
-    queries = rearrange(F.pad(q, (0, 0, 0, surplus)), "b heads (n i) d -> b (heads n) i d", n=num_blocks)
-    keys, values = (_around_blocks(x, window, surplus) for x in (k, v))
-    mask = repeat(_seen(num_frames, num_blocks, window, q.device), "n i j -> 1 (heads n) i j", heads=num_heads)
-    out = attend(queries, keys, values, backend, mask)
-    return rearrange(out, "b (heads n) i d -> b heads (n i) d", n=num_blocks)[..., :num_frames, :]
-
-
-def _around_blocks(x: Tensor, window: Window, surplus: int) -> Tensor:
-    """The frames that each block of queries may see, `b heads t d` -> `b (heads n) j d`: those from `radius` before
-    its first to `radius` after its last, zeros beyond the clip, and at the end the clip's first frame if it is seen."""
-    radius, size = window.radius, window.num_frames
-    padded = F.pad(x, (0, 0, radius, radius + surplus))
-    around = rearrange(padded.unfold(-2, size + 2 * radius, size), "b heads n d j -> b heads n j d")
-    if window.sees_first:
-        first = repeat(x[..., :1, :], "b heads 1 d -> b heads n 1 d", n=around.shape[2])
-        around = torch.cat([around, first], dim=-2)
-    return rearrange(around, "b heads n j d -> b (heads n) j d")
-
-
-def _seen(num_frames: int, num_blocks: int, window: Window, device: torch.device) -> Tensor:
-    """Which of a block's keys each of its queries sees: bool `n i j`."""
-    radius, size = window.radius, window.num_frames
-    starts = size * torch.arange(num_blocks, device=device)[:, None, None]
-    query = starts + torch.arange(size, device=device)[:, None]
-    key = starts - radius + torch.arange(size + 2 * radius, device=device)
-    is_near = (key - query).abs() <= radius
-    # Queries beyond the clip's end are cut off later; they see something all the same, or their softmax has no sum.
-    seen = is_near & (key >= 0) & ((key < num_frames) | (query >= num_frames))
-    if window.sees_first:
-        seen = torch.cat([seen, query > radius], dim=-1)  # nearer ones see it already
-    return seen
-
-
-MAX_PERIOD = 10000.0  # of the slowest rotation by position, in frames over 2 pi
-
-
 class TemporalConv(nn.Conv1d):
-    """Convolution over frames, one per pixel, that starts as the identity: `(b t) c h w` -> `(b t) c h w`.
+    """Convolution over the frames of each pixel, initialised to the identity: `(b t) c h w` -> `(b t) c h w`.
 
-    kernel_size: odd; zeros beyond the first and the last frame, so any number of frames is kept.
+    kernel_size: odd; the clip is padded with zeros, so any number of frames is kept.
 
-    With `changes_only` (see `see_changes_only`) its taps are moved by equal parts until they sum up to the identity,
-    and the first and the last frame go on beyond the ends, so that equal frames come out as they are.
+    With `changes_only` (see `see_changes_only`) all taps are shifted equally until they sum to the identity, and the
+    clip is padded with its first and last frame: equal frames come out unchanged.
     """
 
     changes_only = False
@@ -126,7 +55,7 @@ class TemporalConv(nn.Conv1d):
         nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor, num_frames: int) -> Tensor:
-        # In channels-last memory both rearrangements are views, and the kernel a 2-D one that spans frames only.
+        # In channels-last memory both rearrangements are views, and the kernel is a 2-D one that spans frames only.
         height = x.shape[-2]
         x = x.unflatten(0, (-1, num_frames)).transpose(1, 2).flatten(3)  # b c t (h w)
         weight, padding = self.weight, self.padding[0]
@@ -144,9 +73,9 @@ class TemporalConv(nn.Conv1d):
 class PseudoConv3d(nn.Conv2d):
     """A 2-D convolution on each frame, then a 1-D one over the frames: `(b t) c h w` -> `(b t) c' h' w'`.
 
-    It is the image convolution it replaces, under the same parameter names, plus the child `temporal`.
+    It keeps the parameter names of the image convolution and adds the child `temporal`.
 
-    kernel_size, temporal_kernel_size: odd numbers of pixels and of frames; a temporal size of None leaves time out.
+    kernel_size, temporal_kernel_size: odd numbers of pixels and of frames; None: no temporal convolution.
     """
 
     def __init__(
@@ -170,7 +99,7 @@ class PseudoConv3d(nn.Conv2d):
 
     def _within_frames(self, x: Tensor) -> Tensor:
         is_linear = self.kernel_size == (1, 1) and self.stride == (1, 1)
-        if is_linear and x.is_contiguous(memory_format=torch.channels_last):  # else it would copy its input
+        if is_linear and x.is_contiguous(memory_format=torch.channels_last):  # a convolution would copy its input
             return at_each_pixel(self, x)
         if is_smaller_than_kernel(x, self.weight):
             return super().forward(x.contiguous()).contiguous(memory_format=torch.channels_last)
@@ -178,9 +107,9 @@ class PseudoConv3d(nn.Conv2d):
 
 
 def rotate_by_position(x: Tensor, max_period: float = MAX_PERIOD) -> Tensor:
-    """Rotate pairs of channels by angles that grow with the frame's number: `... t d` -> `... t d`, d even.
+    """Rotate pairs of channels by angles proportional to the frame's index: `... t d` -> `... t d`, d even.
 
-    The product of a rotated query and a rotated key depends on how many frames lie between them, not on where they are.
+    The product of a rotated query and a rotated key depends on their distance in frames alone.
     """
     num_frames, dim = x.shape[-2:]
     angles = angles_of_frames(num_frames, dim, max_period, x.device)
@@ -191,10 +120,10 @@ def rotate_by_position(x: Tensor, max_period: float = MAX_PERIOD) -> Tensor:
 
 
 def see_changes_only(network: nn.Module, wanted: bool = True) -> None:
-    """If `wanted`, let the layers over time in `network` see how features change between frames, never what they are.
+    """If `wanted`, restrict the temporal layers of `network` to changes of features between frames.
 
-    A clip of equal frames is then treated as images exactly, whatever is learned: what layers over time learn of the
-    colours of their training clips stays out of other pictures. Biases go, and leave no keys behind.
+    A clip of equal frames is then treated exactly as images: the colours of the training clips cannot leak into other
+    images through temporal layers. Their biases and the keys of these are removed.
     """
     for layer in network.modules() if wanted else ():
         if isinstance(layer, TemporalConv | TemporalAttention):
@@ -204,15 +133,15 @@ def see_changes_only(network: nn.Module, wanted: bool = True) -> None:
 
 
 class TemporalAttention(AttentionProjections):
-    """Self-attention of each pixel over the frames of its clip, zero at the start: `(b t) n c` -> the same.
+    """Self-attention of each pixel over the frames of its clip, initialised to zero: `(b t) n c` -> the same.
 
-    What it returns is to be added to its input. It never sees the text.
+    Its output is added to its input. It never sees the text.
 
-    dim: channels, a multiple of 2 * num_heads.  backend: see `attention_backends`.
-    local: an odd number of frames around its own that a frame sees; None: all of them.  sees_first: besides, the first
-        frame of the clip.  positions: whether it is told how far apart frames are.
+    dim: channels, a multiple of 2 * num_heads.  backend: see `backends`.
+    local: an odd number of frames that a frame attends to, itself in the middle; None: all.  sees_first: it also
+        attends to the first frame of the clip.  positions: whether attention depends on the distance of frames.
 
-    With `changes_only` (see `see_changes_only`) a frame's own value is taken off what it gathers.
+    With `changes_only` (see `see_changes_only`) a frame's own value is subtracted from the output.
     """
 
     changes_only = False
@@ -244,36 +173,90 @@ class TemporalAttention(AttentionProjections):
 
     def forward(self, x: Tensor, num_frames: int) -> Tensor:
         q, k, v = self.project(self.norm(x))
-        is_local = self.window is not None and num_frames > self.window.num_frames // 2 + 1
-        if self._is_fused(q, num_frames):
-            x = self._attend_fused(q, k, v, num_frames, is_local)
-        elif self.backend in ("auto", "triton") and not is_local and is_suited(q, num_frames, self.num_heads):
-            x = attend_over_few_frames(q, k, v, num_frames, self.num_heads, self._period)
-        else:
-            x = self._attend_rows(q, k, v, num_frames, is_local)
+        is_local = self.window is not None and num_frames > self.window.radius + 1
+        window = (self.window.radius, self.window.sees_first) if is_local else (-1, False)
+        frames = Frames(num_frames, self.num_heads, MAX_PERIOD if self.positions else 0.0, *window)
+        backend = choose(self.backend, frames.case(q), over_frames=True)
+        run = self._attend_rows if backend is None else backend.run
+        x = run(q, k, v, frames)
         return self.to_out(x - v if self.changes_only else x)
 
-    @property
-    def _period(self) -> float:
-        return MAX_PERIOD if self.positions else 0.0
-
-    def _is_fused(self, q: Tensor, num_frames: int) -> bool:
-        what = (q.device, q.dtype, num_frames, q.shape[-1] // self.num_heads)
-        if self.backend == "triton":
-            check_fused(*what)
-        return self.backend == "triton" or (self.backend == "auto" and q.is_cuda and why_not(*what) is None)
-
-    def _attend_fused(self, q: Tensor, k: Tensor, v: Tensor, num_frames: int, is_local: bool) -> Tensor:
-        window = (self.window.radius, self.window.sees_first) if is_local else (-1, False)
-        return temporal_attention(q, k, v, num_frames, self.num_heads, self._period, *window)
-
-    def _attend_rows(self, q: Tensor, k: Tensor, v: Tensor, num_frames: int, is_local: bool) -> Tensor:
-        """Every pixel's frames as a row of their own."""
+    def _attend_rows(self, q: Tensor, k: Tensor, v: Tensor, frames: Frames) -> Tensor:
+        """Attention with the frames of each pixel and head as one row."""
+        shape = {"t": frames.num_frames, "heads": self.num_heads}
         num_tokens = q.shape[1]
-        q, k, v = (
-            rearrange(x, "(b t) n (heads d) -> (b n) heads t d", t=num_frames, heads=self.num_heads) for x in (q, k, v)
-        )
+        q, k, v = (rearrange(x, "(b t) n (heads d) -> (b n) heads t d", **shape) for x in (q, k, v))
         if self.positions:
             q, k = rotate_by_position(q), rotate_by_position(k)
+        is_local = frames.radius >= 0
         x = attend_locally(q, k, v, self.window, self.backend) if is_local else attend(q, k, v, self.backend)
         return rearrange(x, "(b n) heads t d -> (b t) n (heads d)", n=num_tokens)
+
+
+@dataclass(frozen=True)
+class FrameWindow:
+    """The frames that a frame attends to: `num_frames`, odd, centred on itself, and the first one if `sees_first`."""
+
+    num_frames: int
+    sees_first: bool
+
+    @property
+    def radius(self) -> int:
+        return self.num_frames // 2
+
+
+def check_window(local: int | None, sees_first: bool, backend: str) -> FrameWindow | None:
+    """The window of `temporal_attention` in a config, None for all frames. Raises `UserError`."""
+    where = "unet_config.params.temporal_attention"
+    if local is None:
+        if sees_first:
+            raise UserError(f"{where}.sees_first: means nothing without {where}.local; every frame sees the first one")
+        return None
+    if isinstance(local, bool) or not isinstance(local, int) or local < 1 or local % 2 == 0:
+        raise UserError(
+            f"{where}.local: expected an odd number of frames (as many before as after) or null, found {local!r}"
+        )
+    if backend not in options(takes_mask=True):
+        raise UserError(
+            f"{where}.local: expected attention_backend to be one of {', '.join(options(takes_mask=True))}, which can "
+            f"leave frames out, found '{backend}'"
+        )
+    return FrameWindow(local, sees_first)
+
+
+def attend_locally(q: Tensor, k: Tensor, v: Tensor, window: FrameWindow, backend: str = "sdpa") -> Tensor:
+    """`attend` where each frame sees `window`, in blocks of its size: `b heads t d` three times -> `b heads t d`."""
+    num_frames, num_heads, size = q.shape[-2], q.shape[1], window.num_frames
+    num_blocks = -(-num_frames // size)
+    surplus = num_blocks * size - num_frames
+    queries = rearrange(F.pad(q, (0, 0, 0, surplus)), "b heads (n i) d -> b (heads n) i d", n=num_blocks)
+    keys, values = (_around_blocks(x, window, surplus) for x in (k, v))
+    mask = repeat(_seen(num_frames, num_blocks, window, q.device), "n i j -> 1 (heads n) i j", heads=num_heads)
+    out = attend(queries, keys, values, backend, mask)
+    return rearrange(out, "b (heads n) i d -> b heads (n i) d", n=num_blocks)[..., :num_frames, :]
+
+
+def _around_blocks(x: Tensor, window: FrameWindow, surplus: int) -> Tensor:
+    """The frames that a block of queries may see, `b heads t d` -> `b (heads n) j d`: from `radius` before its first to
+    `radius` after its last, zeros beyond the clip, and at the end the first frame of the clip if it is seen."""
+    radius, size = window.radius, window.num_frames
+    padded = F.pad(x, (0, 0, radius, radius + surplus))
+    around = rearrange(padded.unfold(-2, size + 2 * radius, size), "b heads n d j -> b heads n j d")
+    if window.sees_first:
+        first = repeat(x[..., :1, :], "b heads 1 d -> b heads n 1 d", n=around.shape[2])
+        around = torch.cat([around, first], dim=-2)
+    return rearrange(around, "b heads n j d -> b (heads n) j d")
+
+
+def _seen(num_frames: int, num_blocks: int, window: FrameWindow, device: torch.device) -> Tensor:
+    """Which keys of its block each query sees: bool `n i j`."""
+    radius, size = window.radius, window.num_frames
+    starts = size * torch.arange(num_blocks, device=device)[:, None, None]
+    query = starts + torch.arange(size, device=device)[:, None]
+    key = starts - radius + torch.arange(size + 2 * radius, device=device)
+    is_near = (key - query).abs() <= radius
+    # Queries beyond the end are cut off later; they see something all the same, so the sum of their softmax is not 0.
+    seen = is_near & (key >= 0) & ((key < num_frames) | (query >= num_frames))
+    if window.sees_first:
+        seen = torch.cat([seen, query > radius], dim=-1)  # nearer ones see it already
+    return seen

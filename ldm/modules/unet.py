@@ -1,14 +1,15 @@
-"""Stable Diffusion v1's UNet with a sense of time: image parameters under their public names, `temporal` ones beside.
+"""Stable Diffusion v1's UNet with temporal layers: image parameters keep their public names, others are `temporal`.
 
-The arrangement of blocks is that of Dhariwal & Nichol 2021, "Diffusion Models Beat GANs", with the transformers of
-Rombach et al. 2022; where time enters is told in `temporal.py`, which also has the legend of shapes. Options of the
-public class that no Stable Diffusion v1 model uses (class labels, scale-shift norm, attention without text) are left
-out.
+Blocks as in Dhariwal & Nichol 2021, "Diffusion Models Beat GANs", with the transformers of Rombach et al. 2022;
+temporal layers and the legend of shapes are in `temporal.py`. Options of the public class that no Stable Diffusion v1
+model uses (class labels, scale-shift norm, attention without text) are left out.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,14 +21,14 @@ from ldm.errors import UserError
 from ldm.modules.attention import SpatialTransformer
 from ldm.modules.backends import check_backend
 from ldm.modules.nn import GroupNorm32, timestep_embedding, use_channels_last, zeroed
-from ldm.modules.recompute import check_memory_words, chosen_runs, run_directly
+from ldm.modules.recompute import check_memory_options, choose_runs, run_directly
 from ldm.modules.temporal import PseudoConv3d, see_changes_only
 
-OCTAVE = 100.0  # steps of the sinusoids' scale for a doubled frame rate
+OCTAVE = 100.0  # what a doubled frame rate adds to the input of the sinusoids
 
 
 class Embedding(nn.Sequential):
-    """Two layers on sinusoids of a number, zero at the start: `b` -> `b e`."""
+    """Two layers on sinusoids of a number, initialised to zero: `b` -> `b e`."""
 
     def __init__(self, channels: int, emb_channels: int) -> None:
         super().__init__(nn.Linear(channels, emb_channels), nn.SiLU(), zeroed(nn.Linear(emb_channels, emb_channels)))
@@ -38,28 +39,23 @@ class Embedding(nn.Sequential):
 
 
 class ClipConditioning(nn.Module):
-    """The three conditions; those left out have no parameters.
-
-    num_latent_channels: of the latents, c; None for a network that takes no known frames.
-    model_channels, emb_channels: of the network's first level and of its timestep embedding.
-    fps, known_level: whether there are embeddings of the frame rate and of the noise level of the known latents.
-    """
+    """Known frames, frame rate and noise on the known frames, each optional; see `UNetModel`."""
 
     def __init__(
-        self, num_latent_channels: int | None, model_channels: int, emb_channels: int, fps: bool, known_level: bool
+        self, takes_known_frames: bool, num_latent_channels: int, model_channels: int, fps: bool, known_level: bool
     ) -> None:
         super().__init__()
-        if num_latent_channels is not None:
+        if takes_known_frames:
             self.known = zeroed(nn.Conv2d(num_latent_channels + 1, model_channels, 3, padding=1, bias=False))
         if fps:
-            self.fps = Embedding(model_channels, emb_channels)
+            self.fps = Embedding(model_channels, 4 * model_channels)
         if known_level:
-            self.known_level = Embedding(model_channels, emb_channels)
+            self.known_level = Embedding(model_channels, 4 * model_channels)
 
     def embed(self, emb: Tensor, fps: Tensor | None, known_level: Tensor | None) -> Tensor:
-        """The timestep embedding `b e` and what is added to it.
+        """Add the conditions to the timestep embedding: `b e` -> `b e`.
 
-        fps: frames a second, `b`, above 0; known_level: diffusion step of the noise on known latents, 0 for none, `b`.
+        fps: frames a second, `b`, above 0; known_level: diffusion step of the noise on known latents, `b`, 0 for none.
             None, or an embedding that was left out, adds nothing.
         """
         if fps is not None and hasattr(self, "fps"):
@@ -70,18 +66,19 @@ class ClipConditioning(nn.Module):
 
 
 def build_conditioning(
-    num_latent_channels: int | None, model_channels: int, emb_channels: int, fps: bool, known_level: bool
+    takes_known_frames: bool, num_latent_channels: int, model_channels: int, fps: bool, known_level: bool
 ) -> nn.ModuleDict | None:
-    """`ClipConditioning` of these arguments under the name `temporal`; None where there is nothing to be told."""
-    if known_level and num_latent_channels is None:
+    """`ClipConditioning` under the name `temporal`; None without any condition. Raises `UserError`."""
+    if known_level and not takes_known_frames:
         raise UserError(
             "known_level_embedding: expected a network that takes known frames, whose in_channels are 2 * out_channels "
             "+ 1 (9 for 4); set in_channels or leave the embedding out"
         )
-    if num_latent_channels is None and not fps:
+    if not takes_known_frames and not fps:
         return None
-    arguments = (num_latent_channels, model_channels, emb_channels, fps, known_level)
-    return nn.ModuleDict({"temporal": ClipConditioning(*arguments)})
+    return nn.ModuleDict(
+        {"temporal": ClipConditioning(takes_known_frames, num_latent_channels, model_channels, fps, known_level)}
+    )
 
 
 class Downsample(nn.Module):
@@ -107,7 +104,7 @@ class Upsample(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Two convolutions with the diffusion step added between them, beside a shortcut; starts as the shortcut alone."""
+    """Residual block of two convolutions with the diffusion step added between; initialised to its shortcut."""
 
     def __init__(
         self,
@@ -119,20 +116,13 @@ class ResBlock(nn.Module):
         norm_over_clip: bool = False,
     ) -> None:
         super().__init__()
-        time = {"temporal_kernel_size": temporal_kernel_size}
-        self.in_layers = nn.Sequential(
-            GroupNorm32(channels), nn.SiLU(), PseudoConv3d(channels, out_channels, 3, **time)
-        )
+        conv = partial(PseudoConv3d, out_channels=out_channels, temporal_kernel_size=temporal_kernel_size)
+        self.in_layers = nn.Sequential(GroupNorm32(channels), nn.SiLU(), conv(channels))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, out_channels))
         self.out_layers = nn.Sequential(
-            GroupNorm32(out_channels),
-            nn.SiLU(),
-            nn.Dropout(dropout),
-            zeroed_image_part(PseudoConv3d(out_channels, out_channels, 3, **time)),
+            GroupNorm32(out_channels), nn.SiLU(), nn.Dropout(dropout), zeroed_image_part(conv(out_channels))
         )
-        self.skip_connection = (
-            nn.Identity() if channels == out_channels else PseudoConv3d(channels, out_channels, 1, **time)
-        )
+        self.skip_connection = nn.Identity() if channels == out_channels else conv(channels, kernel_size=1)
         self.norm_over_clip = norm_over_clip
 
     def forward(self, x: Tensor, emb: Tensor, num_frames: int | None = None) -> Tensor:
@@ -146,7 +136,7 @@ class ResBlock(nn.Module):
 
 
 def _norm_to_convolution(layers: nn.Sequential, x: Tensor, num_frames: int | None, norm_over_clip: bool) -> Tensor:
-    """Run `layers`: first a norm, over each frame or over the clip, last the convolution that takes all its frames."""
+    """Run `layers`, from a norm over each frame or over the clip to a convolution that takes all frames."""
     x = layers[0](x, num_frames if norm_over_clip else None)
     for layer in layers[1:-1]:
         x = layer(x)
@@ -154,16 +144,16 @@ def _norm_to_convolution(layers: nn.Sequential, x: Tensor, num_frames: int | Non
 
 
 def zeroed_image_part(conv: PseudoConv3d) -> PseudoConv3d:
-    """Set the image convolution to zero, leave its temporal one the identity, and return the pair."""
+    """Set the image convolution to zero, not its temporal one, and return both."""
     nn.init.zeros_(conv.weight)
     nn.init.zeros_(conv.bias)
     return conv
 
 
 class UNetBlock(nn.Sequential):
-    """Layers one after the other, each given the inputs it takes: the diffusion step, the text, or neither.
+    """Layers in sequence, each called with the inputs it takes: diffusion step, text or neither.
 
-    `runs` says of each layer how it is called, see `recomputing`.
+    `runs`: how each layer is called, see `recompute`.
     """
 
     def __init__(self, *layers: nn.Module) -> None:
@@ -182,30 +172,30 @@ class UNetBlock(nn.Sequential):
 
 
 class UNetModel(nn.Module):
-    """The denoiser: noisy latents of a clip or of images, the diffusion step and a caption -> what to remove.
+    """The denoiser: noisy latents of clips or images, diffusion steps and captions -> the prediction target.
 
     in_channels, out_channels: 4 and 4 in Stable Diffusion v1. With 2 * out + 1 = 9 in, as in its inpainting variant,
-        the network takes known frames: noisy latents, mask and known latents, as told in `conditioning.py`. The image
-        convolution keeps the first 4, the other 5 are `conditioning.temporal.known`.
+        the network takes known frames: noisy latents, mask and known latents. The image convolution keeps the first 4,
+        the other 5 are `conditioning.temporal.known`.
     model_channels, channel_mult: width of the first level, and of each level in multiples of it; multiples of 32.
     num_res_blocks: residual blocks per level.
     attention_resolutions: downsampling factors (1, 2, 4, ...) of the levels that have transformers.
     num_heads, transformer_depth, context_dim: heads and blocks of each transformer, width of a caption token.
     dropout: in residual blocks.
     use_checkpoint: keep only the inputs of each block for the backward pass and compute the rest again; a number: of
-        the first blocks. Blocks are the residual blocks, the transformers, and what halves and doubles the size.
-    feed_forward_frames: how many frames go through a transformer's feed-forward at a time; None: all of them.
+        the first blocks. Blocks are residual blocks, transformers, down- and upsampling.
+    feed_forward_frames: frames per call of a transformer's feed-forward; None: all of them.
     inputs_on_host: the inputs that `use_checkpoint` keeps wait in host memory.
     temporal: False leaves out every temporal layer: the image network of Stable Diffusion v1.
-    temporal_kernel_size: frames that a temporal convolution sees, odd; None: no temporal convolutions.
-    attention_backend: see `attention_backends`.
+    temporal_kernel_size: frames of a temporal convolution, odd; None: no temporal convolutions.
+    attention_backend: see `backends`.
     norm_over_clip: residual blocks and the output take the statistics of their norms over all frames of a clip.
     temporal_attention: `local`, `sees_first`, `positions` of `TemporalAttention`; False: no attention over frames.
-    temporal_changes_only: layers over time see changes from frame to frame alone, see `temporal.see_changes_only`.
-    fps_embedding, known_level_embedding: whether the network is told the frame rate, and the noise on known frames.
+    temporal_changes_only: temporal layers see only changes between frames, see `temporal.see_changes_only`.
+    fps_embedding, known_level_embedding: condition on the frame rate, and on the noise of the known frames.
     """
 
-    def __init__(  # noqa: PLR0913, PLR0917 - the words of the public config
+    def __init__(  # noqa: PLR0913, PLR0917 - the keys of the public config
         self,
         in_channels: int,
         out_channels: int,
@@ -232,29 +222,25 @@ class UNetModel(nn.Module):
         super().__init__()
         check_backend(attention_backend)
         _check_widths(model_channels, channel_mult, num_heads)
-        self.in_channels = in_channels
-        self.out_channels = out_channels
+        self.in_channels, self.out_channels = in_channels, out_channels
         self.takes_known_frames = in_channels == 2 * out_channels + 1
-        self.has_fps_embedding = fps_embedding
-        self.has_known_level = known_level_embedding
+        self.has_fps_embedding, self.has_known_level = fps_embedding, known_level_embedding
         self.norm_over_clip = norm_over_clip
-        self.model_channels = model_channels
-        self.context_dim = context_dim
+        self.model_channels, self.context_dim = model_channels, context_dim
         self.downsampling = 2 ** (len(channel_mult) - 1)
         emb_channels = 4 * model_channels
-        attention_over_frames = check_temporal_attention(temporal_attention) if temporal else None
-        _check_time(temporal, attention_over_frames, temporal_kernel_size)
-        time = {"temporal_kernel_size": temporal_kernel_size if temporal else None}
+        attention, kernel_size = _check_temporal(temporal, temporal_attention, temporal_kernel_size)
+        time = {"temporal_kernel_size": kernel_size}
 
         def res_block(channels: int, out_channels: int) -> ResBlock:
-            return ResBlock(channels, emb_channels, out_channels, dropout, **time, norm_over_clip=norm_over_clip)
+            return ResBlock(channels, emb_channels, out_channels, dropout, kernel_size, norm_over_clip)
 
         def transformer(channels: int) -> SpatialTransformer:
             heads = (num_heads, channels // num_heads, transformer_depth, context_dim)
-            return SpatialTransformer(channels, *heads, attention_over_frames, feed_forward_frames, attention_backend)
+            return SpatialTransformer(channels, *heads, attention, feed_forward_frames, attention_backend)
 
         def at_level(level: int, channels: int) -> list[nn.Module]:
-            """A residual block that ends in the level's width, and the level's transformer if it has one."""
+            """A residual block to the level's width, and a transformer if the level has them."""
             width = channel_mult[level] * model_channels
             layers = [res_block(channels, width)]
             return [*layers, transformer(width)] if 2**level in attention_resolutions else layers
@@ -265,7 +251,7 @@ class UNetModel(nn.Module):
         )
         image_channels = out_channels if self.takes_known_frames else in_channels
         self.input_blocks = nn.ModuleList([UNetBlock(PseudoConv3d(image_channels, model_channels, 3, **time))])
-        widths = [model_channels]  # of the activations that the way up takes over
+        widths = [model_channels]  # of the skip connections
         for level in levels:
             for _ in range(num_res_blocks):
                 self.input_blocks.append(UNetBlock(*at_level(level, widths[-1])))
@@ -278,22 +264,19 @@ class UNetModel(nn.Module):
             res_block(channels, channels), transformer(channels), res_block(channels, channels)
         )
         self.output_blocks = nn.ModuleList()
-        for level in reversed(levels):
-            for index in range(num_res_blocks + 1):
-                layers = at_level(level, channels + widths.pop())
-                channels = channel_mult[level] * model_channels
-                if level > 0 and index == num_res_blocks:
-                    layers.append(Upsample(channels, **time))
-                self.output_blocks.append(UNetBlock(*layers))
+        for level, index in itertools.product(reversed(levels), range(num_res_blocks + 1)):
+            layers = at_level(level, channels + widths.pop())
+            channels = channel_mult[level] * model_channels
+            if level > 0 and index == num_res_blocks:
+                layers.append(Upsample(channels, **time))
+            self.output_blocks.append(UNetBlock(*layers))
         self.out = nn.Sequential(
             GroupNorm32(channels), nn.SiLU(), zeroed_image_part(PseudoConv3d(channels, out_channels, 3, **time))
         )
-
         see_changes_only(self, temporal_changes_only)
         self._choose_runs(use_checkpoint, feed_forward_frames, inputs_on_host)
-        known = out_channels if self.takes_known_frames else None
         self.conditioning = build_conditioning(
-            known, model_channels, emb_channels, fps_embedding, known_level_embedding
+            self.takes_known_frames, out_channels, model_channels, fps_embedding, known_level_embedding
         )
         if torch.cuda.is_available():
             use_channels_last(self)
@@ -310,12 +293,11 @@ class UNetModel(nn.Module):
     ) -> Tensor:
         """Images `b c h w` or clips `b t c h w`, diffusion steps `b`, captions `b n d` -> latents of the same size.
 
-        c is `in_channels`, and `out_channels` in what comes back. A caption for each frame is `b t n d`. A clip of one
-        frame, or any clip with `enable_time=False`, is treated as images: time does not take part. h and w are
+        c is `in_channels`, and `out_channels` in the output. Captions of single frames are `b t n d`. A clip of one
+        frame, or any clip with `enable_time=False`, is treated as images, without temporal layers. h and w are
         multiples of `downsampling` (8 for Stable Diffusion v1). Timesteps may be fractional.
 
-        fps, known_level: frames a second and the noise on known latents, `b`; see `ClipConditioning.embed`. Images have
-        no frame rate.
+        fps, known_level: see `ClipConditioning.embed`; the frame rate of images is ignored.
         """
         self._check_input(x, context)
         frames = x.shape[1] if x.ndim == 5 else 1
@@ -339,7 +321,7 @@ class UNetModel(nn.Module):
         return rearrange(h, "(b t) c h w -> b t c h w", t=frames) if x.ndim == 5 else h
 
     def _first_block(self, x: Tensor, emb: Tensor, context: Tensor, num_frames: int | None) -> Tensor:
-        """The first convolution; what it makes of the known latents is added before time takes part."""
+        """The first convolution, with that of the known latents added before the temporal one."""
         if not self.takes_known_frames:
             return self.input_blocks[0](x, emb, context, num_frames)
         noisy, known = x.split([self.out_channels, self.out_channels + 1], dim=1)
@@ -350,8 +332,8 @@ class UNetModel(nn.Module):
     def _choose_runs(self, use_checkpoint: bool | int, feed_forward_frames: int | None, inputs_on_host: bool) -> None:
         sequences = [*self.input_blocks[1:], self.middle_block, *self.output_blocks]
         layers = [layer for sequence in sequences for layer in sequence]
-        check_memory_words(use_checkpoint, feed_forward_frames, inputs_on_host, len(layers))
-        runs = chosen_runs(layers, use_checkpoint, inputs_on_host)
+        check_memory_options(use_checkpoint, feed_forward_frames, inputs_on_host, len(layers))
+        runs = choose_runs(layers, use_checkpoint, inputs_on_host)
         for sequence in sequences:
             sequence.runs = [runs[layer] for layer in sequence]
 
@@ -385,25 +367,22 @@ def _check_widths(model_channels: int, channel_mult: Sequence[int], num_heads: i
             )
 
 
-def _check_time(temporal: bool, attention: Mapping[str, Any] | None, kernel_size: int | None) -> None:
-    if temporal and attention is None and kernel_size is None:
+def _check_temporal(
+    temporal: bool, attention: Mapping[str, Any] | bool | None, kernel_size: int | None
+) -> tuple[dict[str, Any] | None, int | None]:
+    """Keyword arguments of `TemporalAttention` and the kernel size of temporal convolutions, each None for none."""
+    if not temporal:
+        return None, None
+    known = ("local", "sees_first", "positions")
+    options = None if attention is False else {} if attention in (None, True) else dict(attention)
+    for key, value in (options or {}).items():
+        if key not in known:
+            raise UserError(f"temporal_attention.{key}: expected one of {', '.join(known)}")
+        if key != "local" and not isinstance(value, bool):
+            raise UserError(f"temporal_attention.{key}: expected true or false, found {value!r}")
+    if options is None and kernel_size is None:
         raise UserError(
             "temporal: expected convolutions or attention over frames, found temporal_kernel_size: null and "
             "temporal_attention: false; an image network is temporal: false"
         )
-
-
-def check_temporal_attention(words: Mapping[str, Any] | bool | None) -> dict[str, Any] | None:
-    """The words of `temporal_attention` as arguments of `TemporalAttention`, None for no attention over frames.
-
-    Raises `UserError` for others.
-    """
-    if words is False:
-        return None
-    words, known = {} if words in (None, True) else dict(words), ("local", "sees_first", "positions")
-    for word, value in words.items():
-        if word not in known:
-            raise UserError(f"temporal_attention.{word}: expected one of {', '.join(known)}")
-        if word != "local" and not isinstance(value, bool):
-            raise UserError(f"temporal_attention.{word}: expected true or false, found {value!r}")
-    return words
+    return options, kernel_size

@@ -16,7 +16,6 @@ from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +25,7 @@ from ldm.config import build, to_container
 from ldm.data.shards import DATASET_FILE, read_info
 from ldm.diffusion.known_frames import KnownLatents
 from ldm.errors import UserError
-from ldm.modules.backends.triton_op import MAX_FRAMES
-from ldm.modules.temporal import TemporalAttention
+from ldm.modules.backends import choosing_for_gpu
 from ldm.optim import build_optimizer
 from ldm.optim.per_weight import WeightByWeight, state_bytes
 from ldm.optim.stored_weights import StoredWeights
@@ -189,7 +187,7 @@ def count_step(config: Mapping[str, Any], shape: Shape, machine: str = CARD) -> 
     with ExitStack() as stack:
         if machine == CARD:
             stack.enter_context(autocast_as_on_a_card())
-            stack.enter_context(patch.object(TemporalAttention, "_is_fused", _is_fused))
+            stack.enter_context(choosing_for_gpu())
         fake = stack.enter_context(FakeTensorMode())
         fake.allow_meta = True  # the device that stands for a card
         with device:
@@ -317,8 +315,3 @@ def _batch(model: nn.Module, shape: Shape, device: torch.device) -> tuple[Any, .
 def _loss(model: nn.Module, batch: tuple[Any, ...]) -> Tensor:
     """As `LatentVideoDiffusion.training_step` has it."""
     return (model.error(*batch) * model.schedule.loss_weight(batch[2], model.min_snr_gamma)).sum()
-
-
-def _is_fused(layer: TemporalAttention, q: Tensor, num_frames: int) -> bool:
-    """Whether a card would take our kernel for attention over frames."""
-    return layer.backend == "auto" and num_frames <= MAX_FRAMES

@@ -1,18 +1,17 @@
-"""Attention over frames as one Triton kernel each way; imported only where triton is installed.
+"""Temporal attention as one Triton kernel for each direction; needs triton.
 
-Rows are short, 2 to 64 frames, and there are as many as pixels times heads. So one program takes a few pixels of one
-head whole: it reads their queries, keys and values through strides from where the projections left them,
-`(b t) n (heads d)`, turns queries and keys by their position in registers (see `temporal.rotate_by_position`), and
-writes what comes out in the same layout. No transposed copy and no matrix of weights ever reaches memory; the backward
-pass computes the weights again. Sums and the softmax are float32.
+Rows are short, 2 to 64 frames, and there are pixels x heads of them. One program takes a few pixels of one head: it
+reads queries, keys and values by strides from the output of the projections, `(b t) n (heads d)`, rotates queries and
+keys by position in registers (see `temporal.rotate_by_position`) and writes the output in the same layout. No
+transposed copy and no weight matrix reaches memory; the backward pass computes the weights again. Sums and the softmax
+are float32.
 
-The rows of several pixels share a square tile of weights, of which only the squares on its diagonal count: products of
-matrices have at least 16 rows on a GPU. A head's channels are taken in two halves, which is how rotation pairs them.
-Programs are counted along the one axis of the grid that has room for 2^31 of them. `fused_attention` makes an operator
-of the two launches here.
+The rows of several pixels share a square tile of weights, of which only the blocks on the diagonal count, because
+matrix products on a GPU have at least 16 rows. A head's channels are two halves, paired by the rotation. Programs are
+numbered along the axis of the grid that has room for 2^31. `triton_op` makes an operator of the two launches.
 """
 # ruff: noqa: ANN001, ANN202, N803, N806, PLR0913, PLR0917
-# Kernels are told every number by itself, and their types are Triton's; what is upper case is known when compiling.
+# Kernels take single numbers of Triton's types; upper-case arguments are compile-time constants.
 
 from __future__ import annotations
 
@@ -24,11 +23,11 @@ from torch import Tensor
 
 @triton.jit
 def _rows_of_program(num_pixels, num_heads, T: tl.constexpr, BLOCK: tl.constexpr):
-    """Clip and head of this program, and for each row of its tile: pixel in the tile, pixel, frame, is there one."""
+    """Clip and head of this program; for each row of its tile: pixel in the tile, pixel, frame, whether it is a row."""
     program = tl.program_id(0).to(tl.int64)
     PIXELS: tl.constexpr = BLOCK // T
     num_groups = (num_pixels + PIXELS - 1) // PIXELS
-    head = program % num_heads  # neighbours share the lines that they read
+    head = program % num_heads  # neighbouring programs share cache lines
     group = (program // num_heads) % num_groups
     clip = program // (num_heads * num_groups)
     row = tl.arange(0, BLOCK)
@@ -38,32 +37,32 @@ def _rows_of_program(num_pixels, num_heads, T: tl.constexpr, BLOCK: tl.constexpr
 
 
 @triton.jit
-def _places(clip, pixel, frame, by_frame, by_pixel, T: tl.constexpr):
-    """Where each row of a tensor `(b t) n c` with these strides begins."""
+def _offsets(clip, pixel, frame, by_frame, by_pixel, T: tl.constexpr):
+    """Offset of each row of a tensor `(b t) n c` with these strides."""
     return (clip * T + frame) * by_frame + pixel * by_pixel
 
 
 @triton.jit
-def _load_halves(tensor, places, by_channel, head, is_row, D: tl.constexpr, PADDED: tl.constexpr):
-    """The two halves of a head's channels for each row, zeros beyond."""
+def _load_halves(tensor, offsets, by_channel, head, is_row, D: tl.constexpr, PADDED: tl.constexpr):
+    """The two halves of a head's channels for each row, padded with zeros."""
     channel = tl.arange(0, PADDED)
-    is_there = is_row[:, None] & (channel < D // 2)[None, :]
-    where = tensor + places[:, None] + (head * D + channel)[None, :] * by_channel
-    return tl.load(where, mask=is_there, other=0.0), tl.load(where + D // 2 * by_channel, mask=is_there, other=0.0)
+    exists = is_row[:, None] & (channel < D // 2)[None, :]
+    where = tensor + offsets[:, None] + (head * D + channel)[None, :] * by_channel
+    return tl.load(where, mask=exists, other=0.0), tl.load(where + D // 2 * by_channel, mask=exists, other=0.0)
 
 
 @triton.jit
-def _store_halves(tensor, places, by_channel, head, is_row, first, second, D: tl.constexpr, PADDED: tl.constexpr):
+def _store_halves(tensor, offsets, by_channel, head, is_row, first, second, D: tl.constexpr, PADDED: tl.constexpr):
     channel = tl.arange(0, PADDED)
-    is_there = is_row[:, None] & (channel < D // 2)[None, :]
-    where = tensor + places[:, None] + (head * D + channel)[None, :] * by_channel
-    tl.store(where, first.to(tensor.dtype.element_ty), mask=is_there)
-    tl.store(where + D // 2 * by_channel, second.to(tensor.dtype.element_ty), mask=is_there)
+    exists = is_row[:, None] & (channel < D // 2)[None, :]
+    where = tensor + offsets[:, None] + (head * D + channel)[None, :] * by_channel
+    tl.store(where, first.to(tensor.dtype.element_ty), mask=exists)
+    tl.store(where + D // 2 * by_channel, second.to(tensor.dtype.element_ty), mask=exists)
 
 
 @triton.jit
-def _turn(first, second, frame, sign, D: tl.constexpr, PADDED: tl.constexpr, LOG_PERIOD: tl.constexpr):
-    """Pairs of channels turned by the angles of their frames, forwards or (sign -1) back; float32 inside."""
+def _rotate(first, second, frame, sign, D: tl.constexpr, PADDED: tl.constexpr, LOG_PERIOD: tl.constexpr):
+    """Rotate pairs of channels by the angles of their frames, or back with sign -1; in float32."""
     if LOG_PERIOD == 0.0:
         return first, second
     frequency = tl.exp2(tl.arange(0, PADDED).to(tl.float32) * (-LOG_PERIOD / (D // 2)))
@@ -75,8 +74,8 @@ def _turn(first, second, frame, sign, D: tl.constexpr, PADDED: tl.constexpr, LOG
 
 @triton.jit
 def _product(one, two, PRECISION: tl.constexpr):
-    """Of two matrices, summed up in float32."""
-    if PRECISION == "interpreted":  # Triton's interpreter would multiply the bits of bfloat16 numbers
+    """Product of two matrices, summed in float32."""
+    if PRECISION == "interpreted":  # it multiplies the bits of bfloat16 numbers
         product = tl.dot(one.to(tl.float32), two.to(tl.float32))
     else:
         product = tl.dot(one, two, input_precision=PRECISION)
@@ -86,7 +85,7 @@ def _product(one, two, PRECISION: tl.constexpr):
 @triton.jit
 def _weights(q1, q2, k1, k2, square, frame, is_row, SCALE: tl.constexpr, RADIUS: tl.constexpr, SEES_FIRST: tl.constexpr,
              PRECISION: tl.constexpr):  # fmt: skip
-    """Softmax over the frames that each row sees: those of its own pixel, at most `RADIUS` away if that is not -1."""
+    """Softmax over the frames that each row sees: of its own pixel, and with a RADIUS from 0 at most that far away."""
     logits = _product(q1, tl.trans(k1), PRECISION) + _product(q2, tl.trans(k2), PRECISION)
     logits = logits * SCALE
     sees = (square[:, None] == square[None, :]) & is_row[None, :]
@@ -96,7 +95,7 @@ def _weights(q1, q2, k1, k2, square, frame, is_row, SCALE: tl.constexpr, RADIUS:
         if SEES_FIRST:
             near = near | (frame == 0)[None, :]
         sees = sees & near
-    # Rows that are none see all, or their softmax had no sum; nothing comes of them.
+    # Padding rows see everything, so the sum of their softmax is not 0; they are not stored.
     logits = tl.where(sees | (is_row == 0)[:, None], logits, float("-inf"))
     weights = tl.exp(logits - tl.max(logits, axis=1)[:, None])
     return weights / tl.sum(weights, axis=1)[:, None]
@@ -111,15 +110,15 @@ def _forward(
     RADIUS: tl.constexpr, SEES_FIRST: tl.constexpr, PRECISION: tl.constexpr, SCALE: tl.constexpr,
 ):  # fmt: skip
     clip, head, square, pixel, frame, is_row = _rows_of_program(num_pixels, num_heads, T, BLOCK)
-    q1, q2 = _load_halves(q, _places(clip, pixel, frame, q_frame, q_pixel, T), q_channel, head, is_row, D, PADDED)
-    k1, k2 = _load_halves(k, _places(clip, pixel, frame, k_frame, k_pixel, T), k_channel, head, is_row, D, PADDED)
-    v1, v2 = _load_halves(v, _places(clip, pixel, frame, v_frame, v_pixel, T), v_channel, head, is_row, D, PADDED)
-    q1, q2 = _turn(q1, q2, frame, 1.0, D, PADDED, LOG_PERIOD)
-    k1, k2 = _turn(k1, k2, frame, 1.0, D, PADDED, LOG_PERIOD)
+    q1, q2 = _load_halves(q, _offsets(clip, pixel, frame, q_frame, q_pixel, T), q_channel, head, is_row, D, PADDED)
+    k1, k2 = _load_halves(k, _offsets(clip, pixel, frame, k_frame, k_pixel, T), k_channel, head, is_row, D, PADDED)
+    v1, v2 = _load_halves(v, _offsets(clip, pixel, frame, v_frame, v_pixel, T), v_channel, head, is_row, D, PADDED)
+    q1, q2 = _rotate(q1, q2, frame, 1.0, D, PADDED, LOG_PERIOD)
+    k1, k2 = _rotate(k1, k2, frame, 1.0, D, PADDED, LOG_PERIOD)
     weights = _weights(q1, q2, k1, k2, square, frame, is_row, SCALE, RADIUS, SEES_FIRST, PRECISION).to(v1.dtype)
     out1, out2 = _product(weights, v1, PRECISION), _product(weights, v2, PRECISION)
-    places = _places(clip, pixel, frame, o_frame, o_pixel, T)
-    _store_halves(out, places, 1, head, is_row, out1, out2, D, PADDED)
+    offsets = _offsets(clip, pixel, frame, o_frame, o_pixel, T)
+    _store_halves(out, offsets, 1, head, is_row, out1, out2, D, PADDED)
 
 
 @triton.jit
@@ -132,38 +131,38 @@ def _backward(
     RADIUS: tl.constexpr, SEES_FIRST: tl.constexpr, PRECISION: tl.constexpr, SCALE: tl.constexpr,
 ):  # fmt: skip
     clip, head, square, pixel, frame, is_row = _rows_of_program(num_pixels, num_heads, T, BLOCK)
-    q1, q2 = _load_halves(q, _places(clip, pixel, frame, q_frame, q_pixel, T), q_channel, head, is_row, D, PADDED)
-    k1, k2 = _load_halves(k, _places(clip, pixel, frame, k_frame, k_pixel, T), k_channel, head, is_row, D, PADDED)
-    q1, q2 = _turn(q1, q2, frame, 1.0, D, PADDED, LOG_PERIOD)
-    k1, k2 = _turn(k1, k2, frame, 1.0, D, PADDED, LOG_PERIOD)
+    q1, q2 = _load_halves(q, _offsets(clip, pixel, frame, q_frame, q_pixel, T), q_channel, head, is_row, D, PADDED)
+    k1, k2 = _load_halves(k, _offsets(clip, pixel, frame, k_frame, k_pixel, T), k_channel, head, is_row, D, PADDED)
+    q1, q2 = _rotate(q1, q2, frame, 1.0, D, PADDED, LOG_PERIOD)
+    k1, k2 = _rotate(k1, k2, frame, 1.0, D, PADDED, LOG_PERIOD)
     weights = _weights(q1, q2, k1, k2, square, frame, is_row, SCALE, RADIUS, SEES_FIRST, PRECISION)
-    g1, g2 = _load_halves(grad, _places(clip, pixel, frame, g_frame, g_pixel, T), g_channel, head, is_row, D, PADDED)
-    v1, v2 = _load_halves(v, _places(clip, pixel, frame, v_frame, v_pixel, T), v_channel, head, is_row, D, PADDED)
-    places = _places(clip, pixel, frame, o_frame, o_pixel, T)
+    g1, g2 = _load_halves(grad, _offsets(clip, pixel, frame, g_frame, g_pixel, T), g_channel, head, is_row, D, PADDED)
+    v1, v2 = _load_halves(v, _offsets(clip, pixel, frame, v_frame, v_pixel, T), v_channel, head, is_row, D, PADDED)
+    offsets = _offsets(clip, pixel, frame, o_frame, o_pixel, T)
 
-    turned = tl.trans(weights.to(g1.dtype))
-    dv1, dv2 = _product(turned, g1, PRECISION), _product(turned, g2, PRECISION)
-    _store_halves(dv, places, 1, head, is_row, dv1, dv2, D, PADDED)
+    transposed = tl.trans(weights.to(g1.dtype))
+    dv1, dv2 = _product(transposed, g1, PRECISION), _product(transposed, g2, PRECISION)
+    _store_halves(dv, offsets, 1, head, is_row, dv1, dv2, D, PADDED)
 
     d_weights = _product(g1, tl.trans(v1), PRECISION)
     d_weights += _product(g2, tl.trans(v2), PRECISION)
     d_logits = weights * (d_weights - tl.sum(weights * d_weights, axis=1)[:, None])
     d_logits = (d_logits * SCALE).to(q1.dtype)
     dq1, dq2 = _product(d_logits, k1, PRECISION), _product(d_logits, k2, PRECISION)
-    dq1, dq2 = _turn(dq1, dq2, frame, -1.0, D, PADDED, LOG_PERIOD)
-    _store_halves(dq, places, 1, head, is_row, dq1, dq2, D, PADDED)
+    dq1, dq2 = _rotate(dq1, dq2, frame, -1.0, D, PADDED, LOG_PERIOD)
+    _store_halves(dq, offsets, 1, head, is_row, dq1, dq2, D, PADDED)
 
-    turned = tl.trans(d_logits)
-    dk1, dk2 = _product(turned, q1, PRECISION), _product(turned, q2, PRECISION)
-    dk1, dk2 = _turn(dk1, dk2, frame, -1.0, D, PADDED, LOG_PERIOD)
-    _store_halves(dk, places, 1, head, is_row, dk1, dk2, D, PADDED)
+    transposed = tl.trans(d_logits)
+    dk1, dk2 = _product(transposed, q1, PRECISION), _product(transposed, q2, PRECISION)
+    dk1, dk2 = _rotate(dk1, dk2, frame, -1.0, D, PADDED, LOG_PERIOD)
+    _store_halves(dk, offsets, 1, head, is_row, dk1, dk2, D, PADDED)
 
 
 def launch_forward(q: Tensor, k: Tensor, v: Tensor, numbers: tuple[int, int, float, int, bool]) -> Tensor:
     """`(b t) n (heads d)` three times, of any strides -> the same, contiguous.
 
     numbers: t, heads, log2 of the longest period of the rotation (0: no rotation), radius of the window (-1: all
-        frames see each other), whether all see the first frame too.
+        frames), whether every frame sees the first one.
     """
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     grid, num_rows, constants = _layout(q, numbers)
@@ -177,7 +176,7 @@ def launch_forward(q: Tensor, k: Tensor, v: Tensor, numbers: tuple[int, int, flo
 def launch_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, numbers: tuple[int, int, float, int, bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of queries, keys and values, each contiguous, from that of what came out."""
+    """Contiguous gradients of queries, keys and values from that of the output."""
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     grid, num_rows, constants = _layout(q, numbers)
     if num_rows:
@@ -188,7 +187,7 @@ def launch_backward(
 
 
 def _layout(q: Tensor, numbers: tuple[int, int, float, int, bool]) -> tuple[tuple[int], int, dict]:
-    """The grid, how many rows there are, and what the kernels are compiled for."""
+    """Grid, number of elements, and compile-time constants of the kernels."""
     num_frames, num_heads, log_period, radius, sees_first = numbers
     dim = q.shape[-1] // num_heads
     block = max(16, triton.next_power_of_2(num_frames))
@@ -210,5 +209,5 @@ def _precision(q: Tensor) -> str:
 
 
 def _on_device(q: Tensor) -> torch.cuda.device:
-    """Kernels go to the current card; the tensors may be on another. Without a card it changes nothing."""
+    """Makes the GPU of the tensors the current one, to which kernels are launched; no effect on a CPU."""
     return torch.cuda.device(q.device.index if q.is_cuda else -1)

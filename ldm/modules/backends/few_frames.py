@@ -1,9 +1,8 @@
-"""Attention over few frames on a processor: sums of products of whole maps instead of a matrix product for each pixel.
+"""Temporal attention over few frames on a CPU: sums of products of whole maps instead of one matrix product per pixel.
 
-With 5 frames and heads of 8 numbers the matrices of temporal attention are so small that calling the product takes
-longer than the product. Here the pixels lie last in memory, `b t heads d n`, and every step is one operation over all
-of them: a score is a sum over d of products of maps. The work is that of plain loops and grows with the square of the
-frames; `is_suited` says where it pays. Computed and kept in float32, whatever comes in.
+For 5 frames and heads of 8 channels the call of a matrix product takes longer than the product. Here pixels lie last in
+memory, `b t heads d n`, and each step is one operation over all of them. The work grows with the square of the frames.
+Computed in float32 for every input type.
 """
 
 from __future__ import annotations
@@ -13,29 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm.modules.backends.interface import Case, Frames
 from ldm.modules.nn import angles_of_frames
 
 MAX_FRAMES = 8
-MAX_WORK = 160  # frames times numbers of a head; beyond, matrix products catch up
-MIN_ROWS = 512  # pixels times heads, of all clips; of fewer, the steps cost more than what they compute
+MAX_WORK = 160  # frames x channels of a head; above, matrix products are as fast
+MIN_ROWS = 512  # pixels x heads x clips; below, the overhead of the steps is larger than their work
 
 
-def is_suited(q: Tensor, num_frames: int, num_heads: int) -> bool:
-    """Whether this is the faster way for queries `(b t) n (heads d)`, as measured on processors with AVX-512."""
-    if q.device.type != "cpu" or not 2 <= num_frames <= MAX_FRAMES:
+def supports(case: Case) -> bool:
+    """Whether this is the faster way, as measured on CPUs with AVX-512."""
+    if case.device.type != "cpu" or case.is_masked or not 2 <= case.num_keys <= MAX_FRAMES:
         return False
-    num_rows = q.shape[0] // num_frames * q.shape[1] * num_heads
-    return num_rows >= MIN_ROWS and num_frames * (q.shape[2] // num_heads) <= MAX_WORK
+    return case.num_rows >= MIN_ROWS and case.num_keys * case.dim <= MAX_WORK
 
 
-def attend_over_few_frames(
-    q: Tensor, k: Tensor, v: Tensor, num_frames: int, num_heads: int, max_period: float
-) -> Tensor:
-    """Each pixel's frames attend to each other: `(b t) n (heads d)` three times -> the same.
-
-    max_period: of the rotation by position, see `temporal.rotate_by_position`; 0: none.
-    """
-    return _FewFrames.apply(q, k, v, num_frames, num_heads, max_period)
+def run(q: Tensor, k: Tensor, v: Tensor, frames: Frames) -> Tensor:
+    """Attention over all frames of a clip, see `Frames`."""
+    return _FewFrames.apply(q, k, v, frames.num_frames, frames.num_heads, frames.max_period)
 
 
 class _FewFrames(torch.autograd.Function):
@@ -71,7 +65,7 @@ class _FewFrames(torch.autograd.Function):
             of_logit = (weight * (of_weight - (weight * of_weight).sum(1, keepdim=True))).mul_(scale)[:, :, :, None]
             torch.sum(of_logit * k, 1, out=of_q[:, i])
             of_k.addcmul_(of_logit, q[:, i, None])
-        of_q, of_k = (_rotate(x, ctx.angles, back=True) for x in (of_q, of_k))
+        of_q, of_k = (_rotate(x, ctx.angles, sign=-1) for x in (of_q, of_k))
         return *(_to_tokens(x, ctx.dtype) for x in (of_q, of_k, of_v)), None, None, None
 
 
@@ -87,14 +81,12 @@ def _to_tokens(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.view(b * num_frames, num_heads * dim, num_tokens).transpose(1, 2).contiguous().to(dtype)
 
 
-def _rotate(x: Tensor, angles: tuple[Tensor, Tensor] | None, back: bool = False) -> Tensor:
-    """By position as `temporal.rotate_by_position`, or back: `b t heads d n` -> the same."""
+def _rotate(x: Tensor, angles: tuple[Tensor, Tensor] | None, sign: int = 1) -> Tensor:
+    """`temporal.rotate_by_position`, or its inverse with sign -1: `b t heads d n` -> the same."""
     if angles is None:
         return x
-    cosine, sine = angles
-    sign, half = -1 if back else 1, x.shape[3] // 2
-    out = torch.empty_like(x)
-    first, second = x[:, :, :, :half], x[:, :, :, half:]
+    (cosine, sine), half = angles, x.shape[3] // 2
+    out, first, second = torch.empty_like(x), x[:, :, :, :half], x[:, :, :, half:]
     torch.mul(first, cosine, out=out[:, :, :, :half]).addcmul_(second, sine, value=-sign)
     torch.mul(second, cosine, out=out[:, :, :, half:]).addcmul_(first, sine, value=sign)
     return out
