@@ -79,8 +79,8 @@ def test_half_of_the_clips_get_noise_up_to_the_greatest_step():
         ({"mixture": {"first": 0}}, "expected at least one kind with a weight above 0, found none"),
         ({"mixture": {}}, "expected at least one kind"),
         ({"mixture": {"first": 1}, "max_noise": -5}, "max_noise: expected a diffusion step from 0, found -5"),
-        ({"mixture": {"first": 1}, "noise": 5}, "expected the words mixture, max_noise and fill"),
-        ({"max_noise": 5}, "expected the words mixture, max_noise and fill"),
+        ({"mixture": {"first": 1}, "noise": 5}, "expected the keys mixture, max_noise and fill"),
+        ({"max_noise": 5}, "expected the keys mixture, max_noise and fill"),
         ({"mixture": {"first": 1}, "fill": "noise"}, "fill: expected one of blend, zeros, found 'noise'"),
     ],
 )

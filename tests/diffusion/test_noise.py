@@ -58,8 +58,8 @@ def test_a_longer_clip_starts_with_the_noise_of_the_shorter(family):
         ({"kind": "mixed"}, "expected a share above 0 for mixed"),
         ({"share": 0.5}, "none for independent, found share 0.5 with kind independent"),
         ({"offset": -1}, "noise.offset: expected a standard deviation from 0 to 1"),
-        ({"amount": 0.5}, "model.params.noise: expected the words kind, share, offset, found 'amount'"),
-        ("mixed", "model.params.noise: expected the words kind, share, offset, found 'mixed'"),
+        ({"amount": 0.5}, "model.params.noise: expected the keys kind, share, offset, found 'amount'"),
+        ("mixed", "model.params.noise: expected the keys kind, share, offset, found 'mixed'"),
     ],
 )
 def test_impossible_families_are_refused(words, message):

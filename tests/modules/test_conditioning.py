@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ldm.errors import UserError
 from ldm.modules.backends import attend
 from ldm.modules.nn import GroupNorm32
-from ldm.modules.temporal import TemporalAttention, Window, attend_locally
+from ldm.modules.temporal import FrameWindow, TemporalAttention, attend_locally
 from ldm.modules.unet import UNetModel
 from tests.conftest import fill_by_rule, relative_error
 
@@ -141,7 +141,7 @@ def test_local_attention_is_full_attention_with_a_banded_mask(backend, sees_firs
     if sees_first:
         seen[:, 0] = True
     expected = attend(q, k, v, "math", seen[None, None])
-    out = attend_locally(q, k, v, Window(local, sees_first), backend)
+    out = attend_locally(q, k, v, FrameWindow(local, sees_first), backend)
     assert relative_error(out, expected) < 1e-5
     if num_frames > local:
         assert relative_error(out, attend(q, k, v)) > 1e-2  # which is another thing than seeing all

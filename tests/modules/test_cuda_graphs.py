@@ -92,7 +92,7 @@ def test_joined_projections_are_the_same_weights_under_the_same_names(name):
 
 
 def test_weights_that_are_trained_are_not_joined():
-    with pytest.raises(ValueError, match="weights that are trained stay apart"):
+    with pytest.raises(ValueError, match="projections with trained weights cannot be joined"):
         join_projections(TemporalAttention(32, 2))
 
 

@@ -8,7 +8,6 @@ from einops import rearrange, repeat
 from torch import nn
 
 from ldm.errors import UserError
-from ldm.modules.backends import attend, check_backend, num_launches
 from ldm.modules.nn import use_channels_last
 from ldm.modules.temporal import PseudoConv3d, TemporalAttention, TemporalConv, see_changes_only
 from tests.conftest import fill_by_rule, golden_tensor, relative_error
@@ -135,32 +134,6 @@ def test_attention_is_defined_for_every_length(frames):
     out = filled_attention()(torch.randn(frames, 2, 32), frames)
     assert out.shape == (frames, 2, 32)
     assert out.isfinite().all()
-
-
-def test_math_back_end_agrees_with_torch():
-    q, k, v = torch.randn(3, 2, 4, 6, 8, generator=torch.Generator().manual_seed(0)).unbind(0)
-    assert relative_error(attend(q, k, v, "math"), attend(q, k, v, "sdpa")) <= 1e-6
-
-
-@pytest.mark.parametrize(("batch", "heads"), [(1, 8), (8191, 8), (8192, 8), (40_960, 8), (20_000, 5)])
-def test_large_batches_are_launched_in_parts_that_fit(batch, heads):
-    parts = torch.empty(batch, 0).chunk(num_launches(batch, heads))
-    assert len(parts) == num_launches(batch, heads)
-    assert all(len(part) * heads <= 65_535 for part in parts)
-    assert len(parts) == 1 or len(parts[0]) * (len(parts) - 1) * heads < batch * heads
-
-
-@pytest.mark.parametrize("backend", ["flash_attn", "xformers"])
-def test_a_back_end_that_cannot_run_says_why(backend):
-    try:
-        check_backend(backend)
-    except UserError as error:
-        assert f"'{backend}' cannot be used" in str(error)
-        assert "pip install '.[gpu]'" in str(error)
-    else:
-        q = torch.randn(1, 1, 2, 8)
-        with pytest.raises(UserError, match="needs an NVIDIA GPU, the tensors are on 'cpu'"):
-            attend(q, q, q, backend)
 
 
 def test_a_width_that_cannot_be_rotated_is_refused():

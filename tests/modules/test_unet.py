@@ -240,7 +240,7 @@ def test_inputs_of_a_wrong_shape_are_refused(unet, change, message):
         ({"temporal_kernel_size": None, "temporal_attention": False}, "temporal: expected convolutions or attention"),
         ({"model_channels": 48}, "model_channels: expected a multiple of 32 .* found 48"),
         ({"channel_mult": [1, 2], "num_heads": 24}, "multiple of 2 x num_heads = 48, found 1 x 32"),
-        ({"attention_backend": "flash"}, "expected one of sdpa, math, flash_attn, .*, auto, found 'flash'"),
+        ({"attention_backend": "flash"}, "expected one of triton, math, sdpa, flash_attn, .*, auto, found 'flash'"),
     ],
 )
 def test_impossible_networks_are_refused(options, message):

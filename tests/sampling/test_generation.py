@@ -79,7 +79,7 @@ def test_half_precision_is_near_full(checkpoint, precision):
         (
             "model.params.noise",
             {"colour": 1},
-            "model.params.noise: expected the words kind, share, offset, found 'colour'",
+            "model.params.noise: expected the keys kind, share, offset, found 'colour'",
         ),
         (
             "model.params.noise",
