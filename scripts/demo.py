@@ -22,10 +22,10 @@ from pathlib import Path
 import numpy as np
 
 from ldm.checkpoint.layouts import BUNDLED, CONFIG, is_bundle
-from ldm.data.example_drive import write_example
+from ldm.data.world import draw_clip
 from ldm.errors import Parser, UserError, run_command
 from ldm.files import replacing, write_atomically
-from ldm.video import contact_sheet, read_video
+from ldm.video import contact_sheet, read_video, write_mp4
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = "demo-commands.txt"  # also the sign that a folder is a demo's
@@ -78,7 +78,7 @@ def sample_bundled(folder: Path, bundle: Path, run: Runner) -> list[Path]:
 def make_demo(folder: Path, budget: Budget, run: Runner) -> list[Path]:
     """Go the whole road inside a fresh folder -> the MP4, the GIF and the contact sheet of the sampled clip."""
     drive = folder / "drive.mp4"
-    write_example(drive, budget.footage_frames, budget.size, seed=0)
+    write_mp4(drive, draw_clip("summer dawn", 0, budget.footage_frames, budget.size, 25).frames, fps=25)
     print(f"drew {drive}")
     first_stage = train_autoencoder(folder, drive, budget, run)
     prepared, encoder = folder / "prepared", f"model.params.first_stage_config.params.ckpt_path={first_stage}"

@@ -1,4 +1,4 @@
-"""Videos for tests: frames that carry their number, and files that are no good."""
+"""Videos for tests: clips of the procedural world, frames that carry their number, and broken files."""
 
 from __future__ import annotations
 
@@ -8,8 +8,17 @@ from pathlib import Path
 import av
 import numpy as np
 
-from ldm.data.example_drive import draw_drive
+from ldm.data.world import draw_clip
 from ldm.video import write_mp4
+
+
+def draw_drive(num_frames: int, size: int | tuple[int, int], seed: int) -> np.ndarray:
+    """A clip of the procedural world, uint8 RGB `t h w 3`; other seeds give scenes of the same style."""
+    return draw_clip("summer dawn", seed, num_frames, size, 25).frames
+
+
+def write_drive(path: Path, num_frames: int, size: int = 64, seed: int = 0) -> None:
+    write_mp4(path, draw_drive(num_frames, size, seed), fps=25)
 
 
 def write_numbered(path: Path, num_frames: int, rate: str) -> None:

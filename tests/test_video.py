@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
-import cv2
 import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
-from ldm.data.example_drive import draw_drive, write_example
 from ldm.errors import UserError
 from ldm.files import replacing, write_atomically
 from ldm.sampling.record import write_clip
 from ldm.video import contact_sheet, from_uint8, parse_size, read_metadata, read_video, to_uint8, write_gif, write_mp4
+from tests.made_footage import draw_drive
 
 
 @pytest.fixture(scope="module")
@@ -144,20 +141,6 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
     write_atomically(tmp_path / "a", b"new")
     assert (tmp_path / "a").read_bytes() == b"new"
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
-
-
-def test_the_drive_is_deterministic_and_streams_towards_the_camera(tmp_path):
-    drive = draw_drive(8, 64, seed=3)
-    assert drive.shape == (8, 64, 64, 3)
-    assert np.array_equal(drive, draw_drive(8, 64, seed=3))
-    assert not np.array_equal(drive, draw_drive(8, 64, seed=4))
-    assert np.array_equal(drive[0, 0], drive[-1, 0])  # the sky stands still
-    flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
-    grey = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in draw_drive(8, 256, seed=3)]
-    down = [flow.calc(a, b, None)[140:, :, 1].mean() for a, b in pairwise(grey)]
-    assert min(down) > 0.5  # the ground comes closer
-    write_example(tmp_path / "drive.mp4", num_frames=5, size=64)
-    assert read_video(tmp_path / "drive.mp4")[0].shape == (5, 64, 64, 3)
 
 
 def test_one_meaning_of_a_size():

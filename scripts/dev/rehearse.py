@@ -38,8 +38,8 @@ from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
 from ldm.config import check, load_config
-from ldm.data.example_drive import write_example
 from ldm.data.preparing.footage import FootageError, probe, read_frames
+from ldm.data.world import draw_clip
 from ldm.errors import Parser, UserError, run_command
 from ldm.experiments.tables import markdown_table
 from ldm.files import write_atomically
@@ -110,7 +110,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "-b", "--base", nargs="+", metavar="YAML", default=["configs/video-sd.yaml"], help="configs, merged in order"
     )
-    parser.add_argument("--report", type=Path, default=Path("docs/experiments/rehearsal.md"), help="default: %(default)s")
+    parser.add_argument(
+        "--report", type=Path, default=Path("docs/experiments/rehearsal.md"), help="default: %(default)s"
+    )
     parser.add_argument("--keep", action="store_true", help="do not delete the files at the end")
     parser.add_argument("--write", type=Path, metavar="FILE", help="only write the image checkpoint, to FILE")
     parser.add_argument("--step-only", action="store_true", help="only the training step, on random clips")
@@ -164,7 +166,7 @@ def cut_footage(video: Path | None, folder: Path, config: DictConfig) -> list[Pa
     if video is None:
         video = folder.parent / "drive.mp4"
         side = size if isinstance(size, int) else 512
-        write_example(video, num_frames=ceil(25 / fps * NUM_CLIPS * length), size=side)
+        write_mp4(video, draw_clip("summer dawn", 0, ceil(25 / fps * NUM_CLIPS * length), side, 25).frames, fps=25)
     info = probe(video)
     native = (info.height // 2 * 2, info.width // 2 * 2)
     frames = list(islice(read_frames(video, fps, native), NUM_CLIPS * length))

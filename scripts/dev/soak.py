@@ -29,9 +29,10 @@ from safetensors.torch import save_file
 
 from ldm.config import build, load_config, to_container
 from ldm.config.schema import trusting
-from ldm.data.example_drive import write_example
+from ldm.data.world import draw_clip
 from ldm.errors import Parser, UserError, run_command
 from ldm.files import write_atomically
+from ldm.video import write_mp4
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -179,7 +180,7 @@ def make_set(folder: Path) -> list[str]:
     save_file({f"first_stage_model.{name}": part.contiguous() for name, part in tensors.items()}, first_stage)
     overrides.append(f"model.params.first_stage_config.params.ckpt_path={first_stage}")
     for number in range(3):
-        write_example(folder / "footage" / f"{number}.mp4", 60, 64, seed=number)
+        write_mp4(folder / "footage" / f"{number}.mp4", draw_clip("summer dawn", number, 60, 64, 25).frames, fps=25)
     words = [str(folder / "footage"), "--out", str(folder / "prepared"), "--config", str(CONFIG), "--size", "64"]
     prepare.main([*words, "--prompt", "driving on a highway", *overrides])
     return [*overrides, f"data.params.root={folder / 'prepared'}"]

@@ -8,11 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.data.example_drive import draw_drive
 from ldm.errors import UserError
 from ldm.sampling.generator import ClipGenerator
 from ldm.sampling.request import ClipRequest, notes, read_request
 from ldm.video import write_mp4
+from tests.made_footage import draw_drive
 from tests.scripts.test_txt2vid_given import TOLD, config_of, save_told
 from tests.tiny_checkpoint import image_state, video_state
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.data.example_drive import draw_drive
 from ldm.data.preparing.footage import FootageError
 from ldm.errors import UserError
 from ldm.sampling.given_frames import (
@@ -23,7 +22,7 @@ from ldm.sampling.given_frames import (
     start_from_video,
 )
 from ldm.video import write_gif, write_mp4
-from tests.made_footage import number_of, write_numbered, write_truncated
+from tests.made_footage import draw_drive, number_of, write_numbered, write_truncated
 
 RAMP = np.broadcast_to(np.arange(64, dtype=np.uint8)[:, None] * 4, (64, 32))  # dark above, bright below
 

@@ -15,7 +15,6 @@ from PIL import Image
 
 from ldm.checkpoint import full_state_dict, read_checkpoint
 from ldm.checkpoint.writing import write_temporal
-from ldm.data.example_drive import draw_drive
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
 from ldm.modules.encoders import CLIPTextEmbedder, KLFirstStage
@@ -30,6 +29,7 @@ from ldm.sampling.settings import ClipSettings, GivenFiles
 from ldm.video import read_video, write_mp4
 from scripts.txt2vid import main
 from tests.conftest import fill_by_rule
+from tests.made_footage import draw_drive
 from tests.tiny_checkpoint import CONFIG, DDCONFIG, TEXT, UNET, image_state, video_state
 
 TOLD = {"in_channels": 9, "fps_embedding": True, "known_level_embedding": True}

@@ -8,7 +8,6 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from ldm.data.example_drive import draw_drive
 from ldm.data.preparing.footage import (
     FootageError,
     ffmpeg_binary,
@@ -20,7 +19,7 @@ from ldm.data.preparing.footage import (
     read_frames,
 )
 from ldm.video import write_mp4
-from tests.made_footage import number_of, write_audio, write_numbered, write_truncated
+from tests.made_footage import draw_drive, number_of, write_audio, write_numbered, write_truncated
 
 
 @pytest.mark.parametrize(

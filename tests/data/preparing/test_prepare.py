@@ -22,14 +22,13 @@ from PIL import Image
 from torch import nn
 
 from ldm import checkpoint
-from ldm.data.example_drive import draw_drive, write_example
 from ldm.data.preparing import sources
 from ldm.data.preparing.footage import FootageError, read_frames
 from ldm.data.shards import DatasetError, PreparedSet
 from ldm.data.shards.writer import ShardWriter
 from ldm.errors import UserError, run_command
 from ldm.video import from_uint8, write_mp4
-from tests.made_footage import write_audio, write_numbered, write_truncated
+from tests.made_footage import draw_drive, write_audio, write_drive, write_numbered, write_truncated
 
 ROOT = Path(__file__).parents[3]
 CONFIG = """
@@ -98,7 +97,7 @@ def footage(tmp_path_factory) -> Path:
     scenes = [draw_drive(length, 128, seed) for length, seed in [(31, 1), (24, 2), (40, 5)]]
     write_mp4(folder / "b_cuts.mp4", np.concatenate(scenes), fps=25)
     (folder / "more").mkdir()
-    write_example(folder / "more" / "a_drive.mp4", num_frames=30, size=128, seed=3)
+    write_drive(folder / "more" / "a_drive.mp4", num_frames=30, size=128, seed=3)
     return folder
 
 
@@ -214,7 +213,7 @@ def test_nothing_kept_is_a_failure_with_the_reason(tmp_path, config, encoders, c
     assert reason in streams.out
     assert "error: nothing was kept; the table above says why, video by video" in streams.err
     assert contents(out) == {}
-    write_example(tmp_path / "good.mp4", num_frames=20, size=64)
+    write_drive(tmp_path / "good.mp4", num_frames=20, size=64)
     run(tmp_path / "good.mp4", out, config, "--prompt", "x", "--fps", "5")  # the folder is not spent
 
 
@@ -268,7 +267,7 @@ def test_senseless_arguments(footage, tmp_path, config, encoders):
 def test_captions_from_a_text_file_beside_the_video(footage, tmp_path, config, encoders, capsys):
     (tmp_path / "v").mkdir()
     for seed, name in enumerate(("one.mp4", "two.mp4")):
-        write_example(tmp_path / "v" / name, num_frames=20, size=64, seed=seed)
+        write_drive(tmp_path / "v" / name, num_frames=20, size=64, seed=seed)
     (tmp_path / "v" / "one.txt").write_text("a road\n\n  two   lanes \na road\n")
     run(tmp_path / "v", tmp_path / "out", config)
     prepared = PreparedSet(tmp_path / "out")

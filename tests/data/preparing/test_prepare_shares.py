@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from ldm.data.example_drive import write_example
 from ldm.data.preparing import sources
 from ldm.data.preparing.footage import FootageError
 from ldm.data.preparing.preparation import Preparation
@@ -17,7 +16,7 @@ from ldm.data.shards import DatasetError, PreparedSet
 from ldm.errors import UserError
 from tests.data.preparing.test_prepare import CONFIG, prepare, stand_in
 from tests.made_clips import CAPTIONS, SETTINGS, contents, context_of, fill, the_set
-from tests.made_footage import write_truncated
+from tests.made_footage import write_drive, write_truncated
 
 
 @pytest.fixture
@@ -31,7 +30,7 @@ def footage(tmp_path_factory) -> Path:
     """Five videos, one of them damaged and one a copy of another."""
     folder = tmp_path_factory.mktemp("footage")
     for seed, name in enumerate(("a.mp4", "c.mp4", "e.mp4")):
-        write_example(folder / name, num_frames=20, size=64, seed=seed)
+        write_drive(folder / name, num_frames=20, size=64, seed=seed)
     write_truncated(folder / "b.mp4")
     shutil.copy(folder / "a.mp4", folder / "d.mp4")
     return folder

@@ -24,7 +24,6 @@ import main as training
 from ldm.checkpoint import load_unet, read_checkpoint
 from ldm.checkpoint.names import UNET_PREFIX, average_names
 from ldm.config import load_config
-from ldm.data.example_drive import draw_drive
 from ldm.data.preparing.footage import FootageError
 from ldm.errors import UserError, run_command
 from ldm.video import write_mp4
@@ -43,6 +42,7 @@ from scripts.dev.rehearsal import (
     with_rows_of,
     write_public_checkpoint,
 )
+from tests.made_footage import draw_drive
 
 ROOT = Path(__file__).parents[3]
 SCRIPT = ROOT / "scripts" / "dev" / "rehearse.py"
