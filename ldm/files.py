@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Atomic writes and strict JSON."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from typing import Any, NoReturn
 
 @contextmanager
 def replacing(path: Path | str) -> Iterator[Path]:
-    """Give a temporary path beside `path` that takes its name when the block ends well and vanishes when it does not.
+    """Yield a temporary path beside `path` that replaces it when the block succeeds and is removed when it fails.
 
-    What stood at `path` before stays until then. After a kill the temporary file (`.NAME.partial`) may remain; the
-    next writer of the same file overwrites it.
+    After a kill the temporary file (`.NAME.partial`) may remain; the next writer of the same file overwrites it.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")
@@ -37,18 +36,18 @@ def write_atomically(path: Path | str, content: bytes | str) -> None:
 
 
 MAX_DEPTH = 64
-HALF_CHARACTERS = r"\ud"  # how a half is spelt in JSON, but for case; most texts have none
+SURROGATE = r"\ud"  # the escape of a surrogate in JSON, in lower case
 
 
 def parse_json(text: str | bytes, depth: int | None = MAX_DEPTH) -> Any:
-    """What JSON says, at most so deep; bytes are UTF-8. Raises ValueError, whose message says what is wrong."""
+    """Parse JSON, bytes as UTF-8, nested at most `depth` deep. Raises ValueError for anything not strictly valid."""
     if isinstance(text, bytes):
         text = text.decode("utf-8")
     try:
         found = json.loads(text, parse_constant=_refuse, parse_float=_finite, object_pairs_hook=_unique)
     except RecursionError:
-        raise ValueError("nested without end") from None
-    if HALF_CHARACTERS in text.lower() or not text.isascii():
+        raise ValueError("nested too deeply") from None
+    if SURROGATE in text.lower() or not text.isascii():
         check_characters(found)
     if depth is not None:
         check_depth(found, depth)
@@ -69,7 +68,7 @@ def check_characters(found: Any) -> None:
 
 
 def check_depth(found: Any, most: int = MAX_DEPTH) -> None:
-    """Raise ValueError for lists and mappings in each other deeper than `most`, and for those inside themselves."""
+    """Raise ValueError for lists and mappings nested deeper than `most`, or in themselves."""
     waiting = [(found, 0)]
     while waiting:
         value, depth = waiting.pop()
@@ -83,16 +82,16 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is there twice")
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} occurs twice")
     return found
 
 
 def _refuse(word: str) -> NoReturn:
-    raise ValueError(f"{word} is no number")
+    raise ValueError(f"{word} is not a number")
 
 
 def _finite(digits: str) -> float:
     number = float(digits)
     if not math.isfinite(number):
-        raise ValueError(f"{digits[:40]} is beyond every number")
+        raise ValueError(f"{digits[:40]} is out of range")
     return number

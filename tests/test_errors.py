@@ -22,9 +22,9 @@ def raising(error):
 @pytest.mark.parametrize(
     ("act", "message"),
     [
-        (lambda file: file.mkdir(), "file: expected a folder, or nothing yet, found a file of that name"),
-        (lambda file: (file / "x").mkdir(), "x: expected folders all the way, found a file among them"),
-        (lambda file: (file / "x").mkdir(parents=True), "x: expected folders all the way, found a file among them"),
+        (lambda file: file.mkdir(), "file: expected a folder or a new path, found a file"),
+        (lambda file: (file / "x").mkdir(), "x: expected only folders on the path, found a file"),
+        (lambda file: (file / "x").mkdir(parents=True), "x: expected only folders on the path, found a file"),
         (lambda file: file.parent.write_text(""), "folder: expected a file, found a folder; choose another path"),
         (lambda file: os.replace(file, file.parents[1] / "other"), "other: expected a file, found a folder"),
         (lambda file: (file.parent / ("x" * 300)).touch(), "the name is too long; choose a shorter one"),
@@ -44,7 +44,7 @@ def test_a_path_that_cannot_be_used_is_named(tmp_path, capsys, act, message):
     [
         (errno.EACCES, "/x: the system does not allow this; change the permissions or choose another path"),
         (errno.EPERM, "/x: the system does not allow this"),
-        (errno.EROFS, "/x: this file system can only be read; choose another path"),
+        (errno.EROFS, "/x: this file system is read-only; choose another path"),
         (errno.ENOSPC, "the disk is full while writing /x. What was finished before is intact"),
         (errno.EDQUOT, "the disk is full while writing /x"),
     ],
@@ -81,7 +81,7 @@ def test_status_of_a_good_end_of_a_mistake_and_of_ctrl_c(capsys):
 def test_lack_of_memory_names_what_to_lower(capsys, error):
     assert run_command(raising(error)) == 1
     text = capsys.readouterr().err
-    assert text.startswith("error: out of memory: lower data.params.batch_size, data.params.frames or the size")
+    assert text.startswith("error: out of memory: lower data.params.batch_size, data.params.frames or the image size")
     assert "unet_config.params.use_checkpoint=true" in text and "--decode-chunk" in text and text.count("\n") == 1
 
 

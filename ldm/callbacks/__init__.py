@@ -1,4 +1,7 @@
-"""What happens beside the training steps: averages, sample videos, how they move, compute, saving, waiting, reports."""
+"""Callbacks of training: averages, sample videos and their metrics, step guard, compute, saving, reports.
+
+A callback that changes no weight says `changes_training = False`; a resumed run may then change it or leave it out.
+"""
 
 from ldm.callbacks.average import WeightAverage
 from ldm.callbacks.bad_clips import UnreadableClips

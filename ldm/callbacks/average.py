@@ -1,4 +1,4 @@
-"""A running average of the trained weights, as CompVis' EMA computes and names it, without copying frozen ones."""
+"""Exponential moving average of the trained weights, computed and named as CompVis' EMA; no copy of frozen ones."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ldm.callbacks.bad_steps import SkipBadSteps
+from ldm.callbacks.steps import StepCallback
 from ldm.checkpoint.names import AVERAGE_PREFIX, average_name
 from ldm.diffusion.noise import mix_seed
 from ldm.errors import UserError
@@ -22,25 +23,24 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def average_key(name: str) -> str:
-    """The checkpoint key of the average of a module's parameter, by the name Lightning knows it under."""
+    """The checkpoint key of the average of a parameter with this name in the Lightning module."""
     if name.startswith("unet."):
         name = "diffusion_model." + name.removeprefix("unet.")
     return average_name(name)
 
 
-class WeightAverage(pl.Callback):
+class WeightAverage(StepCallback):
     """Keeps average += (1 - d) (weight - average), d = min(decay, (1 + n) / (10 + n)), after the n-th optimiser step.
 
-    Only parameters that are trained are averaged, in float32 whatever they are stored in. The averages travel in the
-    checkpoint's `state_dict` as `model_ema.*`. Validation and sample videos see the averaged weights. Where weights are
-    divided among processes, each keeps the average of its part.
+    Only trained parameters are averaged, in float32 however they are stored. Checkpoints hold the averages in
+    `state_dict` as `model_ema.*`. Validation and sample videos use them. With sharded weights each process averages its
+    shard.
 
-    device: "cpu": the averages lie in host memory and come to the card to be updated, on a stream of their own, beside
-        the next forward pass; None: they lie with the weights.
-    dtype: "float32", or "bfloat16", 2 bytes a weight. The steps of such an average are far below its last place, so
-        that rounded to the nearest it would hardly move; it is rounded at random, which is right on average and leaves
-        a noise of a few of the last place: by a simulated run of 40,000 steps at a decay of 0.9999, 0.9% of the
-        weights' size, where storing them in bfloat16 once costs 0.2%. Averages of vectors stay float32.
+    device: "cpu": averages are in host memory and updated on the GPU, on a stream of their own, during the next forward
+        pass; None: with the weights.
+    dtype: "float32", or "bfloat16", 2 bytes per weight. An update is far below the precision of bfloat16 and is rounded
+        stochastically: unbiased, with a noise of 0.9% of the weights' size after a simulated run of 40,000 steps at a
+        decay of 0.9999 (storing weights in bfloat16 once costs 0.2%). Averages of vectors stay float32.
     """
 
     def __init__(self, decay: float = 0.9999, device: str | None = None, dtype: str = "float32") -> None:
@@ -57,8 +57,7 @@ class WeightAverage(pl.Callback):
         self.dtype = DTYPES[dtype]
         self.num_updates = 0
         self.averages: dict[str, Tensor] = {}
-        self._step_seen = 0
-        self._skipped: Tensor | None = None  # of `num_updates`, those of steps that were not taken
+        self._skipped: Tensor | None = None  # of `num_updates`, those of skipped steps
         self._set_aside: dict[str, Tensor] = {}
         self._stream: torch.cuda.Stream | None = None
 
@@ -68,9 +67,9 @@ class WeightAverage(pl.Callback):
 
     @torch.no_grad()
     def update(self, module: torch.nn.Module, taken: bool | Tensor = True) -> None:
-        """Take the trained weights of `module` into the average; the first call starts it.
+        """Update the average with the trained weights of `module`; the first call initialises it.
 
-        taken: whether the step was; on a card a number there, 1 or 0. Where it was not, the average stays as it is.
+        taken: False, or a tensor of 0, for a skipped step: the average does not change.
         """
         weights = _trained(module)
         if not self.averages:
@@ -95,7 +94,7 @@ class WeightAverage(pl.Callback):
                     self._update_one(self.averages[name], _full(module, weight), share, place)
 
     def _share(self, taken: bool | Tensor) -> float | Tensor:
-        """1 - d after this step; where only the device knows whether it was taken, a number there, 0 if not."""
+        """1 - d after this step; for a tensor `taken` a tensor, 0 for a skipped step."""
         if not isinstance(taken, Tensor):
             return 1 - min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         self._skipped = (1 - taken).double() if self._skipped is None else self._skipped + (1 - taken)
@@ -114,14 +113,14 @@ class WeightAverage(pl.Callback):
         return weight.dtype == self.averages[name].dtype == torch.float32
 
     def _placed(self, average: Tensor, weight: Tensor, copy: bool = False) -> Tensor:
-        """An average in the dtype and the memory it is kept in."""
+        """An average in its dtype and memory."""
         dtype = torch.float32 if average.ndim < 2 else self.dtype
         placed = average.to("cpu" if self.in_host_memory else weight.device, dtype, copy=copy)
         return placed.pin_memory() if self.in_host_memory and weight.device.type == "cuda" else placed
 
     @contextmanager
     def _beside(self, device: torch.device) -> Iterator[None]:
-        """What is done meanwhile runs on a stream of its own, after all that the device has been given so far."""
+        """Run the block on a separate stream, after all work queued so far."""
         if not self.in_host_memory or device.type != "cuda":
             yield
             return
@@ -131,13 +130,13 @@ class WeightAverage(pl.Callback):
             yield
 
     def _join(self) -> None:
-        """Let the device finish the averages before it goes on."""
+        """Let the device finish the averages before further work."""
         if self._stream is not None:
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
 
     @contextmanager
     def applied(self, module: torch.nn.Module) -> Iterator[None]:
-        """Put the averages in the place of the trained weights of `module` while the context lasts."""
+        """Replace the trained weights of `module` by their averages within the context."""
         self._apply(module)
         try:
             yield
@@ -149,13 +148,13 @@ class WeightAverage(pl.Callback):
             return
         if not getattr(pl_module, "keeps_averages", True):
             raise UserError(
-                f"WeightAverage: the checkpoints of {type(pl_module).__name__} hold no averages; take the callback out "
-                "of its config"
+                f"WeightAverage: the checkpoints of {type(pl_module).__name__} hold no averages; remove the callback "
+                "from its config"
             )
         if any(getattr(callback, "save_weights_only", False) for callback in trainer.checkpoint_callbacks):
             raise UserError(
                 "lightning.modelcheckpoint.params.save_weights_only: such a file would lack the averages; leave it "
-                "out, or the averages with lightning.callbacks.average=null"
+                "out, or set lightning.callbacks.average=null"
             )
         pl_module.register_load_state_dict_pre_hook(_strip)
 
@@ -165,21 +164,13 @@ class WeightAverage(pl.Callback):
             self.averages = {name: self._placed(self.averages[name], weight) for name, weight in weights.items()}
         else:
             self.update(pl_module)
-        self._step_seen = trainer.global_step
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._step_seen = trainer.global_step
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         self._join()  # weights are updated after this, or in it
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if trainer.global_step != self._step_seen:
-            self._step_seen = trainer.global_step
-            guards = [callback for callback in trainer.callbacks if isinstance(callback, SkipBadSteps)]
-            self.update(pl_module, guards[0].taken if guards else True)
+    def on_step_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch_idx: int) -> None:
+        guards = [callback for callback in trainer.callbacks if isinstance(callback, SkipBadSteps)]
+        self.update(pl_module, guards[0].taken if guards else True)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._apply(pl_module)
@@ -211,14 +202,14 @@ class WeightAverage(pl.Callback):
     ) -> None:
         tensors = checkpoint["state_dict"]
         if AVERAGE_PREFIX + "num_updates" not in tensors:
-            return  # that run kept no average: it starts here
+            return  # that run had no average: it starts here
         weights = _trained(pl_module)
         names = {name: average_key(name) for name in weights}
         missing = [name for name, key in names.items() if key not in tensors]
         if missing:
             raise UserError(
                 f"the checkpoint holds no average of {len(missing)} of the {len(names)} trained weights, such as "
-                f"{missing[0]}: it was written by a run that trained others. Resume with its own config"
+                f"{missing[0]}: it was written by a run that trained others. Resume with that run's config"
             )
         self.num_updates = int(tensors[AVERAGE_PREFIX + "num_updates"])
         self.averages = {n: local_shard(shard_like(tensors[key], weights[n])).clone() for n, key in names.items()}
@@ -249,12 +240,12 @@ def _trained(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 
 def _full(module: torch.nn.Module, weight: torch.nn.Parameter) -> Tensor:
-    """A trained weight of a module in float32, also where the module keeps it in parts or in fewer bits."""
+    """A trained weight in float32, also where the module shards it or stores it in fewer bits."""
     stored = getattr(module, "stored_weights", None)
     return local_shard(weight.detach()).float() if stored is None else local_shard(stored.full(weight))
 
 
 def _strip(module: torch.nn.Module, state_dict: dict[str, Tensor], *_: Any) -> None:
-    """Averages are no weights of the module: take them out before it compares names."""
+    """Remove the averages, which are no weights of the module, before names are compared."""
     for key in [key for key in state_dict if key.startswith(AVERAGE_PREFIX)]:
         del state_dict[key]

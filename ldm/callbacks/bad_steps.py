@@ -1,4 +1,4 @@
-"""Steps that go wrong: they are skipped and counted, their clips are named in a file, and too many end the run."""
+"""Bad optimiser steps are skipped, counted and recorded with their clips; too many end the run."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from ldm.callbacks.steps import StepCallback, log_metrics
 from ldm.errors import UserError
 from ldm.files import write_atomically
 from ldm.optim.per_weight import WeightByWeight
@@ -25,12 +26,12 @@ FILE = "skipped_steps.jsonl"
 
 
 class BadStepsError(UserError):
-    """Too many steps went wrong. The weights are those of the last good step, and no checkpoint is to be written."""
+    """Too many bad steps. The weights are those of the last good step; no checkpoint is written."""
 
 
 @dataclass
 class _Step:
-    """A step whose verdict the host has not read yet. number: of optimiser steps, this one included."""
+    """A step whose verdict is not on the host yet. number: of optimiser steps, this one included."""
 
     number: int
     verdict: Tensor  # is bad, loss, norm of the gradients, mean of recent losses
@@ -44,31 +45,27 @@ class _Step:
         return self.verdict.tolist()
 
 
-class SkipBadSteps(pl.Callback):
+class SkipBadSteps(StepCallback):
     """Skips optimiser steps whose loss or gradients are not finite, or whose loss is far above the recent ones.
 
-    A skipped step changes no weight, no average and no state of an optimiser. It keeps its turn: the step counter, the
-    learning rate, the position in the data and the draws by which bfloat16 weights are rounded go on, so that the
-    checkpoints, the validation and the end of a run stay where they were. With several micro-batches or processes the
-    mean of their losses counts, and all skip together.
+    A skipped step changes no weight, average or optimiser state. Step counter, learning rate, data position and the
+    draws of stochastic rounding advance: checkpoints, validation and the end of the run keep their steps. With several
+    micro-batches or processes the mean of their losses counts, and all skip together.
 
-    Logs `train/skipped_steps`, all so far, and `train/gradient_norm`, before clipping. Each skipped step is a line of
-    `skipped_steps.jsonl` in the run folder: its clips (source, frames, caption), the loss and what it was compared
-    with, the norm of the gradients, the largest weight, the learning rates. Too many of them raise `BadStepsError`, and
-    no checkpoint is written then.
+    Logs `train/skipped_steps` (so far) and `train/gradient_norm` (before clipping). Each skipped step is a line of
+    `skipped_steps.jsonl` in the run folder: clips (source, frames, caption), loss, mean of recent losses, gradient
+    norm, largest weight, learning rates. Too many raise `BadStepsError`, and no checkpoint is written.
 
-    On a card the verdict stays there: the optimiser respects it (`skips_by_itself`), and the host reads it a step
-    later. Where an optimiser cannot, as bitsandbytes' and where weights lie in parts on several cards, the host waits
-    for the verdict. A network whose weights are updated in the backward pass is judged by its loss before, and weight
-    by weight by their gradients: what was updated before the first bad gradient stays updated. With float16 gradients
-    that are not finite are the business of Lightning's scaling, which skips such steps too.
-
-    Models that take their steps themselves, as the autoencoder does, are left alone.
+    On a GPU the optimiser reads the verdict there (`skips_by_itself`) and the host a step later. With other optimisers,
+    such as bitsandbytes', and with sharded weights the host waits for the verdict. With updates in the backward pass
+    the loss is checked before it and each gradient in it: weights updated before the first bad gradient stay updated.
+    With float16, Lightning's gradient scaling skips steps whose gradients are not finite. Models with manual
+    optimisation are not guarded.
 
     folder: of the run; filled in by main.py.
-    factor: a loss of more than so many times the mean of the recent ones is a spike; None: none is.
-    window: how many recent losses, of steps that were taken.
-    most_in_row, most_in_all: so many skipped steps end the run.
+    factor: a loss above this multiple of the mean of recent ones is a spike; None: no loss is.
+    window: number of recent losses, of steps that were taken.
+    most_in_row, most_in_all: numbers of skipped steps that end the run.
     """
 
     def __init__(
@@ -87,7 +84,7 @@ class SkipBadSteps(pl.Callback):
         self.folder, self.path, self.factor, self.window = Path(folder), Path(folder) / FILE, factor, window
         self.most_in_row, self.most_in_all = most_in_row, most_in_all
         self.in_row = self.in_all = 0
-        self.taken: bool | Tensor = True  # the last step: whether; on a card, 1 or 0 there
+        self.taken: bool | Tensor = True  # the last step; on a GPU a tensor, 1 or 0
         self._losses: Tensor | None = None
         self._judge: StepGuard | None = None
         self._waits = True
@@ -95,11 +92,10 @@ class SkipBadSteps(pl.Callback):
         self._early: Tensor | None = None  # the verdict before a backward pass that updates weights
         self._batches: list[Any] = []
         self._unread: deque[_Step] = deque()
-        self._step_seen = 0
         self._stop: BadStepsError | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._step_seen = trainer.global_step
+        super().on_train_start(trainer, pl_module)
         if not pl_module.automatic_optimization:
             return
         self._judge = StepGuard(self.factor, self.window, pl_module.device)
@@ -108,8 +104,10 @@ class SkipBadSteps(pl.Callback):
             self._judge.losses[len(self._judge.losses) - len(kept) :] = kept
         self._waits = must_wait(trainer.optimizers[0])
         if self._waits and pl_module.device.type != "cpu":
-            log.info("each step waits for its verdict: %s cannot be called off", type(trainer.optimizers[0]).__name__)
-        if trainer.is_global_zero and self.path.exists():  # lines that this run is going to write again
+            log.info(
+                "each step waits for its verdict: %s cannot skip steps on the GPU", type(trainer.optimizers[0]).__name__
+            )
+        if trainer.is_global_zero and self.path.exists():  # lines that this run writes again
             lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
             kept_lines = [line for line in lines if json.loads(line)["step"] <= trainer.global_step]
             write_atomically(self.path, "".join(kept_lines))
@@ -146,7 +144,9 @@ class SkipBadSteps(pl.Callback):
         self._apply(pl_module, verdict)
         groups = optimizer.param_groups
         self._unread.append(
-            _Step(trainer.global_step + 1, *_on_its_way(verdict), self._batches, [float(g["lr"]) for g in groups])
+            _Step(
+                trainer.global_step + 1, *_async_copy_to_host(verdict), self._batches, [float(g["lr"]) for g in groups]
+            )
         )
         self._batches, self._loss = [], None
 
@@ -175,12 +175,7 @@ class SkipBadSteps(pl.Callback):
             for weight in pl_module.parameters():
                 weight.grad = None  # optimisers pass over such weights
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if trainer.global_step == self._step_seen:
-            return
-        self._step_seen = trainer.global_step
+    def on_step_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch_idx: int) -> None:
         while len(self._unread) > (0 if self._waits else 1):
             self._read(trainer, pl_module)
         if self._stop is not None:
@@ -211,14 +206,14 @@ class SkipBadSteps(pl.Callback):
             self._read(trainer, pl_module)
 
     def _read(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Count the oldest step that is unread; a skipped one is written down."""
+        """Count the oldest unread step; a skipped one is recorded."""
         step = self._unread.popleft()
         is_bad, loss, norm, mean = step.read()
         self.in_row = self.in_row + 1 if is_bad else 0
         self.in_all += int(is_bad)
         if step.number % trainer.log_every_n_steps == 0:
-            for logger in trainer.loggers:
-                logger.log_metrics({"train/skipped_steps": self.in_all, "train/gradient_norm": norm}, step=step.number)
+            metrics = {"train/skipped_steps": self.in_all, "train/gradient_norm": norm}
+            log_metrics(trainer, metrics, step=step.number)
         if not is_bad:
             return
         reason = self._reason(loss, norm, mean)
@@ -239,10 +234,10 @@ class SkipBadSteps(pl.Callback):
             if found >= most:
                 self._stop = BadStepsError(
                     f"step {step.number}: expected fewer than {most} skipped steps "
-                    f"{'in a row' if name == 'most_in_row' else 'in all'}, found {found}, the last one for this: "
-                    f"{reason}. {self.path} names their clips; no checkpoint was written over the last good one. "
-                    f"Lower model.base_learning_rate, take those clips out or raise "
-                    f"lightning.callbacks.skip_bad_steps.params.{name}, and go on with -r {self.folder}"
+                    f"{'in a row' if name == 'most_in_row' else 'in all'}, found {found}, the last because "
+                    f"{reason}. {self.path} names their clips; the last good checkpoint was not overwritten. "
+                    f"Lower model.base_learning_rate, remove those clips or raise "
+                    f"lightning.callbacks.skip_bad_steps.params.{name}, and resume with -r {self.folder}"
                 )
 
     def _reason(self, loss: float, norm: float, mean: float) -> str:
@@ -254,13 +249,13 @@ class SkipBadSteps(pl.Callback):
 
 
 def must_wait(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the host reads the verdict before the optimiser is called; of weights in host memory it does at once."""
+    """Whether the host reads the verdict before the optimiser's step; on a CPU it always does."""
     weight = optimizer.param_groups[0]["params"][0]
     return weight.device.type == "cpu" or not skips_by_itself(optimizer)
 
 
-def _on_its_way(verdict: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-    """The numbers in host memory, soon, and what tells when they are there."""
+def _async_copy_to_host(verdict: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """A copy in host memory and the event that marks its end; None on a CPU."""
     if verdict.device.type != "cuda":
         return verdict, None
     copy = verdict.to("cpu", non_blocking=True)
@@ -268,7 +263,7 @@ def _on_its_way(verdict: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
 
 
 def _described(trainer: pl.Trainer, batches: list[Any]) -> list[dict[str, Any]]:
-    """The clips of some batches, by the data's own words where it has them."""
+    """The clips of some batches, as the data describes them."""
     describe = getattr(getattr(trainer.datamodule, "train_clips", None), "describe", None)
     if describe is None:
         return []
@@ -296,7 +291,7 @@ def _largest(module: pl.LightningModule) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON has words for: numbers that are not finite become text."""
+    """A value for JSON: numbers that are not finite become text."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):

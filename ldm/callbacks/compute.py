@@ -1,4 +1,4 @@
-"""How much training has been done: floating-point operations, counted and summed up over all sessions of a run."""
+"""Floating-point operations of training, summed over all sessions of a run; compilation of the network."""
 
 from __future__ import annotations
 
@@ -11,42 +11,40 @@ import pytorch_lightning as pl
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from ldm.callbacks.steps import StepLogger, log_metrics
 from ldm.errors import UserError
 from ldm.modules.compiled import BACKENDS, compile_by_shape, undo_compile
 
 log = logging.getLogger(__name__)
 
 TERA = 1e12
-RECOUNT = 1000  # batches after which every kind is counted anew: a loss may have come to do more
+RECOUNT = 1000  # batches after which every kind is counted again: the loss may compute more by then
 
 
-class ComputeCount(pl.Callback):
-    """Sums up the operations of all training steps, forward and backward, and logs them as `train/tflop`.
+class ComputeCount(StepLogger):
+    """Logs the operations of all training steps so far, forward and backward, as `train/tflop`.
 
-    Matrix products, convolutions and attention are counted, a multiplication and its addition as two, and what is
-    computed twice to save memory twice; validation, samples and the optimiser are not. Counting slows a step down, so
-    only the first batch of each kind, that is of each set of tensor shapes, is counted, and again after `RECOUNT`
-    batches. Kernels from outside PyTorch (flash-attn, xformers) are not seen. Nothing waits for the device.
+    Matrix products, convolutions and attention count, a multiply-add as two operations, recomputation included;
+    validation, samples, the optimiser and kernels from outside PyTorch (flash-attn, xformers) do not. Only the first
+    batch of each set of tensor shapes is counted, and again after `RECOUNT` batches. No device is synchronised.
     """
-
-    changes_training = False
 
     def __init__(self) -> None:
         self._flop = 0
-        self._costs: dict[tuple, int] = {}  # of a batch of some kind
+        self._costs: dict[tuple, int] = {}  # operations of a batch by its shapes
         self._kind: tuple = ()
-        self._num_batches = self._step_seen = 0
+        self._num_batches = 0
         self._counter: FlopCounterMode | None = None
 
     @property
     def tflop(self) -> float:
-        """What all processes together have computed since the run began."""
+        """Of all processes since the run began."""
         return self._flop / TERA
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._step_seen = trainer.global_step
+        super().on_train_start(trainer, pl_module)
         if trainer.global_step and not self._flop:
-            log.warning("train/tflop leaves out the first %d steps: they were not counted", trainer.global_step)
+            log.warning("train/tflop omits the first %d steps, which were not counted", trainer.global_step)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -62,19 +60,18 @@ class ComputeCount(pl.Callback):
             self._counter.__enter__()
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if pl_module.automatic_optimization:  # else there may be another pass
+        if pl_module.automatic_optimization:  # otherwise there may be another pass
             self._take(trainer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._take(trainer)
-        if trainer.global_step == self._step_seen:
-            return
-        self._step_seen = trainer.global_step
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_step_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch_idx: int) -> None:
         if trainer.global_step % trainer.log_every_n_steps == 0:
-            for logger in trainer.loggers:
-                logger.log_metrics({"train/tflop": self.tflop}, step=trainer.global_step)
+            log_metrics(trainer, {"train/tflop": self.tflop})
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._stop()
@@ -83,7 +80,7 @@ class ComputeCount(pl.Callback):
         return {"flop": self._flop, "num_batches": self._num_batches, "costs": list(self._costs.items())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Also what each kind costs: a step that is counted may round otherwise, so that the same ones have to be."""
+        """Costs, too: counting may change the rounding of a step, and a resumed run must count the same steps."""
         self._flop = state_dict["flop"]
         self._num_batches = state_dict.get("num_batches", 0)
         self._costs = dict(state_dict.get("costs", ()))
@@ -105,7 +102,7 @@ class ComputeCount(pl.Callback):
 
 
 def _shapes(value: Any) -> tuple:
-    """The shapes of all tensors in a batch, however it is built."""
+    """The shapes of all tensors in a batch."""
     if isinstance(value, Tensor):
         return tuple(value.shape)
     if is_dataclass(value):
@@ -118,9 +115,9 @@ def _shapes(value: Any) -> tuple:
 
 
 class CompileNetwork(pl.Callback):
-    """Compiles the UNet, a graph for every size of clip it meets; see `ldm.modules.compiled`.
+    """Compiles the UNet, one graph for every clip shape; see `ldm.modules.compiled`.
 
-    backend: "inductor", or "aot_eager" or "eager", which compile nothing and show whether graphs can be had.
+    backend: "inductor", or for debugging of graphs "aot_eager" or "eager", which generate no code.
     """
 
     def __init__(self, backend: str = "inductor") -> None:
@@ -131,7 +128,7 @@ class CompileNetwork(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if not hasattr(pl_module, "unet"):
             raise UserError(
-                f"CompileNetwork: {type(pl_module).__name__} has no UNet; take the callback out of its config"
+                f"CompileNetwork: {type(pl_module).__name__} has no UNet; remove the callback from its config"
             )
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

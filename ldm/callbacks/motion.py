@@ -1,4 +1,4 @@
-"""The measures of clips while training: of those that the network makes now, beside those of the data's own clips."""
+"""Clip metrics while training: of sampled clips, beside those of the data's clips."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ldm.callbacks.compute import ComputeCount
 from ldm.callbacks.samples import Recipe, averaged, decode_clips, sample_latents
+from ldm.callbacks.steps import StepLogger, log_metrics
 from ldm.checkpoint import load_text_encoder_of
 from ldm.data.batch import SceneRange
 from ldm.data.clips import ClipDataModule, HeldOutClips
@@ -30,35 +31,32 @@ from ldm.sharding import is_sharded
 
 log = logging.getLogger(__name__)
 
-Readings = dict[str, list[float | None]]  # measure -> one value for each clip, None for one that cannot be judged
+Readings = dict[str, list[float | None]]  # metric -> one value per clip, None where it is undefined
 
 
-class MotionLogger(pl.Callback):
-    """Samples clips with the averaged weights, where there are any, and measures how they move (`ldm.evaluation`).
+class MotionLogger(StepLogger):
+    """Samples clips with the averaged weights, if there are any, and measures them (`ldm.evaluation`).
 
-    Always from the same captions and the same noise. Logs the means as `<tag>/<measure>` and those of the data as
-    `<tag>_data/<measure>`: of held-out clips as the image autoencoder shows them, at the same frame rate, measured
-    once. `<tag>.json` in the run folder has every clip's values and, with a `ComputeCount` among the callbacks, the
-    TFLOP spent until then, for scripts/curves.py. What is measured depends on the sampler and its steps: compare with
-    runs of the same settings only.
+    Captions and noise are always the same. Logs the means as `<tag>/<metric>` and those of the data as
+    `<tag>_data/<metric>`: of held-out clips decoded by the image autoencoder at the same frame rate, measured once.
+    `<tag>.json` in the run folder has every clip's values and, with a `ComputeCount` callback, the TFLOP so far, for
+    scripts/curves.py. Values depend on the sampler and its steps: compare runs of the same settings only.
 
     Args:
         config, folder: of the run; filled in by main.py.
-        prompts: captions of the clips, taken in turn; None: those of the data's held-out clips.
-        every_n_steps: optimiser steps between occasions; there is one more when training ends.
-        at_start: also before the first step, where one sees the image model alone.
-        num_clips: clips on each occasion, and of the data where it holds out as many.
-        frames, fps: of a clip; None: as many as are trained on, at the highest rate that is trained on.
-        steps, sampler, scale: of the sampling loop, as in scripts/txt2vid.py; guidance (scale) costs as much again.
+        prompts: captions of the clips, in turn; None: those of the data's held-out clips.
+        every_n_steps: optimiser steps between measurements; there is one more at the end of training.
+        at_start: also before the first step, where the image model alone is measured.
+        num_clips: sampled clips, and clips of the data, at most.
+        frames, fps: of a clip; None: as in training, at the highest rate.
+        steps, sampler, scale: of the sampling loop, as in scripts/txt2vid.py; guidance (scale) doubles the cost.
         seed: of the noise; every clip has its own.
-        judge: file of the judge of looks, for text agreement where a caption names a look of the drawn world; None:
-            the bundled one, if there is one.
-        tag: tells several of these callbacks apart.
+        judge: file of the style classifier, for text alignment where a caption names a style of the procedural world;
+            None: the bundled one, if there is one.
+        tag: of the file and the scalars, for several of these callbacks.
     """
 
-    changes_training = False
-
-    def __init__(  # noqa: PLR0913, PLR0917 - the words of the config
+    def __init__(  # noqa: PLR0913, PLR0917 - the keys of the config
         self,
         config: Mapping[str, Any],
         folder: str,
@@ -93,10 +91,9 @@ class MotionLogger(pl.Callback):
         self._captions: list[str] = []
         self._context: Tensor | None = None
         self._record: dict[str, Any] = {}
-        self._step_seen = 0
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Find the data's clips, encode the prompts and try the settings: mistakes show before the first step."""
+        """Choose the data's clips, encode the prompts and check the settings, before the first step."""
         self.recipe.check(pl_module, "MotionLogger")
         if self.judge is not None or BUNDLED_CLASSIFIER.is_file():
             self._metrics = MetricSet(style_alignment(load_style_classifier(self.judge or BUNDLED_CLASSIFIER)))
@@ -111,14 +108,14 @@ class MotionLogger(pl.Callback):
         self._captions = [captions[number % len(captions)] for number in range(self.num_clips)]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._step_seen = trainer.global_step
+        super().on_train_start(trainer, pl_module)
         if trainer.is_global_zero:
             self._begin_record(trainer, pl_module)
         if self.at_start and trainer.global_step == 0:
             self._log_motion(trainer, pl_module)
 
     def _begin_record(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """What was measured before, and the data's own clips, measured once."""
+        """Earlier measurements, and those of the data's clips, which are measured once."""
         self._record = _begin(self.path, self._settings(), trainer.global_step)
         measures = self._metrics.measures
         if set(self._record.get("data", {}).get("values", ())) != set(measures):
@@ -130,20 +127,16 @@ class MotionLogger(pl.Callback):
             name: {word: getattr(measure, word) for word in words} for name, measure in measures.items()
         }
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if trainer.global_step != self._step_seen:
-            self._step_seen = trainer.global_step
-            if trainer.global_step % self.every_n_steps == 0:
-                self._log_motion(trainer, pl_module)
+    def on_step_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch_idx: int) -> None:
+        if trainer.global_step % self.every_n_steps == 0:
+            self._log_motion(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.global_step % self.every_n_steps:
             self._log_motion(trainer, pl_module)
 
     def _settings(self) -> dict[str, Any]:
-        """What must be the same for numbers to be comparable."""
+        """Settings on which the numbers depend."""
         return {
             "captions": self._captions, "num_clips": self.num_clips, "frames": self.frames, "fps": self.fps,
             "seed": self.seed, **asdict(self.recipe),
@@ -161,20 +154,17 @@ class MotionLogger(pl.Callback):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path, json.dumps(self._record, allow_nan=False) + "\n")
         of_samples, of_data = _means(found["values"]), _means(self._record["data"]["values"])
-        for logger in trainer.loggers:
-            logger.log_metrics({f"{self.tag}/{name}": mean for name, mean in of_samples.items()}, step=step)
-            logger.log_metrics({f"{self.tag}_data/{name}": mean for name, mean in of_data.items()}, step=step)
+        log_metrics(trainer, {f"{self.tag}/{name}": mean for name, mean in of_samples.items()})
+        log_metrics(trainer, {f"{self.tag}_data/{name}": mean for name, mean in of_data.items()})
         words = ", ".join(
             f"{measure.title} {of_samples[name]:.{measure.places}f} (data {of_data[name]:.{measure.places}f})"
             for name, measure in self._metrics.measures.items()
             if name in of_samples and name in of_data
         )
-        log.info(
-            "%s at step %d: %s; %.0f s", self.tag, step, words or "nothing can be judged", time.monotonic() - begin
-        )
+        log.info("%s at step %d: %s; %.0f s", self.tag, step, words or "no metric is defined", time.monotonic() - begin)
 
     def _sample(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor:
-        """Latents of all clips, `b t c h w`, made as many at a time as are trained on."""
+        """Latents of all clips, `b t c h w`, in batches of the training's size."""
         info, together = trainer.datamodule.info, trainer.datamodule.batch_size
         shape = (self.frames, info.latent_channels, *info.moments_shape[1:])
         generators = [torch.Generator().manual_seed(self.seed + number) for number in range(self.num_clips)]
@@ -190,13 +180,13 @@ class MotionLogger(pl.Callback):
         return moments.chunk(2, dim=2)[0] * pl_module.scale_factor
 
     def _measure(self, pl_module: pl.LightningModule, latents: Tensor, captions: Sequence[str]) -> dict[str, Readings]:
-        """All measures of each clip."""
+        """All metrics of each clip."""
         clips = decode_clips(self.config, pl_module, latents)
         seen = [self._metrics.measure(*clip).readings for clip in zip(clips, captions, strict=True)]
         return {"values": {name: [readings[name].value for readings in seen] for name in self._metrics.measures}}
 
     def _read_captions(self) -> tuple[Sequence[str], Tensor]:
-        """What the clips are to show: the words and their embeddings `k n d`."""
+        """Captions and their embeddings `k n d`."""
         if self.prompts is None:
             contexts = torch.cat([self._clips[number].context for number in range(len(self._clips))])
             return [part.scene.captions[0] for part, _, _ in self._clips.windows], contexts
@@ -231,7 +221,7 @@ def _spread_clips(data: ClipDataModule, frames: int, fps: float, most: int) -> H
 
 
 def _begin(path: Path, settings: Mapping[str, Any], step: int) -> dict[str, Any]:
-    """The record of a run at this step: what was measured until then, if it is taken up again."""
+    """The record of a run up to this step; empty for a new run."""
     if not path.is_file():
         return {"settings": dict(settings), "occasions": []}
     try:
@@ -239,17 +229,17 @@ def _begin(path: Path, settings: Mapping[str, Any], step: int) -> dict[str, Any]
         before, occasions = dict(record["settings"]), [(occasion["step"], occasion) for occasion in record["occasions"]]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path}: expected what this callback wrote, found something else ({error!r}); take the file away"
+            f"{path}: expected a record of this callback, found something else ({error!r}); delete the file"
         ) from None
     if differing := [name for name, value in settings.items() if before.get(name) != value]:
         raise UserError(
             f"{path}: expected clips measured with the same settings, found another {differing[0]}; give the callback "
-            "another tag, or take the file away"
+            "another tag, or delete the file"
         )
     return {**record, "occasions": [occasion for reached, occasion in occasions if reached <= step]}
 
 
 def _means(values: Readings) -> dict[str, float]:
-    """Mean of each measure over the clips that can be judged; measures without such a clip are left out."""
+    """Mean of each metric over the clips that have it; metrics that no clip has are left out."""
     judged = {name: [value for value in row if value is not None] for name, row in values.items()}
     return {name: float(np.mean(row)) for name, row in judged.items() if row}

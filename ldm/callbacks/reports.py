@@ -1,4 +1,4 @@
-"""Lines about a run: where its memory goes, and how far it has got where there is no terminal for a progress bar."""
+"""Lines about a run: waiting for data, memory, progress where there is no terminal, and the computed cost of a step."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from pytorch_lightning.callbacks import RichProgressBar
 
 from ldm.callbacks.average import WeightAverage
+from ldm.callbacks.steps import StepLogger, log_metrics
 from ldm.data.stream import StreamLoader
 from ldm.devices import peak_memory
 from ldm.errors import UserError, is_lack_of_memory
@@ -21,23 +22,22 @@ from ldm.planning.count import CARD, MODEL, PROCESSOR, Count, Shape, count_step,
 from ldm.planning.proposals import propose
 from ldm.planning.report import gib, proposal_lines, table
 
+log = logging.getLogger(__name__)
+MIB = 2**20
+LEAST_PARAMETERS = 50_000_000
 
-class DataWait(pl.Callback):
-    """Logs `train/data_wait`: the share, from 0 to 1, of the time of the last steps that went by before a batch was
-    there; validation, samples and saving are no part of it.
 
-    Only the clock of the training process is read: nothing waits for a device, and on a card, whose work is queued, the
-    share is the most it can be. Start-up, up to the first batch, is left out. `share` is that of the run so far, None
-    before the second batch and where a data module has a loader of its own kind.
+class DataWait(StepLogger):
+    """Logs `train/data_wait`: the share of step time, from 0 to 1, spent waiting for a batch.
+
+    Validation, samples, saving and start-up do not count. No device is synchronised; on a GPU, whose work is queued,
+    the share is an upper bound. `share`: of the run so far; None before the second batch and with another loader.
     """
-
-    changes_training = False
 
     def __init__(self) -> None:
         self._began: float | None = None
         self._waited_before = self._step_seconds = self._wait_seconds = 0.0
-        self._logged = (0.0, 0.0)  # seconds of waiting and of steps at the last line
-        self._step_seen = 0
+        self._logged = (0.0, 0.0)  # seconds of waiting and of steps at the last entry
 
     @property
     def share(self) -> float | None:
@@ -45,7 +45,8 @@ class DataWait(pl.Callback):
         return self._wait_seconds / total if self._wait_seconds else None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._began, self._step_seen = None, trainer.global_step
+        super().on_train_start(trainer, pl_module)
+        self._began = None
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -60,36 +61,25 @@ class DataWait(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._began is None:
-            return
-        self._step_seconds += time.perf_counter() - self._began
-        if trainer.global_step == self._step_seen:
-            return
-        self._step_seen = trainer.global_step
+        if self._began is not None:
+            self._step_seconds += time.perf_counter() - self._began
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_step_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch_idx: int) -> None:
         if trainer.global_step % trainer.log_every_n_steps == 0:
-            waited, stepped = (now - then for now, then in zip(self._totals, self._logged, strict=True))
-            self._logged = self._totals
-            for logger in trainer.loggers:
-                logger.log_metrics({"train/data_wait": waited / (waited + stepped)}, step=trainer.global_step)
-
-    @property
-    def _totals(self) -> tuple[float, float]:
-        return self._wait_seconds, self._step_seconds
+            totals = self._wait_seconds, self._step_seconds
+            waited, stepped = (now - then for now, then in zip(totals, self._logged, strict=True))
+            self._logged = totals
+            log_metrics(trainer, {"train/data_wait": waited / (waited + stepped)})
 
 
-log = logging.getLogger(__name__)
-MIB = 2**20
+class MemoryReport(StepLogger):
+    """Logs the bytes of weights, gradients, optimiser states and averages, and the peak, before and after the first
+    optimiser step: as a line, and in a new run as scalars `memory/*` in MiB.
 
-
-class MemoryReport(pl.Callback):
-    """Logs the bytes of weights, gradients, optimiser states and averages, and the peak, at the start and after the
-    first optimiser step: one line each, and scalars `memory/*` in MiB. A resumed run only has the lines.
-
-    Weights are as they are stored, the lower bits of split ones included. Of gradients that are dropped in the backward
-    pass the largest counts. `in host memory` is what of the states and averages a card does not hold.
+    Weights as stored, with the lower bits of split ones. Where gradients are dropped in the backward pass, the largest
+    counts. `in host memory`: states and averages that are not on the GPU.
     """
-
-    changes_training = False
 
     def __init__(self) -> None:
         self._gradients = 0
@@ -97,6 +87,7 @@ class MemoryReport(pl.Callback):
         self._is_new_run = True
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
         self._first_step = trainer.global_step + 1
         self._is_new_run = trainer.global_step == 0
         self._report(trainer, pl_module, "before the first step")
@@ -109,11 +100,8 @@ class MemoryReport(pl.Callback):
             in_backward = isinstance(optimizer, WeightByWeight) and optimizer.in_backward
             self._gradients = optimizer.largest_gradient if in_backward else sum(g.nbytes for g in gradients)
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_step_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch_idx: int) -> None:
         if trainer.global_step == self._first_step:
-            self._first_step = None
             self._report(trainer, pl_module, "after the first step")
 
     def _report(self, trainer: pl.Trainer, pl_module: pl.LightningModule, when: str) -> None:
@@ -133,55 +121,50 @@ class MemoryReport(pl.Callback):
         if pl_module.device.type != "cpu":
             states = sum(state_bytes(o) for o in trainer.optimizers if isinstance(o, WeightByWeight) and o.on_host)
             sizes["in_host_memory"] = states + sum(c.num_bytes for c in averages if c.in_host_memory)
-        kind = "on the card" if pl_module.device.type == "cuda" else "of the process"
-        words = ", ".join(f"{name.replace('_', ' ')} {size / MIB:,.0f}" for name, size in sizes.items())
-        log.info("memory %s, MiB: %s %s", when, words, kind)
-        for logger in trainer.loggers if self._is_new_run else ():
-            logger.log_metrics({f"memory/{name}": size / MIB for name, size in sizes.items()}, step=trainer.global_step)
+        where = "on the GPU" if pl_module.device.type == "cuda" else "of the process"
+        shown = ", ".join(f"{name.replace('_', ' ')} {size / MIB:,.0f}" for name, size in sizes.items())
+        log.info("memory %s, MiB: %s %s", when, shown, where)
+        if self._is_new_run:
+            log_metrics(trainer, {f"memory/{name}": size / MIB for name, size in sizes.items()})
 
 
-class ProgressLines(pl.Callback):
-    """Step, epoch, loss, rate and time left as a log line, at most every `every_seconds`: for logs, not terminals."""
-
-    changes_training = False
+class ProgressLines(StepLogger):
+    """Logs step, epoch, loss, speed and remaining time as a line, at most every `every_seconds`."""
 
     def __init__(self, every_seconds: float = 30.0) -> None:
         if every_seconds < 0:
             raise UserError(f"ProgressLines: expected every_seconds of at least 0, found {every_seconds}")
         self.every_seconds = every_seconds
-        self._start_step = self._step_seen = 0
+        self._start_step = 0
         self._start_time = self._last_line = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._start_step = self._step_seen = trainer.global_step
+        super().on_train_start(trainer, pl_module)
+        self._start_step = trainer.global_step
         self._start_time = time.monotonic()
         self._last_line = float("-inf")
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        now, step = time.monotonic(), trainer.global_step
-        last = _last_step(trainer)
-        if step == self._step_seen or (now - self._last_line < self.every_seconds and step != last):
+    def on_step_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch_idx: int) -> None:
+        now, step, last = time.monotonic(), trainer.global_step, _last_step(trainer)
+        if now - self._last_line < self.every_seconds and step != last:
             return
-        self._step_seen, self._last_line = step, now
+        self._last_line = now
         seconds = (now - self._start_time) / (step - self._start_step)
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
-        words = [f"step {step}/{last}" if last else f"step {step}", f"epoch {trainer.current_epoch}"]
+        parts = [f"step {step}/{last}" if last else f"step {step}", f"epoch {trainer.current_epoch}"]
         shown = trainer.progress_bar_metrics if loss is None else {"loss": float(loss)}
-        words += [f"{name} {value:.4f}" for name, value in shown.items()]
-        words += [f"{seconds:.2f} s/step" if seconds > 0.5 else f"{1 / seconds:.1f} steps/s"]
+        parts += [f"{name} {value:.4f}" for name, value in shown.items()]
+        parts += [f"{seconds:.2f} s/step" if seconds > 0.5 else f"{1 / seconds:.1f} steps/s"]
         waits = [callback.share for callback in trainer.callbacks if isinstance(callback, DataWait)]
-        words += [f"{share:.1%} waiting for data" for share in waits if share is not None]
-        words += [f"{timedelta(seconds=round(seconds * (last - step)))} left"] if last else []
-        log.info("%s", ", ".join(words))
+        parts += [f"{share:.1%} waiting for data" for share in waits if share is not None]
+        parts += [f"{timedelta(seconds=round(seconds * (last - step)))} left"] if last else []
+        log.info("%s", ", ".join(parts))
 
 
 class ProgressBar(RichProgressBar):
-    """Lightning's bar without the number of the last epoch, which steps limit, and the logger's version.
+    """Lightning's bar without the last epoch's number and the logger's version.
 
-    Losses are read from the card at most every `seconds_between_readings`, since reading waits for it; in between the
-    last ones are shown.
+    Reading a loss synchronises the GPU: it is read at most every `seconds_between_readings`.
     """
 
     seconds_between_readings = 2.0
@@ -203,7 +186,7 @@ class ProgressBar(RichProgressBar):
 
 
 def _last_step(trainer: pl.Trainer) -> int | None:
-    """The step at which training will end; None when nothing limits it."""
+    """The step at which training ends; None without a limit."""
     if trainer.max_steps >= 0:
         return trainer.max_steps
     if trainer.max_epochs is None or trainer.max_epochs < 0:
@@ -211,21 +194,15 @@ def _last_step(trainer: pl.Trainer) -> int | None:
     return trainer.max_epochs * -(-int(trainer.num_training_batches) // trainer.accumulate_grad_batches)
 
 
-LEAST_PARAMETERS = 50_000_000
+class PlanReport(StepLogger):
+    """Logs the computed memory and work of a training step before the first one, and the measured peak after it.
 
+    Only video networks are counted, at the size of Stable Diffusion in about 15 s of one core;
+    `lightning.callbacks.plan=null` leaves it out. When a GPU runs out of memory, options that make the step fit are
+    searched and logged.
 
-class PlanReport(pl.Callback):
-    """Logs what a training step will take, counted before it, and after the first one the measured peak beside it.
-
-    At the size of Stable Diffusion counting takes a quarter of a minute of one core; `lightning.callbacks.plan=null`
-    leaves it out. Where a card's memory runs out, the switches that make the step fit are looked for and logged. Models
-    other than video networks are passed over.
-
-    least_parameters: smaller networks are passed over as well: they fit anywhere, and start at once.
-    config: the whole config of the run, filled in by main.py.
+    least_parameters: of a network that is counted. config: of the run, filled in by main.py.
     """
-
-    changes_training = False
 
     def __init__(self, config: Mapping[str, Any], least_parameters: int = LEAST_PARAMETERS) -> None:
         self.config = dict(config)
@@ -244,43 +221,41 @@ class PlanReport(pl.Callback):
         try:
             shape = shape_of(self.config)
             self.count = count_step(self.config, shape, self._machine)
-        except Exception as error:  # a count that fails is no reason not to train
-            log.warning("a step could not be counted before it is taken: %s", str(error).split("\n")[0])
+        except Exception as error:  # training does not depend on it
+            log.warning("the training step could not be counted: %s", str(error).split("\n")[0])
             return
         log.info("counted in %.1f s of one core, before the first step of %s:", time.process_time() - start, shape)
         for line in table(self.count, self._machine):
             log.info("%s", line)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
         self._first_step = trainer.global_step + 1
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_step_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch_idx: int) -> None:
         if self.count is None or trainer.global_step != self._first_step:
             return
-        self._first_step = None
-        kind = "on the card" if self._machine == CARD else "of the whole process, with all that was loaded"
+        kind = "on the GPU" if self._machine == CARD else "of the whole process, libraries included"
         measured = peak_memory(pl_module.device)
         log.info("peak: counted %s GiB, measured %s GiB %s", gib(self.count.peak.total), gib(measured), kind)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if self.count is None or pl_module.device.type != "cuda" or not is_lack_of_memory(exception):
             return
-        shape, vram = self.count.shape, card_memory(pl_module.device)
-        log.info("out of memory: looking for switches with which a step of %s fits into %.1f GB", shape, vram)
+        shape, vram = self.count.shape, gpu_memory(pl_module.device)
+        log.info("out of memory: searching for options with which a step of %s fits into %.1f GB", shape, vram)
         for line in advice(self.config, shape, vram):
             log.info("%s", line)
 
 
-def card_memory(device: torch.device) -> float:
-    """GiB that this process may take of the card."""
+def gpu_memory(device: torch.device) -> float:
+    """GiB of GPU memory that this process may use."""
     total = torch.cuda.get_device_properties(device).total_memory
     return total * torch.cuda.get_per_process_memory_fraction(device) / 2**30
 
 
 def advice(config: Mapping[str, Any], shape: Shape, vram: float) -> list[str]:
-    """What makes a step fit, or that nothing does."""
+    """Lines with options that make a step fit, or that none does."""
     try:
         proposal = propose(config, vram, lambda changed: count_step(changed, shape))
     except UserError as error:

@@ -1,4 +1,4 @@
-"""Sample videos while training: at step 0, where one sees the image model alone, and every so many steps."""
+"""Sample videos while training: at step 0, where the image model alone is visible, and at regular steps."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
 
 from ldm.callbacks.average import WeightAverage
+from ldm.callbacks.steps import StepLogger
 from ldm.checkpoint import load_first_stage_of, load_text_encoder_of
 from ldm.errors import UserError
 from ldm.files import replacing
@@ -29,25 +30,25 @@ from ldm.video import contact_sheet, to_uint8, write_gif
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a callback samples: sampler and steps of the loop, scale of guidance, as in scripts/txt2vid.py."""
+    """Sampler, steps and guidance scale of a callback, as in scripts/txt2vid.py."""
 
     sampler: str
     steps: int
     scale: float
 
     def check(self, pl_module: pl.LightningModule, callback: str) -> None:
-        """Raise UserError where a module makes no videos or the sampler cannot do what it should."""
+        """Raise UserError for a module that generates no videos and for settings that the sampler does not support."""
         for name in ("unet", "schedule", "noise", "scale_factor"):
             if not hasattr(pl_module, name):
                 raise UserError(
-                    f"{callback}: {type(pl_module).__name__} makes no videos; take the callback out of its config"
+                    f"{callback}: {type(pl_module).__name__} generates no videos; remove the callback from its config"
                 )
         set_steps(build_scheduler(self.sampler, pl_module.schedule), self.steps)
 
 
 @contextmanager
 def averaged(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None]:
-    """While this lasts the network is in evaluation mode and has its averaged weights, where they are kept."""
+    """Put the network into evaluation mode, with its averaged weights if there are any, within the context."""
     averages = [callback for callback in trainer.callbacks if isinstance(callback, WeightAverage)]
     was_training = pl_module.unet.training
     pl_module.unet.eval()
@@ -62,7 +63,7 @@ def averaged(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[Non
 def sample_latents(
     trainer: pl.Trainer, pl_module: pl.LightningModule, recipe: Recipe, noise: Tensor, context: Tensor, fps: float
 ) -> Tensor:
-    """Scaled latents `b t c h w` from noise of that shape, captions `b n d` and frames a second; nothing is known."""
+    """Scaled latents `b t c h w` from noise of that shape, captions `b n d` and fps; no frames are known."""
     place = {"device": pl_module.device, "dtype": next(pl_module.unet.parameters()).dtype}
     noise = noise.to(pl_module.device)
     uncond = torch.from_numpy(np.array(trainer.datamodule.prepared.empty_context))[None]
@@ -75,7 +76,7 @@ def sample_latents(
 
 
 def decode_clips(config: Mapping[str, Any], pl_module: pl.LightningModule, latents: Tensor) -> list[np.ndarray]:
-    """Scaled latents `b t c h w` as clips, uint8 `t h w 3`; the image decoder is loaded for it and does not stay."""
+    """Scaled latents `b t c h w` as clips, uint8 `t h w 3`; the image decoder is loaded and released."""
     first_stage = load_first_stage_of(config).to(pl_module.device)
     videos = decode_video(first_stage, latents.to(pl_module.device), pl_module.scale_factor, chunk=1)
     del first_stage
@@ -88,25 +89,23 @@ def decode_clips(config: Mapping[str, Any], pl_module: pl.LightningModule, laten
 log = logging.getLogger(__name__)
 
 
-class VideoLogger(pl.Callback):
-    """Samples one video per prompt with the averaged weights, where there are any, always from the same noise.
+class VideoLogger(StepLogger):
+    """Samples one video per prompt with the averaged weights, if there are any, always from the same noise.
 
     Writes a GIF per prompt and a contact sheet into the run's `images/samples`, and the GIFs to TensorBoard. The text
-    encoder is loaded once, at the start, for the prompts; the image decoder for each occasion; neither stays.
+    encoder is loaded once for the prompts, the image decoder for each set of samples; both are released.
 
     Args:
         config, folder: of the run; filled in by main.py.
         prompts: what to sample.
-        every_n_steps: optimiser steps between occasions.
+        every_n_steps: optimiser steps between samples.
         at_start: also before the first step.
-        frames: frames per video; None: as many as are trained on.
+        frames: frames per video; None: as in training.
         steps, sampler, scale: of the sampling loop, as in scripts/txt2vid.py.
         seed: of the noise.
     """
 
-    changes_training = False
-
-    def __init__(  # noqa: PLR0913, PLR0917 - the words of the config
+    def __init__(  # noqa: PLR0913, PLR0917 - the keys of the config
         self,
         config: Mapping[str, Any],
         folder: str,
@@ -129,10 +128,9 @@ class VideoLogger(pl.Callback):
         self.every_n_steps, self.at_start, self.frames = every_n_steps, at_start, frames
         self.recipe, self.seed = Recipe(sampler, steps, scale), seed
         self._context: Tensor | None = None
-        self._step_seen = 0
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Encode the prompts and try the sampler's settings: mistakes show before the first step."""
+        """Encode the prompts and check the sampler's settings, before the first step."""
         self.recipe.check(pl_module, "VideoLogger")
         if trainer.is_global_zero:
             text_encoder = load_text_encoder_of(self.config)
@@ -145,17 +143,13 @@ class VideoLogger(pl.Callback):
             self._context = trainer.strategy.broadcast(self._context)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._step_seen = trainer.global_step
+        super().on_train_start(trainer, pl_module)
         if self.at_start and trainer.global_step == 0:
             self._log_videos(trainer, pl_module, batch_idx=0)
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if trainer.global_step != self._step_seen:
-            self._step_seen = trainer.global_step
-            if trainer.global_step % self.every_n_steps == 0:
-                self._log_videos(trainer, pl_module, batch_idx)
+    def on_step_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch_idx: int) -> None:
+        if trainer.global_step % self.every_n_steps == 0:
+            self._log_videos(trainer, pl_module, batch_idx)
 
     def _log_videos(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch_idx: int) -> None:
         if not trainer.is_global_zero:
@@ -177,7 +171,7 @@ class VideoLogger(pl.Callback):
         log.info("sample videos at step %d: %s", trainer.global_step, sheet)
 
     def sample(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[list[np.ndarray], float]:
-        """A video per prompt, uint8 `t h w 3`, and their frame rate; the module is left as it was."""
+        """A video per prompt, uint8 `t h w 3`, and their frame rate; the module is left unchanged."""
         latents, fps = self._sample_latents(trainer, pl_module)
         return decode_clips(self.config, pl_module, latents), fps
 
@@ -195,7 +189,7 @@ class VideoLogger(pl.Callback):
 
 
 def _add_gif(logger: TensorBoardLogger, tag: str, gif: bytes, size: tuple[int, int], step: int) -> None:
-    """Log a GIF as an image summary, which TensorBoard plays; its own add_video would re-encode it, or log nothing."""
+    """Log a GIF as an image summary, which TensorBoard plays; its `add_video` would encode it again."""
     image = Summary.Image(height=size[0], width=size[1], colorspace=3, encoded_image_string=gif)
     writer = logger.experiment._get_file_writer()
     writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)

@@ -1,8 +1,6 @@
-"""Configs published for CompVis' Stable Diffusion v1, read as they are: old class names and keys that no longer do
-anything.
+"""Configs published for CompVis' Stable Diffusion v1: class names are translated, keys without effect dropped.
 
-A key is dropped only where its value asks for what this project does anyway; any other value is an error, because
-ignoring it would train or sample something else.
+A key is dropped only where its value is what this project does anyway; any other value is an error.
 """
 
 from __future__ import annotations
@@ -89,9 +87,9 @@ INSTEAD = {
 
 
 def translate_compvis(config: DictConfig) -> DictConfig:
-    """Rename the classes and drop the dead keys of a CompVis config; any other config is returned unchanged.
+    """Rename the classes and drop the dead keys of a CompVis config; other configs are returned unchanged.
 
-    Raises `ConfigError` naming the YAML path where a dropped key would have meant something else.
+    Raises `ConfigError` with the YAML path for a dropped key with a value that is not supported.
     """
     model = config.get("model")
     if not isinstance(model, Mapping) or model.get("target") not in MODELS:
@@ -120,8 +118,8 @@ def _drop(params: Mapping[str, Any], part: str, path: str) -> dict[str, Any]:
         if may_go is None:
             kept[key] = value
         elif not may_go(value):
-            hint = INSTEAD.get(key, "take the key out, or train with the original code")
-            raise ConfigError(f"{path}.{key}: {value!r} asks for something that is not done here; {hint}")
+            hint = INSTEAD.get(key, "remove the key, or train with the original code")
+            raise ConfigError(f"{path}.{key}: {value!r} is not supported; {hint}")
     return kept
 
 
@@ -133,5 +131,5 @@ def _warmup_steps(scheduler: Any) -> int:
     steps, low, high = (params.get(key) for key in ("warm_up_steps", "f_min", "f_max"))
     is_linear = scheduler.get("target") == "ldm.lr_scheduler.LambdaLinearScheduler" and low == high
     if not is_linear or not fits(steps, Sequence[float]) or len(steps) != 1:
-        raise ConfigError(f"{path}: only a linear warm-up to a constant rate is done here; use warmup_steps")
+        raise ConfigError(f"{path}: expected a linear warm-up to a constant rate; use warmup_steps")
     return int(steps[0])

@@ -1,7 +1,7 @@
-"""Whether the values in a config are of the right kind: what is annotated as a number, a string, a boolean, a list or
-a mapping of these, or a choice among them.
+"""Checks of a config's values, sizes and targets.
 
-An annotation of any other kind admits everything: the constructor itself must look.
+Values are compared with annotations of numbers, strings, booleans, null, lists, mappings and unions of them. Any other
+annotation accepts everything: the constructor has to check.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any, Union, get_args, get_origin
 from ldm.errors import UserError
 
 _KINDS = {int: int, float: int | float, bool: bool, str: str | os.PathLike, NoneType: NoneType}
-_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", NoneType: "null"}
+_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", NoneType: "null"}
 
 
-# Words that say how often something is built, one after the other: a network of a million layers never ends.
+# Keys that count layers or heads: a network of a million layers would be built forever.
 COUNTS = frozenset(
     "num_res_blocks transformer_depth num_hidden_layers layers_per_block num_heads num_attention_heads".split()
 )
@@ -26,7 +26,7 @@ MAX_COUNT, MAX_WIDTH, MAX_LENGTH = 256, 2**20, 64
 
 
 class ConfigError(UserError):
-    """A config that cannot mean what its writer wanted."""
+    """A config that cannot be used."""
 
 
 def mapping_at(path: str, value: Any) -> Mapping[str, Any]:
@@ -37,9 +37,9 @@ def mapping_at(path: str, value: Any) -> Mapping[str, Any]:
 
 
 def check_sizes(params: Any, path: str, is_network: bool = False) -> None:
-    """Raise `ConfigError` for words, at any depth, that ask for more layers than anybody has.
+    """Raise `ConfigError` for keys, at any depth, that ask for an unreasonable number of layers.
 
-    is_network: nothing else is in `params`, so that no number and no list may be out of the way.
+    is_network: `params` has nothing else: every number and list is bounded.
     """
     for key, value in params.items() if isinstance(params, Mapping) else ():
         whole = isinstance(value, int) and not isinstance(value, bool)
@@ -57,11 +57,11 @@ def check_values(values: Mapping[str, Any], annotations: Mapping[str, Any], path
     """Raise `ConfigError` naming the first of `values` that does not fit its annotation."""
     for key, value in values.items():
         if not fits(value, annotations[key]):
-            raise ConfigError(f"{path}.{key}: expected {in_words(annotations[key])}, found {value!r}")
+            raise ConfigError(f"{path}.{key}: expected {describe_annotation(annotations[key])}, found {value!r}")
 
 
 def fits(value: Any, annotation: Any) -> bool:
-    """True where `value` is what `annotation` asks for; a whole number is a number, true and false are neither."""
+    """Whether `value` fits `annotation`; a whole number is a number, true and false are not."""
     origin = get_origin(annotation) or annotation
     if origin in (Union, UnionType):
         return any(fits(value, one) for one in get_args(annotation))
@@ -75,19 +75,19 @@ def fits(value: Any, annotation: Any) -> bool:
     return True
 
 
-def in_words(annotation: Any) -> str:
-    """What an annotation that refused a value asks for, for an error message."""
+def describe_annotation(annotation: Any) -> str:
+    """An annotation as an error message names it."""
     origin, inner = get_origin(annotation) or annotation, get_args(annotation)
     if origin in (Union, UnionType):
-        return " or ".join(map(in_words, inner))
+        return " or ".join(map(describe_annotation, inner))
     if origin in (Sequence, list):
-        return "a list" + (f", each {in_words(inner[0])}" if inner else "")
+        return "a list" + (f", each {describe_annotation(inner[0])}" if inner else "")
     if origin in (Mapping, dict):
-        return "a mapping" + (f", each value {in_words(inner[1])}" if inner and inner[1] is not Any else "")
-    return _WORDS.get(origin, str(annotation))
+        return "a mapping" + (f", each value {describe_annotation(inner[1])}" if inner and inner[1] is not Any else "")
+    return _NAMES.get(origin, str(annotation))
 
 
-# Packages, modules and classes; what lies below one of them may be named.
+# Packages, modules and classes that a config may name, with everything below them.
 KNOWN = (
     "ldm.models",
     "ldm.diffusion",
@@ -108,13 +108,13 @@ _trust = [False]
 
 
 def is_trusted() -> bool:
-    """Whether configs may name any class, resolver and TorchScript file."""
+    """Whether configs may name any class, resolver or TorchScript file."""
     return _trust[-1]
 
 
 @contextmanager
 def trusting(trust: bool = True) -> Iterator[None]:
-    """Within the block configs are trusted, if `trust` says so or they were before."""
+    """Trust configs within the block if `trust` is true or they were trusted before."""
     _trust.append(trust or is_trusted())
     try:
         yield
@@ -123,10 +123,10 @@ def trusting(trust: bool = True) -> Iterator[None]:
 
 
 def check_target(name: str, where: str) -> None:
-    """Raise `ConfigError` unless the class `name` may be named; nothing is imported."""
+    """Raise `ConfigError` unless a config may name the class `name`; nothing is imported."""
     if is_trusted() or any(name == known or name.startswith(f"{known}.") for known in KNOWN):
         return
     raise ConfigError(
-        f"{where}: expected a class of {', '.join(KNOWN)}, all that a config may name, found {name!r}; nothing was "
-        f"built. Give {FLAG} if you know where this config comes from and what that class does"
+        f"{where}: expected a class of {', '.join(KNOWN)}, found {name!r}; nothing was built. Give {FLAG} if you know "
+        "where this config comes from and what that class does"
     )

@@ -1,7 +1,7 @@
-"""YAML from strangers: whatever is in a file, reading it takes little memory and time and asks nothing of the machine.
+"""Untrusted YAML: bounds on memory and time, and no access to the machine.
 
-Looked at before anything is built of it: size, nesting, what aliases would grow to, and tags, which name Python's
-types. Of OmegaConf's interpolations only references to other values are taken; its resolvers read the environment.
+Checked while parsing: size, nesting, the expansion of aliases, and tags, which name Python types. Of OmegaConf's
+interpolations only references to other values are allowed; its resolvers read the environment.
 """
 
 from __future__ import annotations
@@ -15,31 +15,31 @@ import yaml
 
 MAX_BYTES, MAX_NODES, MAX_DEPTH = 2**20, 10_000, 48
 MAX_NUMBER = 400  # characters of a number
-MAX_EXPANDED = 100_000  # characters and values that all references together stand for
+MAX_EXPANDED = 100_000  # characters and values of all references together
 MAX_CHAIN = 16  # references to references
 
 _REFERENCE = re.compile(r"\$\{(\.*)([\w-]+(?:\.[\w-]+|\[[\w-]+\])*)\}")
 _NUMERIC = re.compile(r"[-+0-9a-fA-FoxX_.:]+")
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
-Place = tuple[str, ...]
+KeyPath = tuple[str, ...]
 
 
 def checked_text(path: Path, trusted: bool = False) -> str:
-    """The text of a YAML file that `check_yaml` lets pass. Raises ValueError and yaml.YAMLError."""
+    """The text of a YAML file that passes `check_yaml`. Raises ValueError and yaml.YAMLError."""
     with path.open("rb") as file:
         content = file.read(MAX_BYTES + 1)
     text = content[:MAX_BYTES].decode("utf-8-sig" if len(content) <= MAX_BYTES else "latin-1")
     if len(content) > MAX_BYTES:
-        raise ValueError(f"more than {MAX_BYTES:,} bytes, no config is that long")
+        raise ValueError(f"expected at most {MAX_BYTES:,} bytes, found more")
     check_yaml(text, trusted)
     return text
 
 
 def check_yaml(text: str, trusted: bool = False) -> None:
-    """Raise ValueError or yaml.YAMLError for YAML that is deep, grows by its aliases, has tags, or is no YAML.
+    """Raise ValueError or yaml.YAMLError for invalid YAML, deep nesting, growth by aliases, and tags.
 
-    trusted: interpolations may be other than `${other.key}`.
+    trusted: allow interpolations other than `${other.key}`.
     """
     counter = _Counter()
     for event in _events(text):
@@ -52,7 +52,7 @@ def check_yaml(text: str, trusted: bool = False) -> None:
 
 
 def _events(text: str) -> Iterator[yaml.Event]:
-    """What the parser finds; newer ones have a bound on nesting of their own, above ours, and look that far ahead."""
+    """The parser's events; newer parsers have a bound on nesting, above ours."""
     try:
         yield from yaml.parse(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
@@ -62,9 +62,9 @@ def _events(text: str) -> Iterator[yaml.Event]:
 
 
 def check_plain(tree: Any) -> None:
-    """Raise ValueError unless a tree that no text was read of, such as a pickle's, is as small and plain as one.
+    """Raise ValueError unless a tree that was not read from text, such as a pickle's, is as small and plain as YAML.
 
-    What is in it twice counts twice, as it will when it is written or merged.
+    Shared values count each time, as in a written or merged tree.
     """
     waiting, count = [(tree, 0)], 0
     while waiting:
@@ -74,37 +74,37 @@ def check_plain(tree: Any) -> None:
         if isinstance(value, Mapping):
             inside = [*value.values()]
             if not all(isinstance(key, str | int | float) for key in value):
-                raise ValueError("keys that are no words")
+                raise ValueError("keys that are not strings or numbers")
         elif isinstance(value, list | tuple):
             inside = list(value)
         elif not isinstance(value, str | int | float | None):
             raise ValueError(f"a {type(value).__name__}")
         elif isinstance(value, str):
-            value.encode()  # halves of characters cannot be written again
+            value.encode()  # lone surrogates cannot be written
         count += len(inside)
         if depth > MAX_DEPTH or count > 2 * MAX_NODES:
-            raise ValueError(f"nested deeper than {MAX_DEPTH} or more than {MAX_NODES:,} values, all told")
+            raise ValueError(f"nested deeper than {MAX_DEPTH} or more than {MAX_NODES:,} values in all")
         waiting += [(part, depth + 1) for part in inside]
 
 
 def check_references(tree: Mapping[str, Any]) -> None:
-    """Raise ValueError for references, `${other.key}`, that grow without end."""
+    """Raise ValueError for references, `${other.key}`, with an unbounded expansion."""
     _Expansion(tree).size(tree, (), 0)
 
 
 def _check_interpolations(text: str) -> None:
     if "${" in text and "${" in _REFERENCE.sub("", text):
         raise ValueError(
-            f"{text[:80]!r} asks for more than another value, which files of strangers may not; write ${{other.key}} "
-            "or the value itself, or give --trust-config if you know where the config comes from"
+            f"{text[:80]!r}: an untrusted config may only refer to other values; write ${{other.key}} or the value "
+            "itself, or give --trust-config if you know where the config comes from"
         )
 
 
 class _Counter:
-    """Counts the values in YAML, those behind an alias as often as they are named."""
+    """Counts the values in YAML, those of an alias at each use."""
 
     def __init__(self) -> None:
-        self.anchored: dict[str, int | None] = {}  # what each stands for; None while it is open
+        self.anchored: dict[str, int | None] = {}  # values of each anchor; None while it is open
         self.open: list[tuple[str | None, int]] = [(None, 0)]  # anchor of each open node, values inside it so far
 
     def take(self, event: yaml.Event) -> None:
@@ -120,7 +120,7 @@ class _Counter:
         elif isinstance(event, yaml.CollectionEndEvent):
             self._add(*self.open.pop())
         elif isinstance(event, yaml.AliasEvent):
-            nodes = self.anchored.get(event.anchor, 0)  # an unknown one is for the loader to name
+            nodes = self.anchored.get(event.anchor, 0)  # the loader reports an unknown one
             if nodes is None:
                 raise ValueError(f"*{event.anchor[:80]} is inside itself")
             self._add(None, nodes)
@@ -135,18 +135,18 @@ class _Counter:
         outer, before = self.open[-1]
         self.open[-1] = outer, before + nodes + 1
         if before + nodes >= MAX_NODES:
-            raise ValueError(f"more than {MAX_NODES:,} values, those of aliases counted in full")
+            raise ValueError(f"more than {MAX_NODES:,} values, those of aliases counted at each use")
 
 
 class _Expansion:
-    """How much the references in a tree stand for."""
+    """The expanded size of the references in a tree."""
 
     def __init__(self, tree: Mapping[str, Any]) -> None:
         self.tree = tree
-        self.known: dict[Place, int] = {}
+        self.known: dict[KeyPath, int] = {}
 
-    def size(self, value: Any, place: Place, chain: int) -> int:
-        """Of a value that stands at `place`, behind `chain` references."""
+    def size(self, value: Any, place: KeyPath, chain: int) -> int:
+        """The size of a value at path `place`, behind `chain` references."""
         if isinstance(value, Mapping):
             parts = [(str(key), part) for key, part in value.items()]
         elif isinstance(value, list):
@@ -155,7 +155,7 @@ class _Expansion:
             return self._text_size(value, place, chain) if isinstance(value, str) else 1
         return self._bounded(1 + sum(self.size(part, (*place, key), chain) for key, part in parts), place)
 
-    def _text_size(self, text: str, place: Place, chain: int) -> int:
+    def _text_size(self, text: str, place: KeyPath, chain: int) -> int:
         if "${" not in text:
             return len(text)
         where = ".".join(place)
@@ -164,25 +164,25 @@ class _Expansion:
         targets = [self._target(dots, path, place) for dots, path in _REFERENCE.findall(text)]
         return self._bounded(len(text) + sum(self._target_size(target, chain) for target in targets), place)
 
-    def _target_size(self, target: Place, chain: int) -> int:
+    def _target_size(self, target: KeyPath, chain: int) -> int:
         if target not in self.known:
             self.known[target] = self.size(_at(self.tree, target), target, chain + 1)
         return self.known[target]
 
     @staticmethod
-    def _target(dots: str, path: str, place: Place) -> Place:
+    def _target(dots: str, path: str, place: KeyPath) -> KeyPath:
         words = tuple(re.findall(r"[\w-]+", path))
         return (*place[: max(0, len(place) - len(dots))], *words) if dots else words
 
     @staticmethod
-    def _bounded(size: int, place: Place) -> int:
+    def _bounded(size: int, place: KeyPath) -> int:
         if size > MAX_EXPANDED:
             raise ValueError(f"{'.'.join(place) or 'the config'}: references that grow to more than {MAX_EXPANDED:,}")
         return size
 
 
 def _at(tree: Any, place: Sequence[str]) -> Any:
-    """The value at a place; None where there is none, which is for OmegaConf to name."""
+    """The value at a path; None where there is none, which OmegaConf reports."""
     for key in place:
         if isinstance(tree, Mapping):
             tree = tree.get(key, tree.get(int(key)) if key.isdecimal() and len(key) < MAX_CHAIN else None)

@@ -1,12 +1,12 @@
-"""Kill a tiny run and a tiny preparation again and again, and compare what comes of them with ones never killed.
+"""Kill a tiny run and a tiny preparation repeatedly, and compare the results with undisturbed ones.
 
     python scripts/dev/torture.py --kills 20
 
-Both are killed with SIGKILL at random moments: in a step, in the middle of a checkpoint or between its renames, in a
-validation, while sampling, while starting. After each kill the newest whole checkpoint has to be what the straight run
-had at that step, and each finished shard what the straight preparation wrote; at the end weights, average, states of
-the optimiser, generators, position in the data, everything logged and all samples have to be the same to the last bit,
-and every file of the prepared folder. The last line says how many kills left no trace.
+SIGKILL comes at random moments: in a step, in a checkpoint or between its renames, in a validation, while sampling,
+while starting. After each kill the newest whole checkpoint has to equal the undisturbed run's at that step, and each
+finished shard that of the undisturbed preparation; at the end weights, average, optimiser states, random generators,
+data position, logs, samples and all prepared files have to be identical to the bit. The last line counts the kills that
+left no trace.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # as many in all of its processes, or sums would differ
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same in all processes: sums depend on it
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
@@ -38,10 +38,10 @@ from ldm.runs.last_checkpoints import corruption, kept
 from scripts.dev.torture_runs import ROOT, Death, Session
 
 CONFIG = str(ROOT / "configs" / "tiny" / "video.yaml")
-STEPS_A_KILL = 2  # the run has so many steps for each kill, so that none comes after its end
+STEPS_A_KILL = 2  # steps of the run per kill: no kill comes after its end
 CLIPS_A_KILL = 1
 OPTIMIZERS = ("adamw", "adamw8bit", "adamw4bit")
-# What is measured with a clock or of a process is another number each time: its steps have to be the same.
+# Measured values differ each time: only their steps are compared.
 MEASURED = ("memory/", "train/data_wait")
 # What a kill is called -> the phase it waits for, the entries to choose from and the most seconds from then on; None:
 # before one of the next changes of files' names. Seconds without a phase count from the start of the process.
@@ -56,7 +56,7 @@ SHARDS, INDEX = {"shards": ("shards", 1, 1, None)}, {"index": ("index", 1, 1, No
 
 
 def tiny(folder: Path, optimizer: str) -> list[str]:
-    """Words that make the tiny config still smaller, with everything in it that could remember something."""
+    """Overrides that make the tiny config smaller, with every part that has state."""
     unet = "model.params.unet_config.params"
     return [
         f"{unet}.model_channels=32", f"{unet}.channel_mult=[1]", f"{unet}.attention_resolutions=[1]",
@@ -68,7 +68,7 @@ def tiny(folder: Path, optimizer: str) -> list[str]:
     ]  # fmt: skip
 
 
-def training_words(folder: Path, optimizer: str, workers: int, max_steps: int) -> list[str]:
+def training_arguments(folder: Path, optimizer: str, workers: int, max_steps: int) -> list[str]:
     """A run with validation, samples, an average, two micro-batches a step and everything logged at every step."""
     callbacks = "lightning.callbacks"
     return [
@@ -83,7 +83,7 @@ def training_words(folder: Path, optimizer: str, workers: int, max_steps: int) -
 
 
 def write_first_stage(folder: Path) -> None:
-    """The autoencoder of the tiny config, as random as it begins."""
+    """The autoencoder of the tiny config with random weights."""
     node = to_container(load_config([CONFIG], tiny(folder, "adamw")))["model"]["params"]["first_stage_config"]
     torch.manual_seed(0)
     module = build({**node, "params": {**node["params"], "ckpt_path": None}}, "first_stage_config")
@@ -92,7 +92,7 @@ def write_first_stage(folder: Path) -> None:
 
 
 def deaths(kinds: Mapping[str, tuple], kills: int, seed: int) -> list[Death]:
-    """When each process dies, every kind of moment in turn."""
+    """The moment of each kill, of all kinds in turn."""
     chance, found = random.Random(seed), []
     for number in range(kills):
         phase, first, last, seconds = list(kinds.values())[number % len(kinds)]
@@ -106,7 +106,7 @@ class Training:
 
     def __init__(self, folder: Path, optimizer: str, workers: int, kills: int) -> None:
         self.folder, self.logs = folder, folder / "logs"
-        self.words = training_words(folder, optimizer, workers, STEPS_A_KILL * kills)
+        self.words = training_arguments(folder, optimizer, workers, STEPS_A_KILL * kills)
         self._io = AtomicCheckpointIO()
 
     def straight(self) -> None:
@@ -195,7 +195,7 @@ class _Part:
     def must_end(self) -> None:
         """Run to the end; raises UserError where that is no good one."""
         if status := self._session.run():
-            raise UserError(f"a run that nobody killed ended with status {status}; its log is beside it")
+            raise UserError(f"an undisturbed run ended with status {status}; see its log in the same folder")
 
     def dies(self, death: Death) -> tuple[int, str]:
         status = self._session.run(death)
@@ -278,7 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20, metavar="N", help="of each of the two (default: 20)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="reading processes (default: 1)")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="DataLoader workers (default: 1)")
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="default: adamw")
     parser.add_argument("--work", type=Path, metavar="DIR", help="an empty folder to work in (default: one that goes)")
     given = parser.parse_args(arguments)

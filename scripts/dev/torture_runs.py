@@ -103,7 +103,7 @@ def _live(module: str, words: list[str], folder: Path, settings: dict[str, Any],
         for number in (1, 2):
             os.dup2(log.fileno(), number)
     os.chdir(ROOT)
-    multiprocessing.set_start_method("fork", force=True)  # as main.py's own reading processes begin
+    multiprocessing.set_start_method("fork", force=True)  # as main.py's DataLoader workers start
     board = Board(folder / f"{module}.phase", module)
     for phase, (place, owner, name) in PHASES[module].items():
         _watch(board, phase, place, owner, name, death)

@@ -126,7 +126,7 @@ def test_averages_are_never_lost_in_silence(root, tmp_path):
     class Plain(ToyModel):
         keeps_averages = False
 
-    with pytest.raises(UserError, match="the checkpoints of Plain hold no averages; take the callback out"):
+    with pytest.raises(UserError, match="the checkpoints of Plain hold no averages; remove the callback"):
         fit(root, tmp_path, [WeightAverage()], model=Plain(learning_rate=0.1), steps=1)
     assert not AutoencoderKL.keeps_averages
 

@@ -169,7 +169,7 @@ def test_video_settings_that_cannot_be(root, tmp_path, encoders):
         fit(root, tmp_path, [VideoLogger(CONFIG, str(tmp_path), ["x"], sampler="dim")], model=ToyVideoModel())
     with pytest.raises(UserError, match="steps: expected 1 to 999, found 0"):
         fit(root, tmp_path, [VideoLogger(CONFIG, str(tmp_path), ["x"], steps=0)], model=ToyVideoModel())
-    with pytest.raises(UserError, match="ToyModel makes no videos"):
+    with pytest.raises(UserError, match="ToyModel generates no videos"):
         fit(root, tmp_path, [VideoLogger(CONFIG, str(tmp_path), ["x"])])
 
 

@@ -244,7 +244,7 @@ def test_a_card_never_waits_for_a_verdict(switches):
             verdict = judge.verdict(norm * 0 + 1, norm)
             optimizer.found_inf = verdict[0]
             optimizer.step()
-            copy, event = guard._on_its_way(verdict)
+            copy, event = guard._async_copy_to_host(verdict)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         event.synchronize()

@@ -147,7 +147,7 @@ def test_clips_without_texture_have_no_number(root, tmp_path, loaded, monkeypatc
     monkeypatch.setattr(sampling, "load_first_stage_of", lambda config: grey)
     with caplog.at_level(logging.INFO, logger="ldm"):
         fit(root, tmp_path, [MotionLogger({}, str(tmp_path), num_clips=1, steps=2)], model=ToyVideoModel(), steps=1)
-    assert "motion at step 0: nothing can be judged; " in caplog.text
+    assert "motion at step 0: no metric is defined; " in caplog.text
     assert set(map(tuple, record(tmp_path)["occasions"][0]["values"].values())) == {(None,)}
 
 
@@ -211,7 +211,7 @@ def test_settings_that_cannot_be(root, tmp_path, loaded):
     ):
         with pytest.raises(UserError, match=message):
             fit(root, tmp_path, [MotionLogger({}, str(tmp_path), **words)], model=ToyVideoModel())
-    with pytest.raises(UserError, match="MotionLogger: ToyModel makes no videos"):
+    with pytest.raises(UserError, match="MotionLogger: ToyModel generates no videos"):
         fit(root, tmp_path, [MotionLogger({}, str(tmp_path))])
 
 
@@ -300,8 +300,8 @@ def test_an_error_in_a_step_ends_the_counting(root, tmp_path):
     assert not torch.utils._python_dispatch._get_current_dispatch_mode_stack()
 
 
-def test_steps_that_were_not_counted_are_told(root, tmp_path, caplog):
+def test_uncounted_steps_are_reported(root, tmp_path, caplog):
     fit(root, tmp_path, [], steps=2)
     with caplog.at_level(logging.WARNING, logger="ldm"):
         fit(root, tmp_path, [ComputeCount()], steps=3, resume=last(tmp_path))
-    assert "train/tflop leaves out the first 2 steps: they were not counted" in caplog.messages
+    assert "train/tflop omits the first 2 steps, which were not counted" in caplog.messages
