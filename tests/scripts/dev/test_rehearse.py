@@ -48,13 +48,9 @@ ROOT = Path(__file__).parents[3]
 SCRIPT = ROOT / "scripts" / "dev" / "rehearse.py"
 CONFIG = str(ROOT / "configs" / "video-sd.yaml")
 UNET, ENCODERS = "model.params.unet_config.params", "model.params.{}_config.params"
+SMALL_UNET = {"model_channels": 32, "channel_mult": "[1,2]", "num_res_blocks": 1, "attention_resolutions": "[2]"}
 TINY = [
-    f"{UNET}.model_channels=32",
-    f"{UNET}.channel_mult=[1,2]",
-    f"{UNET}.num_res_blocks=1",
-    f"{UNET}.attention_resolutions=[2]",
-    f"{UNET}.num_heads=4",
-    f"{UNET}.context_dim=32",
+    *(f"{UNET}.{key}={value}" for key, value in {**SMALL_UNET, "num_heads": 4, "context_dim": 32}.items()),
     f"{ENCODERS.format('first_stage')}.ddconfig.ch=32",
     f"{ENCODERS.format('cond_stage')}.text_config={{hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, "
     "num_attention_heads: 2}",
@@ -87,14 +83,12 @@ def command(folder: Path) -> list[str]:
 
 
 def test_full_size_has_the_tensors_of_the_public_file(golden_keys):
-    expected = {name: (shape, dtype) for name, (shape, dtype) in golden_keys["keys"].items()}
+    expected = {name: (shape, dtype.removeprefix("torch.")) for name, (shape, dtype) in golden_keys["keys"].items()}
     found = {
-        name: (list(tensor.shape), str(tensor.dtype)) for name, tensor in image_tensors(load_config([CONFIG])).items()
+        name: (list(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+        for name, tensor in image_tensors(load_config([CONFIG])).items()
     }
-    assert len(found) == 1143
-    assert {name: (shape, dtype.removeprefix("torch.")) for name, (shape, dtype) in expected.items()} == {
-        name: (shape, dtype.removeprefix("torch.")) for name, (shape, dtype) in found.items()
-    }
+    assert len(found) == 1143 and found == expected
 
 
 def test_sizes_are_counted_without_memory():
@@ -198,20 +192,28 @@ def test_too_little_disk_space_is_an_error(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_missing_or_short_footage_is_an_error(tmp_path):
-    with pytest.raises(FootageError, match=r"nowhere\.mp4: there is no such file"):
-        call(tmp_path, "--video", str(tmp_path / "nowhere.mp4"))
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--video=nowhere.mp4", r"nowhere\.mp4: there is no such file"),
+        ("data.params.batchsize=1", r"data\.params\.batchsize: nothing reads this key; did you mean 'batch_size'"),
+        ("--wrok", "unrecognized arguments: --wrok; --help lists all options"),
+        ("--most=9", "--most: expected --step-only with it"),
+        ("--ckpt=model.ckpt", "--ckpt: expected --step-only with it"),
+    ],
+)
+def test_bad_options_are_errors_before_anything_is_written(tmp_path, option, message):
+    with pytest.raises(UserError, match=message):
+        call(tmp_path, option)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_short_footage_is_an_error(tmp_path):
     short = tmp_path / "short.mp4"
     write_mp4(short, draw_drive(9, 64, 0), 10)
     with pytest.raises(FootageError, match=r"expected at least 10 frames at 10 per second, for 2 clips of 5, found 9"):
         call(tmp_path, "--video", str(short))
     assert list(tmp_path.iterdir()) == [short]
-
-
-def test_misspelt_overrides_are_an_error_before_anything_is_written(tmp_path):
-    with pytest.raises(UserError, match=r"data\.params\.batchsize: nothing reads this key; did you mean 'batch_size'"):
-        call(tmp_path, "data.params.batchsize=1")
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -225,9 +227,14 @@ def test_a_failed_stage_ends_the_rehearsal_and_leaves_nothing(tmp_path, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_stage_without_output_is_an_error_and_keep_keeps_the_files(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def stages_succeed(monkeypatch):
+    """Every command succeeds without output."""
     monkeypatch.setattr(rehearse, "run_measured", lambda *_: Measured(0, 1.0, MIB, None, ""))
     monkeypatch.setattr(rehearse, "num_bytes_in", lambda path: 1)
+
+
+def test_a_stage_without_output_is_an_error_and_keep_keeps_the_files(tmp_path, stages_succeed, capsys):
     with pytest.raises(UserError, match=r"expected one file logs/\*/checkpoints/last\.ckpt, found 0"):
         call(tmp_path, "--keep")
     (folder,) = (tmp_path / "work").iterdir()
@@ -250,9 +257,7 @@ def test_failed_checks(tmp_path):
     assert results("1.0", WeightComparison(0, [], 0, [], [])) == [True, False, False, False]
 
 
-def test_a_failed_check_is_in_the_report_and_in_the_exit_status(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(rehearse, "run_measured", lambda *_: Measured(0, 1.0, MIB, None, ""))
-    monkeypatch.setattr(rehearse, "num_bytes_in", lambda path: 1)
+def test_a_failed_check_is_in_the_report_and_in_the_exit_status(tmp_path, stages_succeed, monkeypatch, capsys):
     monkeypatch.setattr(rehearse.RehearsalFiles, "only", lambda self, pattern: self.folder / "file")
     monkeypatch.setattr(rehearse, "compare", lambda *_: None)
     monkeypatch.setattr(rehearse, "checks", lambda *_: [(True, "first"), (False, "second")])
@@ -344,11 +349,6 @@ def test_the_machine_is_described(monkeypatch):
     assert "(avx2, amx_bf16)" in describe_machine()
 
 
-def test_an_unknown_option_is_an_error(tmp_path):
-    with pytest.raises(UserError, match="unrecognized arguments: --wrok; --help lists all options"):
-        call(tmp_path, "--wrok")
-
-
 def step(name: str = "fit-8gb", size: str = "2 x 5", loss: float = 1.25) -> MeasuredStep:
     return MeasuredStep(name, size, loss, Measured(0, 61.2, 3 * 2**30, 2**30, ""), 2**29, 2**28)
 
@@ -392,9 +392,3 @@ def test_a_step_with_too_much_memory_or_a_bad_loss_fails():
     assert failures_of(step(), 9) == failures_of(step(), None) == []
     assert failures_of(step(), 3) == ["3.22 GB resident, more than 3"]
     assert failures_of(step(loss=float("nan")), 9) == ["the loss is nan, not finite"]
-
-
-@pytest.mark.parametrize("words", [["--most", "9"], ["--ckpt", "model.ckpt"]])
-def test_options_of_the_single_step_need_it(tmp_path, words):
-    with pytest.raises(UserError, match=f"{words[0]}: expected --step-only with it"):
-        call(tmp_path, *words)
