@@ -1,4 +1,4 @@
-"""Commands run as processes of their own, with the time and the memory they took, and what machine they ran on."""
+"""Time and memory of a command in its own process, and a description of the machine."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ POLL_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Measured:
-    """How a command ended and what it took.
+    """The result of a command.
 
-    status: 0 if it went well, minus the number of the signal that ended it.
-    peak_memory: the most bytes resident at once in it, or in the largest of the processes it started, as the kernel
-        counts them: with pages of mapped files, which it drops when it needs room.
-    peak_own_memory: the most that it and all processes it started held at once, without those pages and with shared
-        pages counted once, looked at twice a second or, where that is slow, less; None where that cannot be seen.
-    output: what it wrote to stdout and stderr.
+    status: 0 for success, or minus the number of the signal that ended it.
+    peak_memory: peak resident bytes of the command, or of its largest child process, by the kernel's count: including
+        pages of mapped files, which the kernel drops when it needs memory.
+    peak_own_memory: peak bytes of the command and all its children together, without mapped files and with shared
+        pages counted once, sampled up to twice per second; None where /proc does not show it.
+    output: stdout and stderr.
     """
 
     status: int
@@ -38,7 +38,7 @@ class Measured:
 
 
 def run_measured(command: Sequence[str | Path], show: Callable[[str], None]) -> Measured:
-    """Run a command to its end, giving each line it writes to `show`; whatever stops us stops it and its children."""
+    """Run a command and pass each line of its output to `show`; an interrupt here ends it with its children."""
     start = time.monotonic()
     process = subprocess.Popen(
         [str(word) for word in command],
@@ -66,11 +66,11 @@ def run_measured(command: Sequence[str | Path], show: Callable[[str], None]) -> 
 
 
 def describe_machine() -> str:
-    """Processor, cores, instructions that matter, memory, and the version of torch, in one line."""
+    """CPU, cores, vector instructions, memory and version of torch in one line."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    facts = _processor_facts()
-    name = facts.get("model name", "processor of unknown name")
+    facts = _cpu_facts()
+    name = facts.get("model name", "unknown CPU")
     flags = [flag for flag in NOTEWORTHY_FLAGS if flag in (facts.get("flags") or facts.get("Features", "")).split()]
     return (
         f"{name}, {cores} cores ({', '.join(flags) or 'no vector instructions known'}), {memory / 2**30:.1f} GiB of "
@@ -79,7 +79,7 @@ def describe_machine() -> str:
 
 
 class _OwnMemory(threading.Thread):
-    """Watches how much memory the processes of a session have taken for themselves (Linux)."""
+    """Samples the private memory of all processes of a session (Linux)."""
 
     def __init__(self, session: int) -> None:
         super().__init__(daemon=True)
@@ -94,10 +94,12 @@ class _OwnMemory(threading.Thread):
             sizes = [size for folder in Path("/proc").glob("[0-9]*") if (size := self._size(folder)) is not None]
             if sizes:
                 self.peak = max(self.peak or 0, sum(sizes))
-            pause = max(POLL_SECONDS, 20 * (time.monotonic() - start))  # a look at a large process takes time, its own
+            pause = max(
+                POLL_SECONDS, 20 * (time.monotonic() - start)
+            )  # reading a large process is slow and uses its time
 
     def _size(self, process: Path) -> int | None:
-        """Bytes of one process, its share of what it shares; None for another session's and for one that has ended."""
+        """Proportional private bytes of one process; None for another session's or an ended one."""
         try:
             if os.getsid(int(process.name)) != self._session:
                 return None
@@ -107,8 +109,8 @@ class _OwnMemory(threading.Thread):
         return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss_Anon:"))
 
 
-def _processor_facts() -> dict[str, str]:
-    """What Linux says of the first processor."""
+def _cpu_facts() -> dict[str, str]:
+    """Linux' entries for the first CPU."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0]
     except OSError:

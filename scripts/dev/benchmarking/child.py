@@ -1,6 +1,6 @@
-"""What is to be measured alone, in its own process: `python -m scripts.dev.benchmarking.child REQUEST`, both in JSON.
+"""Measurements in a process of their own: `python -m scripts.dev.benchmarking.child REQUEST`, request and answer JSON.
 
-Its memory is its own and, on a card, can be capped. What goes wrong comes back as a word, never as a traceback.
+Its memory is measured alone and, on a GPU, can be capped. Errors come back as one line, never as a traceback.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from scripts.dev.benchmarking.steps import TrainingStep
 from scripts.dev.benchmarking.timing import wait_for
 
 MARK = "RESULT "
-CONTEXT_BYTES = 6 * 2**29 // 5  # 0.6 GiB of a card that CUDA itself takes, beside what torch allocates
+CONTEXT_BYTES = 6 * 2**29 // 5  # 0.6 GiB that CUDA itself takes beside torch's allocations
 
 
 def ask_child(request: dict[str, Any], timeout: float) -> dict[str, Any]:
-    """The answer of a process of its own to a request; `error` in it says why there is none, in one line."""
+    """The answer of a new process to a request, or a one-line `error` in its place."""
     command = [sys.executable, "-m", "scripts.dev.benchmarking.child", json.dumps(request)]
     try:
         done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=max(1, timeout))
@@ -33,20 +33,20 @@ def ask_child(request: dict[str, Any], timeout: float) -> dict[str, Any]:
     for line in reversed(done.stdout.splitlines()):
         if line.startswith(MARK):
             return json.loads(line.removeprefix(MARK))
-    last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+    last = (done.stderr.strip().splitlines() or ["no output"])[-1]
     return {"error": f"ended with status {done.returncode}: {last}"}
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """Do what was asked for: one of `contestant` and `config`."""
+    """Answer a request with a `contestant`, or with the `base` of a config."""
     device = torch.device(request["device"])
     try:
         if device.type == "cuda":
             cap_memory(request.get("cap"), device)
         if "contestant" in request:
             found = {}
-            words = {**request["case"], "widths": tuple(request["case"]["widths"])}
-            step = TrainingStep(request["contestant"], Case(**words), device)
+            case = Case(**{**request["case"], "widths": tuple(request["case"]["widths"])})
+            step = TrainingStep(request["contestant"], case, device)
             for _ in range(request["steps"]):
                 step()
             wait_for(device)
@@ -59,12 +59,12 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     except Exception as error:
         if not is_lack_of_memory(error):
             raise
-        return {"error": "out of memory", "is_lack_of_memory": True, "peak_bytes": peak_memory(device)}
+        return {"error": "out of memory", "is_out_of_memory": True, "peak_bytes": peak_memory(device)}
     return {**found, "peak_bytes": peak_memory(device)}
 
 
 def cap_memory(cap: float | None, device: torch.device) -> None:
-    """Let torch have no more than a card of `cap` GB would leave it; None: no cap."""
+    """Limit torch to the memory of a GPU of `cap` GB, less the CUDA context; None: no cap."""
     if cap is not None:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, (cap * 2**30 - CONTEXT_BYTES) / total), device)

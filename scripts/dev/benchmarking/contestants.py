@@ -1,7 +1,7 @@
-"""The networks that a benchmark puts side by side: ours, and public ones of other projects where they import.
+"""The networks of a benchmark: ours, and public ones of other projects if they are installed.
 
-All are built with the same widths and get the same clips, steps and captions; each keeps the heads, kernels and memory
-format of its own published form, and the text if it takes any. None of their code is part of this one.
+All have the same widths and get the same clips, steps and captions; each keeps the heads, kernels, memory format and
+text conditioning of its published form. None of their code is part of this project.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Case:
-    """What every contestant of a comparison gets: channels of the levels, clips and frames, side of a latent, precision
-    (`fp32`, or `bf16`: float32 weights under autocast)."""
+    """The common input of a comparison: channels of the levels, clips, frames, side of a latent, precision (`fp32`, or
+    `bf16`: float32 weights under autocast)."""
 
     widths: tuple[int, ...]
     batch: int
@@ -47,7 +47,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Noisy latents `b t c h w`, what to predict of the same shape, steps `b`, captions `b n d`."""
+    """Noisy latents and targets `b t c h w`, steps `b`, captions `b n d`."""
 
     latents: Tensor
     target: Tensor
@@ -65,9 +65,9 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Contestant:
-    """A network by name: how it is built, and how it predicts `b t c h w`.
+    """A network: how it is built, and how it predicts `b t c h w`.
 
-    lacks: what the others do and it does not, so that its time is read with care.
+    lacks: what the others have and it does not; its time is not fully comparable.
     """
 
     title: str
@@ -93,7 +93,7 @@ def _of_clip(network: nn.Module, inputs: Inputs) -> Tensor:
 
 
 def _folded(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    """Frames as a batch of images, each with its step and its caption."""
+    """Frames as a batch of images, each with its step and caption."""
     frames = inputs.latents.shape[1]
     return (
         rearrange(inputs.latents, "b t c h w -> (b t) c h w"),
@@ -108,7 +108,7 @@ def _of_frames(network: nn.Module, inputs: Inputs) -> Tensor:
 
 
 def _down_and_up(kind: str, case: Case) -> dict[str, Any]:
-    """diffusers' words for Stable Diffusion v1's arrangement: text at all levels but the last."""
+    """diffusers' kwargs for the layout of Stable Diffusion v1: text at all levels but the last."""
     levels = len(case.widths)
     return {
         "in_channels": LATENT_CHANNELS, "out_channels": LATENT_CHANNELS, "block_out_channels": case.widths,
@@ -128,14 +128,14 @@ def _unet2d_predict(network: nn.Module, inputs: Inputs) -> Tensor:
 
 
 def _unet3d(case: Case) -> nn.Module:
-    # ModelScope's heads are 64 wide; narrow networks get eight of them, or its first transformer outgrows the rest.
+    # ModelScope's heads are 64 wide; narrow networks get eight heads, or the first transformer dominates.
     dim_head = 64 if case.is_full_size else case.widths[0] // 8
     return _import("diffusers").UNet3DConditionModel(**_down_and_up("3D", case), attention_head_dim=dim_head)
 
 
 def _motion(case: Case) -> nn.Module:
-    words = {**_down_and_up("Motion", case), "motion_max_seq_length": max(32, case.frames), "num_attention_heads": 8}
-    return _import("diffusers").UNetMotionModel(**words, use_motion_mid_block=True)
+    kwargs = {**_down_and_up("Motion", case), "motion_max_seq_length": max(32, case.frames), "num_attention_heads": 8}
+    return _import("diffusers").UNetMotionModel(**kwargs, use_motion_mid_block=True)
 
 
 def _unet3d_predict(network: nn.Module, inputs: Inputs) -> Tensor:
@@ -172,7 +172,9 @@ def _without_text(network: nn.Module, inputs: Inputs) -> Tensor:
 
 CONTESTANTS = {
     "ours": Contestant("ours", _ours, _of_clip),
-    "per_frame": Contestant("ours without time, frame by frame", lambda case: _ours(case, False), _of_frames, "time"),
+    "per_frame": Contestant(
+        "ours without temporal layers, frame by frame", lambda case: _ours(case, False), _of_frames, "time"
+    ),
     "unet2d": Contestant("diffusers UNet2DConditionModel, frame by frame", _unet2d, _unet2d_predict, "time"),
     "unet3d": Contestant("diffusers UNet3DConditionModel", _unet3d, _unet3d_predict),
     "motion": Contestant("diffusers UNetMotionModel", _motion, _motion_predict),
@@ -183,7 +185,7 @@ PEERS = tuple(name for name in CONTESTANTS if name != "ours")
 
 
 def check_peers(names: Sequence[str]) -> tuple[str, ...]:
-    """The contestants of these names, ours first. Raises UserError for one that is not known."""
+    """The names of the contestants, ours first. Raises UserError for an unknown one."""
     unknown = [name for name in names if name not in CONTESTANTS]
     if unknown:
         raise UserError(f"--peers: expected some of {', '.join(PEERS)}, found {', '.join(unknown)}")
@@ -191,7 +193,7 @@ def check_peers(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def why_missing(name: str) -> str | None:
-    """Why a contestant cannot take part here; None if it can."""
+    """Why a contestant is not available; None if it is."""
     packages = {"make_a_video": "make_a_video_pytorch", "video_diffusion": "video_diffusion_pytorch"}
     package = packages.get(name, "diffusers" if name in ("unet2d", "unet3d", "motion") else None)
     try:
@@ -215,7 +217,7 @@ def _import(package: str) -> ModuleType:
 
 
 class _StandIn(ModuleType):
-    """A module whose every class makes nothing."""
+    """A module whose every attribute is `object`."""
 
     def __getattr__(self, name: str) -> type:
         if name.startswith("__"):
@@ -225,7 +227,7 @@ class _StandIn(ModuleType):
 
 @contextmanager
 def _stand_ins(package: str | None) -> Iterator[None]:
-    """Let a module be imported whose trainer, not whose network, takes `transforms` and `utils` from a package."""
+    """Stand-ins for a package that only the trainer of a module uses, not its network."""
     if package is None or package in sys.modules:
         yield
         return

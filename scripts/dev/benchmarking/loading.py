@@ -1,4 +1,4 @@
-"""Clips a second that reach the training process, from a page cache that was emptied of them before."""
+"""The section `loader`: clips per second that reach the training process with a cold page cache, beside WebDataset."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ldm.data.clips import ClipDataModule
 from ldm.data.shards.index import DATASET_FILE, EMPTY_FILE, INDEX_FILE, SCHEMA_VERSION, DatasetInfo
 from ldm.data.shards.writer import ShardWriter, npy_bytes
 from ldm.errors import UserError
-from scripts.dev.benchmarking.rows import GOALS, Row
+from scripts.dev.benchmarking.rows import GOALS, BenchmarkRow
 from scripts.dev.benchmarking.timing import Budget, Seconds, ratios
 
 SCENES_PER_SHARD = 16
@@ -123,7 +123,7 @@ TITLES = {
 
 def compare_loaders(
     scenes: int, scene_frames: int, side: int, seconds: float, rounds: int, budget: Budget, kind: str = "cpu"
-) -> Iterator[Row]:
+) -> Iterator[BenchmarkRow]:
     """Clips a second from random shards of so many scenes, in turns of at most so many seconds each.
 
     Before each turn the system is made to forget the shards (posix_fadvise, POSIX_FADV_DONTNEED): the first read of
@@ -154,7 +154,7 @@ def compare_loaders(
     )
     for name, title in TITLES.items():
         taken = Seconds.of(per_clip[name])
-        row = Row("loader", case, title, taken, found.get(name), rate=1 / taken.median)
+        row = BenchmarkRow("loader", case, title, taken, found.get(name), rate=1 / taken.median)
         keys = {"ours": (f"{kind} clips", row.rate), "webdataset": (f"{kind} webdataset", 1 / (row.ratio or 1))}
         key, value = keys.get(name, ("", 0.0))
         row.found = {key: value} if key in GOALS else {}

@@ -1,4 +1,4 @@
-"""What a benchmark found, row by row, the goals it is held to, and both as a record in JSON and as tables."""
+"""Rows of a benchmark and its goals, as JSON record and as tables."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ GIGA, GIB = 1e9, 2**30
 
 @dataclass(frozen=True)
 class Goal:
-    """A number that a row is held to: at most so much or, with `at_least`, at least. `stretch` is the one after it."""
+    """An upper bound of a measured number or, with `at_least`, a lower bound; `stretch` is the next goal."""
 
     title: str
     limit: float
@@ -33,7 +33,7 @@ GOALS = {
     "cpu motion": Goal("step beside UNetMotionModel", 0.80, "cpu", unit="x", stretch=0.70),
     "cpu convolution fp32": Goal("convolution over frames beside a folded Conv1d, fp32", 1.3, "cpu", True, "x"),
     "cpu convolution bf16": Goal("convolution over frames beside a folded Conv1d, bf16", 2.0, "cpu", True, "x"),
-    "cpu clips": Goal("clips a second from two processes, cold cache", 900, "cpu", True, "/s"),
+    "cpu clips": Goal("clips per second from two workers, cold cache", 900, "cpu", True, "/s"),
     "cpu webdataset": Goal("clips at random beside a WebDataset stream", 5, "cpu", True, "x"),
     "cuda step 5": Goal("step of 2 x 5 frames, no checkpointing", 0.090, "cuda", unit=" s", stretch=0.070),
     "cuda share 5": Goal("the same, share of the measured peak", 0.38, "cuda", True),
@@ -45,19 +45,19 @@ GOALS = {
     "cuda fit 2x25": Goal("2 x 25 frames on 12 GB", 12, "cuda", unit=" GB"),
     "cuda fit 2x64": Goal("2 x 64 frames on 24 GB", 24, "cuda", unit=" GB"),
     "cuda fit 1x181": Goal("1 x 181 frames on 24 GB", 24, "cuda", unit=" GB"),
-    "cuda fit temporal": Goal("layers over time alone, 2 x 25 frames on 12 GB", 12, "cuda", unit=" GB"),
+    "cuda fit temporal": Goal("temporal layers alone, 2 x 25 frames on 12 GB", 12, "cuda", unit=" GB"),
     "cuda sample 50": Goal("16 frames in 50 steps with guidance", 4.5, "cuda", unit=" s"),
     "cuda sample 20": Goal("16 frames in 20 steps with guidance", 1.6, "cuda", unit=" s"),
 }  # fmt: skip
 
 
 @dataclass
-class Row:
-    """One line: what was measured, of what, in which case.
+class BenchmarkRow:
+    """One measurement: section, case and name.
 
-    seconds: None where nothing was measured; `note` says why.  ratio: of our seconds to these, the median of rounds.
-    flop: of a call, counted.  share: of the measured peak of matrix products.  peak_bytes: memory at its most.
-    rate: clips or operations a second.  found: values for goals, by their keys in `GOALS`.
+    seconds: None if nothing was measured, `note` has the reason. ratio: of our seconds to these, median over rounds.
+    flop: of a call, counted. share: of the measured peak of matrix products. peak_bytes: peak memory. rate: clips per
+    second. found: values for goals, by their keys in `GOALS`.
     """
 
     section: str
@@ -73,15 +73,15 @@ class Row:
     found: dict[str, float] = field(default_factory=dict)
 
     def verdicts(self) -> Iterator[str]:
-        """Each goal that the row says something of, and whether it is met."""
+        """Each goal of the row, and whether it is met."""
         for key, value in self.found.items():
             goal = GOALS[key]
             bound, verdict = ("least" if goal.at_least else "most"), ("met" if goal.is_met(value) else "not met")
             yield f"at {bound} {goal.limit:g}{goal.unit}: {verdict} ({value:.3g})"
 
 
-def record(rows: Sequence[Row], about: Mapping[str, Any]) -> dict[str, Any]:
-    """What goes into the JSON file. about: date, device, machine, torch, threads, peaks, minutes."""
+def record(rows: Sequence[BenchmarkRow], about: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of the JSON file. about: date, device, machine, torch, threads, peaks, minutes."""
     return {"kind": KIND, **about, "rows": [asdict(row) for row in rows]}
 
 
@@ -90,25 +90,25 @@ def is_record(values: Any) -> bool:
     return isinstance(values, dict) and values.get("kind") == KIND
 
 
-def rows_of(values: Mapping[str, Any]) -> list[Row]:
+def rows_of(values: Mapping[str, Any]) -> list[BenchmarkRow]:
     """The rows of a record."""
-    rows = [Row(**{**row, "seconds": row["seconds"] and Seconds(**row["seconds"])}) for row in values["rows"]]
+    rows = [BenchmarkRow(**{**row, "seconds": row["seconds"] and Seconds(**row["seconds"])}) for row in values["rows"]]
     for row in rows:
         row.found = {key: value for key, value in row.found.items() if key in GOALS}
     return rows
 
 
-def table_rows(rows: Sequence[Row]) -> list[list[str]]:
-    """Cells of a table, headings first; columns in which nothing stands are left out."""
+def table_rows(rows: Sequence[BenchmarkRow]) -> list[list[str]]:
+    """Cells of a table, headings first; empty columns are left out."""
     headings = ["", "case", "seconds (quartiles)", "ours takes", "GFLOP, counted", "GFLOP/s", "of the peak",
-                "peak memory, MiB", "a second", "goal", "note"]  # fmt: skip
+                "peak memory, MiB", "per second", "goal", "note"]  # fmt: skip
     lines = [[row.name, row.case, *_numbers(row), "; ".join(row.verdicts()), row.note] for row in rows]
-    kept = [0, *(place for place in range(1, len(headings)) if any(line[place] for line in lines))]
-    return [[line[place] for place in kept] for line in [headings, *lines]]
+    kept = [0, *(column for column in range(1, len(headings)) if any(line[column] for line in lines))]
+    return [[line[column] for column in kept] for line in [headings, *lines]]
 
 
-def goal_rows(rows: Sequence[Row], device: str) -> list[list[str]]:
-    """Cells of a table of all goals of a kind of device; what no run has shown stays empty."""
+def goal_rows(rows: Sequence[BenchmarkRow], device: str) -> list[list[str]]:
+    """Cells of a table of all goals of a kind of device; goals that were not measured stay empty."""
     lines = [["goal", "wanted", "stretch", "found", "met"]]
     for key, goal in GOALS.items():
         if goal.device != device:
@@ -122,12 +122,12 @@ def goal_rows(rows: Sequence[Row], device: str) -> list[list[str]]:
     return lines
 
 
-def _precision(row: Row) -> str:
+def _precision(row: BenchmarkRow) -> str:
     word = row.case.rpartition(", ")[2]
     return f" ({word})" if word in ("fp32", "bf16") and row.section == "train" else ""
 
 
-def _numbers(row: Row) -> list[str]:
+def _numbers(row: BenchmarkRow) -> list[str]:
     taken = row.seconds
     seconds = "" if taken is None else f"{_short(taken.median)} ({_short(taken.low)} to {_short(taken.high)})"
     speed = row.flop / row.seconds.median / GIGA if row.flop and row.seconds else None

@@ -1,4 +1,4 @@
-"""The section `train`: steps of all contestants, turn by turn, and of the reference run as its config has it."""
+"""The sections `train`, `sample` and `memory`: training steps, sampling, and configs under a memory cap."""
 
 from __future__ import annotations
 
@@ -26,21 +26,24 @@ from scripts.dev.benchmarking.contestants import (
     Case,
     why_missing,
 )
-from scripts.dev.benchmarking.rows import GIB, GOALS, Row
+from scripts.dev.benchmarking.rows import GIB, GOALS, BenchmarkRow
 from scripts.dev.benchmarking.steps import TrainingStep, count_flop
 from scripts.dev.benchmarking.timing import Budget, Seconds, ratios, take_turns
 
-WARM_UPS = 2
+WARM_UPS = 2  # steps
 CHILD_SECONDS = 240
 REFERENCE = "configs/video-sd.yaml"
+SCALE = 7.5  # of guidance
+SIDE, STEPS = 64, 4  # latent and steps under a memory cap
+PLAN_SECONDS = 150  # of a search for a config that fits
 
 
 def compare_steps(
     case: Case, names: Sequence[str], device: torch.device, rounds: int, budget: Budget, peak: float
-) -> Iterator[Row]:
-    """A row for each contestant: those that are there, after each other in every round; then those that are not.
+) -> Iterator[BenchmarkRow]:
+    """A row per contestant: available ones, measured in turns; then the others with the reason.
 
-    peak: operations a second of a matrix product of this precision, measured.
+    peak: measured operations per second of a matrix product of this precision.
     """
     label = f"{case}, {case.precision}"
     steps: dict[str, TrainingStep] = {}
@@ -50,14 +53,16 @@ def compare_steps(
         if reason is None:
             reason = _begin(steps, name, case, device)
         if reason is not None:
-            absent.append(Row("train", label, CONTESTANTS[name].title, note=reason))
+            absent.append(BenchmarkRow("train", label, CONTESTANTS[name].title, note=reason))
     seconds = take_turns(steps, rounds, device, budget)
     found = ratios(seconds, "ours") if "ours" in steps else {}
     for name, step in steps.items():
         flop, taken = count_flop(name, case, step), Seconds.of(seconds[name])
         lacks = CONTESTANTS[name].lacks
-        row = Row("train", label, CONTESTANTS[name].title, taken, found.get(name), flop, flop / taken.median / peak)
-        row.peak_bytes = step.peak_on_card()
+        row = BenchmarkRow(
+            "train", label, CONTESTANTS[name].title, taken, found.get(name), flop, flop / taken.median / peak
+        )
+        row.peak_bytes = step.gpu_peak()
         row.note = f"has no {lacks}" if lacks else ""
         key = f"{device.type} {name}"
         if key in GOALS and row.ratio is not None:
@@ -69,7 +74,7 @@ def compare_steps(
 
 
 def _begin(steps: dict[str, TrainingStep], name: str, case: Case, device: torch.device) -> str | None:
-    """Build a contestant beside the others and warm it up; why that did not go, or None."""
+    """Build a contestant beside the others and warm it up; returns None, or why it does not run."""
     try:
         step = TrainingStep(name, case, device)
         for _ in range(WARM_UPS):
@@ -84,26 +89,26 @@ def _begin(steps: dict[str, TrainingStep], name: str, case: Case, device: torch.
     return None
 
 
-def peaks_apart(case: Case, names: Sequence[str], device: torch.device, budget: Budget) -> Iterator[Row]:
-    """The most memory that two steps of each contestant take, each in a process of its own."""
+def peak_memories(case: Case, names: Sequence[str], device: torch.device, budget: Budget) -> Iterator[BenchmarkRow]:
+    """Peak memory of two steps of each contestant, each in a process of its own."""
     for name in names:
-        row = Row("memory", f"{case}, {case.precision}", CONTESTANTS[name].title)
+        row = BenchmarkRow("memory", f"{case}, {case.precision}", CONTESTANTS[name].title)
         row.note = why_missing(name) or ""
         if not row.note:
             request = {"contestant": name, "case": asdict(case), "device": str(device), "steps": WARM_UPS}
             found = ask_child(request, min(CHILD_SECONDS, budget.left))
-            row.peak_bytes, row.note = found.get("peak_bytes"), found.get("error", "process of its own, two steps")
+            row.peak_bytes, row.note = found.get("peak_bytes"), found.get("error", "in its own process, two steps")
         yield row
 
 
-def reference_step(frames: int, device: torch.device, peak: float, budget: Budget) -> Iterator[Row]:
-    """Steps of the reference run as a user has them, without checkpointing: attention frozen, 8-bit states, average."""
+def reference_step(frames: int, device: torch.device, peak: float, budget: Budget) -> Iterator[BenchmarkRow]:
+    """Steps of the reference run as configured, without checkpointing: attention frozen, 8-bit states, average."""
     case = f"2 x {frames} frames, {REFERENCE}, no checkpointing"
     overrides = ["model.params.unet_config.params.use_checkpoint=false", f"data.params.frames={frames}"]
     request: dict[str, Any] = {
         "base": [REFERENCE], "overrides": overrides, "device": str(device), "side": 64, "steps": 15,
     }  # fmt: skip
-    row = Row("train", case, "the reference run")
+    row = BenchmarkRow("train", case, "the reference run")
     found = ask_child(request, min(CHILD_SECONDS, budget.left))
     row.note, row.peak_bytes = found.get("error", ""), found.get("peak_bytes")
     if "seconds" in found:
@@ -113,13 +118,10 @@ def reference_step(frames: int, device: torch.device, peak: float, budget: Budge
     yield row
 
 
-SCALE = 7.5
-
-
 def sample_clips(
     case: Case, steps: int, sampler: str, device: torch.device, rounds: int, budget: Budget
-) -> Iterator[Row]:
-    """Clips by our network as `txt2vid.py` runs it, random weights: weights of the precision, projections joined."""
+) -> Iterator[BenchmarkRow]:
+    """Sampling with our network as in `txt2vid.py`, random weights of the precision, joined projections."""
     dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
     torch.manual_seed(42)
     with torch.device(device):
@@ -133,15 +135,15 @@ def sample_clips(
     def clips(num: int = steps) -> torch.Tensor:
         return sample(denoiser, build_scheduler(sampler, schedule), noise, num)
 
-    words = f"{case}, {steps} steps of {sampler}, guidance {SCALE:g}, {case.precision}"
+    label = f"{case}, {steps} steps of {sampler}, guidance {SCALE:g}, {case.precision}"
     clips(2)
-    row = Row("sample", words, "ours", Seconds.of(take_turns({"ours": clips}, rounds, device, budget)["ours"]))
+    row = BenchmarkRow("sample", label, "ours", Seconds.of(take_turns({"ours": clips}, rounds, device, budget)["ours"]))
     rows = [row]
     if device.type == "cuda":
         use_cuda_graphs(network)
         clips(2)
-        taken = take_turns({"played back": clips}, rounds, device, budget)["played back"]
-        rows.append(Row("sample", words, "ours, played back", Seconds.of(taken)))
+        taken = take_turns({"graph": clips}, rounds, device, budget)["graph"]
+        rows.append(BenchmarkRow("sample", label, "ours, CUDA graph", Seconds.of(taken)))
     key = f"{device.type} sample {steps}"
     if key in GOALS:
         best = min(rows, key=lambda row: row.seconds.median)
@@ -149,13 +151,9 @@ def sample_clips(
     yield from rows
 
 
-SIDE, STEPS = 64, 4
-PLAN_SECONDS = 150  # that a search for a plan may take
-
-
 @dataclass(frozen=True)
 class Cap:
-    """A config on a card of so many GB; `goal` is a key of `GOALS`."""
+    """A config on a GPU of so many GB; `goal` is a key of `GOALS`."""
 
     gigabytes: float
     base: tuple[str, ...]
@@ -163,8 +161,8 @@ class Cap:
     goal: str | None = None
 
     def __str__(self) -> str:
-        words = [*(path.rpartition("/")[2] for path in self.base[-1:]), *self.overrides]
-        return f"{' '.join(words)} in {self.gigabytes:g} GB"
+        names = [*(path.rpartition("/")[2] for path in self.base[-1:]), *self.overrides]
+        return f"{' '.join(names)} in {self.gigabytes:g} GB"
 
 
 def _preset(name: str, batch: int, frames: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -180,18 +178,18 @@ CAPS = (
 )
 
 
-def try_to_fit(cap: Cap, device: torch.device, budget: Budget, side: int = SIDE) -> Iterator[Row]:
-    """Some steps below the cap: fits or does not, and then what would. Never a traceback."""
+def try_to_fit(cap: Cap, device: torch.device, budget: Budget, side: int = SIDE) -> Iterator[BenchmarkRow]:
+    """Some steps under the cap: does the config fit, and if not, which one would? Never a traceback."""
     if device.type != "cuda":
-        raise UserError("memory: expected an NVIDIA GPU to cap the memory of, found none; leave out --vram")
+        raise UserError("memory: expected an NVIDIA GPU to cap, found none; leave out --vram")
     request = {
         "base": cap.base, "overrides": cap.overrides, "cap": cap.gigabytes, "device": str(device), "side": side,
         "steps": STEPS, "counted": False,
     }  # fmt: skip
-    row = Row("memory", str(cap), "fits")
+    row = BenchmarkRow("memory", str(cap), "fits")
     found = ask_child(request, min(CHILD_SECONDS, budget.left))
     row.peak_bytes = found.get("peak_bytes")
-    if found.get("is_lack_of_memory"):
+    if found.get("is_out_of_memory"):
         row.name, row.note = "does not fit", plan_that_fits(cap, budget)
         value = float("inf")
     elif "error" in found:
@@ -205,10 +203,10 @@ def try_to_fit(cap: Cap, device: torch.device, budget: Budget, side: int = SIDE)
 
 
 def plan_that_fits(cap: Cap, budget: Budget) -> str:
-    """What would make a config fit, counted; where there is no time to count, the command that does."""
+    """Counted overrides that make a config fit; without time to count, the command that does."""
     command = f"python scripts/plan.py --base {' '.join(cap.base)} --vram {cap.gigabytes:g} {' '.join(cap.overrides)}"
     if not budget.has(PLAN_SECONDS):
-        return f"what fits is told by: {command}"
+        return f"to find what fits, run: {command}"
     try:
         config = load_config(list(cap.base), list(cap.overrides))
         check(config)
@@ -217,7 +215,7 @@ def plan_that_fits(cap: Cap, budget: Budget) -> str:
         proposal = propose(tree, cap.gigabytes, lambda changed: count_step(changed, shape))
     except UserError as error:
         return str(error)
-    return f"would with {_words(proposal.overrides)} ({needed(proposal.count):.1f} GB, counted)"
+    return f"fits with {_words(proposal.overrides)} ({needed(proposal.count):.1f} GB, counted)"
 
 
 def _words(overrides: Sequence[tuple[str, object]]) -> str:

@@ -1,4 +1,4 @@
-"""One training step of a contestant: forward, backward, AdamW; and its work, counted."""
+"""Training steps: of a contestant (forward, backward, AdamW) with counted operations, and of a config by Lightning."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from scripts.dev.benchmarking.contestants import CONTESTANTS, PRECISIONS, Case, 
 from scripts.dev.benchmarking.timing import wait_for
 
 LEARNING_RATE = 1e-5
+TRAINER_KEYS = ("precision", "gradient_clip_val", "accumulate_grad_batches")
 
 
 class TrainingStep:
-    """Calling it takes one step with all weights trained: float32 weights, autocast for bf16, torch's fused AdamW."""
+    """A step with all weights trained: float32 weights, autocast for bf16, torch's fused AdamW."""
 
     def __init__(self, name: str, case: Case, device: torch.device) -> None:
         self.contestant, self.device = CONTESTANTS[name], device
@@ -46,27 +47,27 @@ class TrainingStep:
         F.mse_loss(out.float(), self.inputs.target).backward()
 
     def own_bytes(self) -> int:
-        """Bytes of weights, gradients and states, beside activations."""
+        """Bytes of weights and optimiser states."""
         states = [value for state in self.optimizer.state.values() for value in state.values()]
         tensors = [*self.network.parameters(), *self.network.buffers(), *filter(torch.is_tensor, states)]
         return sum(tensor.nbytes for tensor in tensors)
 
-    def peak_on_card(self) -> int | None:
-        """Most bytes on a card during a step, without those of its neighbours; None on a processor."""
+    def gpu_peak(self) -> int | None:
+        """Peak bytes of a step on a GPU, without other contestants'; None on a CPU."""
         if self.device.type != "cuda":
             return None
         wait_for(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
-        neighbours = torch.cuda.memory_allocated(self.device) - self.own_bytes()
+        others = torch.cuda.memory_allocated(self.device) - self.own_bytes()
         self()
         wait_for(self.device)
-        return torch.cuda.max_memory_allocated(self.device) - neighbours
+        return torch.cuda.max_memory_allocated(self.device) - others
 
 
 def count_flop(name: str, case: Case, step: TrainingStep) -> int:
-    """Operations of a step's forward and backward pass, counted on tensors without values; AdamW's are left out.
+    """Operations of the forward and backward pass, counted on meta tensors; without AdamW.
 
-    step: is counted where a network looks at values on its way.
+    step: counted in place of meta tensors if the network reads values.
     """
     contestant = CONTESTANTS[name]
     with torch.device("meta"):
@@ -85,11 +86,8 @@ def count_flop(name: str, case: Case, step: TrainingStep) -> int:
     return counter.get_total_flops()
 
 
-TRAINER_WORDS = ("precision", "gradient_clip_val", "accumulate_grad_batches")
-
-
 class UnpreparedDiffusion(LatentVideoDiffusion):
-    """The model of a config for clips that no encoder has made."""
+    """The model of a config for random latents, without checks against a prepared set."""
 
     def setup(self, stage: str) -> None:
         trainer = self.trainer
@@ -99,7 +97,7 @@ class UnpreparedDiffusion(LatentVideoDiffusion):
 
 
 class RandomClips(Dataset):
-    """`length` batches, all the same numbers at other positions of the stream."""
+    """`length` batches of the same random numbers at consecutive positions of the stream."""
 
     def __init__(self, num: int, frames: int, channels: int, side: int, width: int, length: int) -> None:
         self.length = length
@@ -118,7 +116,7 @@ class RandomClips(Dataset):
 
 
 class StepClock(pl.Callback):
-    """Seconds of each step, from the end of the one before; all work of the device is waited for."""
+    """Seconds of each step, from the end of the previous one, synchronised with the device."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.seconds = device, []
@@ -138,7 +136,7 @@ class StepClock(pl.Callback):
 
 
 def take_steps(request: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Seconds of each of `steps` steps of the configs `base` with `overrides`, operations of one, and the last loss."""
+    """Seconds of each training step of the configs `base` with `overrides`, operations per step, and the last loss."""
     set_up_gpu(exact=False, repeatable=False)
     keep_freed_memory()
     without_files = ["model.params.ckpt_path=null", "model.params.scale_factor=1.0"]
@@ -155,9 +153,9 @@ def take_steps(request: dict[str, Any], device: torch.device) -> dict[str, Any]:
     callbacks = [clock, compute] if request.get("counted", True) else [clock]
     if average:
         callbacks.append(build({"target": "ldm.callbacks.WeightAverage", **average}, "lightning.callbacks.average"))
-    words = {name: value for name, value in (lightning.get("trainer") or {}).items() if name in TRAINER_WORDS}
+    kwargs = {name: value for name, value in (lightning.get("trainer") or {}).items() if name in TRAINER_KEYS}
     trainer = pl.Trainer(
-        **words, max_steps=request["steps"], accelerator="gpu" if device.type == "cuda" else "cpu", devices=1,
+        **kwargs, max_steps=request["steps"], accelerator="gpu" if device.type == "cuda" else "cpu", devices=1,
         logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         callbacks=callbacks,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Seconds of things that are run turn by turn, so that a busy machine slows all of them alike."""
+"""Timing in turns: a busy machine slows all contestants alike."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MATMUL_REPEATS = {"cpu": 6, "cuda": 40}
 
 @dataclass(frozen=True)
 class Seconds:
-    """Median and quartiles of what was measured so many times."""
+    """Median and quartiles of `times` measurements."""
 
     median: float
     low: float
@@ -31,23 +31,23 @@ class Seconds:
 
 
 class Budget:
-    """Minutes that a run may take; None: as many as it needs."""
+    """Minutes that a run may take; None: unlimited."""
 
     def __init__(self, minutes: float | None) -> None:
         self._end = None if minutes is None else time.monotonic() + 60 * minutes
 
     @property
     def left(self) -> float:
-        """Seconds left; infinitely many without a limit."""
+        """Seconds left; infinite without a limit."""
         return float("inf") if self._end is None else self._end - time.monotonic()
 
     def has(self, seconds: float) -> bool:
-        """Whether something that takes so long can still be begun."""
+        """Whether so many seconds are left."""
         return self.left >= seconds
 
 
 def wait_for(device: torch.device) -> None:
-    """Return when everything asked of the device is done."""
+    """Wait until the device is idle."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -55,7 +55,7 @@ def wait_for(device: torch.device) -> None:
 def take_turns(
     tasks: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, budget: Budget
 ) -> dict[str, list[float]]:
-    """Seconds of each task in each round; every task once a round, and at least one round. They must be warm."""
+    """Seconds of each task in each round. Every task runs once per round, for at least one round; warm up before."""
     found: dict[str, list[float]] = {name: [] for name in tasks}
     names = list(tasks)
     for number in range(rounds):
@@ -72,7 +72,7 @@ def take_turns(
 
 
 def ratios(seconds: Mapping[str, Sequence[float]], name: str) -> dict[str, float]:
-    """How many times as long as each of the others `name` took: the median of the rounds' ratios."""
+    """Seconds of `name` relative to each of the others: the median over rounds."""
     return {
         other: statistics.median(a / b for a, b in zip(seconds[name], theirs, strict=True))
         for other, theirs in seconds.items()
@@ -81,7 +81,7 @@ def ratios(seconds: Mapping[str, Sequence[float]], name: str) -> dict[str, float
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """The most floating-point operations a second that a large matrix product reaches here, its best of some."""
+    """Floating-point operations per second of a large matrix product, the best of several."""
     side, repeats = MATMUL_SIDE[device.type], MATMUL_REPEATS[device.type]
     first, second = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     best = float("inf")
