@@ -8,10 +8,11 @@ is `shard_writer.py` and `preparation.py`.
 from __future__ import annotations
 
 import os
+import threading
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -65,18 +66,11 @@ def _float16(content: bytes, shape: Sequence[int]) -> np.ndarray:
 
 
 class ShardReader(ShardBytes):
-    """Bytes out of the shards of one folder; files are opened when first needed, so it may be forked and pickled."""
+    """Bytes out of the shards of one folder, for any number of threads; each opens files when it first needs them."""
 
     def __init__(self, root: Path | str) -> None:
         self.root = Path(root)
-        self._files: dict[str, int] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"root": self.root, "_files": {}}
-
-    def __del__(self) -> None:
-        for descriptor in self._files.values():
-            os.close(descriptor)
+        self._opened = threading.local()
 
     def read(self, entry: SceneEntry, offset: int, length: int) -> bytes:
         descriptor = self._descriptor(entry)
@@ -91,15 +85,30 @@ class ShardReader(ShardBytes):
         if found != len(place):
             raise self.cut_short(entry, offset, len(place), found)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"root": self.root}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)
+
+    def files(self) -> dict[str, BinaryIO]:
+        """The shards that this thread has open."""
+        return self._opened.__dict__.setdefault("files", {})
+
     def _descriptor(self, entry: SceneEntry) -> int:
-        if entry.shard not in self._files:
-            if len(self._files) >= MAX_OPEN_SHARDS:
-                os.close(self._files.pop(next(iter(self._files))))
+        files = self.files()
+        if entry.shard not in files:
+            if len(files) >= MAX_OPEN_SHARDS:
+                files.pop(next(iter(files))).close()
             try:
-                self._files[entry.shard] = os.open(self.root / entry.shard, os.O_RDONLY | os.O_NONBLOCK)  # of a pipe
+                files[entry.shard] = open(self.root / entry.shard, "rb", buffering=0, opener=_open_at_once)
             except FileNotFoundError as error:
                 raise self.missing(entry) from error
-        return self._files[entry.shard]
+        return files[entry.shard].fileno()
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # a pipe would wait for its writer
 
 
 class PreparedSet:

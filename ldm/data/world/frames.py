@@ -80,6 +80,8 @@ class DriveFrameDataModule(StreamDataModule):
     frames: of each scene, in a row. rates: frames a second, one of which is drawn for each scene; for clips alone.
     """
 
+    loads_in_processes = True
+
     def __init__(
         self,
         looks: str | Sequence[str] | None = None,
