@@ -10,6 +10,7 @@ INSTALL_REQUIRES = [
     "omegaconf>=2.3,<3",
     "einops>=0.8",
     "matplotlib>=3.8",
+    "pyarrow>=18",
     "numpy>=2",
     "pillow>=11",
     "safetensors>=0.6",

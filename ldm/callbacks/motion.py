@@ -208,7 +208,7 @@ def _spread_clips(data: ClipDataModule, frames: int, fps: float, most: int) -> H
         )
     parts = {(part.scene.key, part.start): part for part, _, _ in data.val_clips.windows}
     if not parts:
-        parts = {scene.key: SceneRange(scene, 0, scene.num_frames) for scene in data.prepared.scenes}
+        parts = dict(enumerate(SceneRange.whole(data.prepared.scenes)))
     clips = HeldOutClips(data.prepared, list(parts.values()), frames, [round(stride)])
     if not len(clips):
         raise UserError(

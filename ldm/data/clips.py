@@ -9,16 +9,27 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ldm.data.batch import Batch, SceneRange, Window, drawn_caption, frames_needed, read_or_replace, split_scenes
+from ldm.data.batch import (
+    Batch,
+    Clips,
+    ClipWindow,
+    SceneRange,
+    drawn_caption,
+    frames_needed,
+    read_or_replace,
+    split_scenes,
+)
 from ldm.data.shards import DatasetError, DatasetInfo, PreparedSet
+from ldm.data.shards.index import lengths_of
 from ldm.data.stream import StreamDataModule, StreamOrder
 
 SHARE_STREAM, STILL_STREAM, REPLACING_STILL_STREAM = 3, 4, 6  # of random draws; (seed, position) alone is the clips'
@@ -56,9 +67,9 @@ class StillFrames:
             read_or_replace(self.prepared, partial(self.window, place), place, self.retries)
             for place in range(position * self.frames, (position + 1) * self.frames)
         ]
-        return no_clips(stills[0], self.frames, Batch.cat(stills))
+        return no_clips(stills[0], self.frames, Clips.cat(stills))
 
-    def window(self, place: int, attempt: int = 0) -> Window:
+    def window(self, place: int, attempt: int = 0) -> ClipWindow:
         """The frame at `place`, position times `frames` and its number; or what is tried in the stead of that."""
         if attempt > 0:
             random = np.random.default_rng((self.seed, place, REPLACING_STILL_STREAM, attempt))
@@ -68,16 +79,25 @@ class StillFrames:
         chosen = random.choice(len(self.parts), self.frames, replace=len(self.parts) < self.frames).tolist()
         return [self._drawn(self.parts[index], random) for index in chosen[: number + 1]][-1]
 
-    def _drawn(self, part: SceneRange, random: np.random.Generator) -> Window:
+    def _drawn(self, part: SceneRange, random: np.random.Generator) -> ClipWindow:
         frame = part.start + int(random.integers(part.num_frames))
-        return Window(part, frame, 1, 1, drawn_caption(part, self.caption_dropout, random))
+        return ClipWindow(part, frame, 1, 1, drawn_caption(part, self.caption_dropout, random))
 
 
-def no_clips(like: Batch, frames: int, stills: Batch) -> Batch:
+def no_clips(like: Batch, frames: int, stills: Clips) -> Batch:
     """A batch of stills and of no clips, which would be `frames` long and otherwise `like` this one."""
-    moments = like.moments[:0].new_empty(0, frames, *like.moments.shape[2:])
-    return replace(
-        like, moments=moments, context=like.context[:0], fps=like.fps[:0], positions=[], keys=[], stills=stills
+
+    def nothing(array: Tensor) -> Tensor:
+        return array.new_empty(0, frames, *array.shape[2:])
+
+    return Batch(
+        moments=nothing(like.moments),
+        context=like.context[:0],
+        fps=like.fps[:0],
+        positions=[],
+        keys=[],
+        arrays={name: nothing(array) for name, array in like.arrays.items()},
+        stills=stills,
     )
 
 
@@ -140,7 +160,7 @@ class ClipDataset(Dataset):
             return self.stills[position]
         return read_or_replace(self.prepared, partial(self.window, position), position, self.retries)
 
-    def window(self, position: int, attempt: int = 0) -> Window:
+    def window(self, position: int, attempt: int = 0) -> ClipWindow:
         """The clip at a position; or, after so many that could not be read, what is tried in its place."""
         if attempt == 0:
             turn, index = divmod(position, len(self.slots))
@@ -151,7 +171,7 @@ class ClipDataset(Dataset):
         strides = [stride for stride in self.strides if frames_needed(self.frames, stride) <= part.num_frames]
         stride = strides[random.integers(len(strides))]
         start = part.start + int(random.integers(part.num_frames - frames_needed(self.frames, stride) + 1))
-        return Window(part, start, self.frames, stride, drawn_caption(part, self.caption_dropout, random))
+        return ClipWindow(part, start, self.frames, stride, drawn_caption(part, self.caption_dropout, random))
 
     def describe(self, batch: Batch) -> list[dict[str, Any]]:
         """Which clips and single frames a batch of this stream has, those in the place of others included."""
@@ -195,9 +215,9 @@ class HeldOutClips(Dataset):
             raise IndexError(position)
         return read_or_replace(self.prepared, partial(self._window, position), position, self.retries)
 
-    def _window(self, position: int, attempt: int) -> Window:
+    def _window(self, position: int, attempt: int) -> ClipWindow:
         part, start, stride = self.windows[(position + attempt) % len(self.windows)]
-        return Window(part, start, self.frames, stride, caption=0)
+        return ClipWindow(part, start, self.frames, stride, caption=0)
 
     def summary(self, strides: Sequence[int]) -> str:
         """How many clips there are, and at which stride."""
@@ -236,10 +256,10 @@ class ClipDataModule(StreamDataModule):
     Args:
         root: folder written by scripts/prepare.py, or its address, such as s3://bucket/set.
         frames: frames per clip.
-        strides: a clip takes every n-th source frame, n drawn from these; it is told to the network as frames per
-            second. Held-out clips are taken at each stride for which a scene is long enough.
+        strides: a clip takes every n-th source frame, n drawn from these; the network is conditioned on it as
+            frames per second. Held-out clips are taken at each stride for which a scene is long enough.
         batch_size: samples per process and micro-batch: clips, or groups of as many single frames.
-        num_workers: reading processes; 0 reads in the training process.
+        num_workers: threads that read clips ahead; 0 reads in the training thread.
         caption_dropout: share of training clips and single frames that get the empty caption.
         val_share: share of the scenes held out; 0 for none.
         seed: of the order and of every draw.
@@ -312,7 +332,7 @@ class ClipDataModule(StreamDataModule):
         prepared = PreparedSet(self.root)
         frames = 1 if self.image_share == 1 else self.frames  # of a clip
         reaches = [frames_needed(frames, stride) for stride in self.strides]
-        longest = max((scene.num_frames for scene in prepared.scenes), default=0)
+        longest = max(map(int, lengths_of(prepared.scenes)), default=0)
         if longest < min(reaches):
             raise DatasetError(
                 f"{self.root}: no scene is long enough for {frames} frames at stride {min(self.strides)}, which "
@@ -327,7 +347,7 @@ class ClipDataModule(StreamDataModule):
         strides = self.strides if frames > 1 else self.strides[:1]
         self.val_clips = HeldOutClips(prepared, held_out, frames, strides, self.retries)
         self.prepared = prepared
-        short = sum(scene.num_frames < min(reaches) for scene in prepared.scenes)
+        short = sum(length < min(reaches) for length in lengths_of(prepared.scenes))
         kind = "clips" if self.image_share < 1 else "samples of single frames"
         self.summary = (
             f"{self.root}: {len(training)} scenes to train on ({len(self.train_clips)} {kind} side by side), "
@@ -347,7 +367,7 @@ class ClipDataModule(StreamDataModule):
         if self.image_root is not None:
             source = PreparedSet(self.image_root)
             check_same_kind(source, prepared)
-            parts = [SceneRange(scene, 0, scene.num_frames) for scene in source.scenes]
+            parts = SceneRange.whole(source.scenes)
         return StillFrames(source, parts, self.frames, self.image_share, self.caption_dropout, self.seed, self.retries)
 
     def prepare_data(self) -> None:
@@ -357,16 +377,15 @@ class ClipDataModule(StreamDataModule):
         self.setup()
         sets = [self.prepared] if self.image_root is None else [self.prepared, self._stills.prepared]
         for prepared in (prepared for prepared in sets if isinstance(prepared.root, Path)):
-            num_bytes = sum(span.length for scene in prepared.scenes for span in (scene.latents, *scene.contexts))
-            if num_bytes > LONG_READ:
-                size = f"{num_bytes / 1e9:.1f} GB"
+            if prepared.num_bytes > LONG_READ:
+                size = f"{prepared.num_bytes / 1e9:.1f} GB"
                 log.info("%s: checking %s; data.params.verify=false leaves this out", prepared.root, size)
             for scene in prepared.scenes:
                 prepared.verify(scene)
 
     def train_dataloader(self) -> DataLoader:
         """Raises `DatasetError` where processes would wait for each other: one with a batch of single frames alone has
-        no gradients of the layers over time."""
+        no gradients of the temporal layers."""
         options = getattr(getattr(self.trainer, "strategy", None), "_ddp_kwargs", None)
         if self.image_share > 0 and options is not None and not options.get("find_unused_parameters"):
             raise DatasetError(

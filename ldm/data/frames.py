@@ -1,7 +1,7 @@
 """Frames of footage, one by one or a few in a row, for training autoencoders: decoded once, held in memory, cropped at
 random.
 
-As with the clips, what lies at a position of the training stream depends on the seed and the position alone, so that a
+As with the clips, what lies at a position of the training stream depends on the seed and the position alone, so a
 run stopped and resumed sees what a straight one sees. Captions, cuts and latents play no part here.
 """
 
@@ -129,7 +129,7 @@ class FrameDataModule(StreamDataModule):
         size: side of a crop in pixels.
         fps: frames taken per second of footage.
         batch_size: crops, or rows of crops, per process and step.
-        num_workers: reading processes; frames lie in memory, so 0 is fast enough for most machines.
+        num_workers: threads that read ahead; frames lie in memory, so 0 is fast enough for most machines.
         val_share: share of each video, its end, that is held out; 0 for none.
         seed: of the order and of every draw.
         max_frames: bound on the frames held in memory (88 kB each for 16:9 footage at size 128); when the footage has

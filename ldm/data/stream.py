@@ -35,6 +35,9 @@ class StreamOrder:
     def __call__(self, turn: int) -> np.ndarray:
         return self._order(turn)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return StreamOrder, (self.seed, self.length)
+
     def _permutation(self, turn: int) -> np.ndarray:
         return np.random.default_rng((self.seed, turn, 1)).permutation(self.length)
 

@@ -357,5 +357,5 @@ def test_the_record_of_a_run_is_one(tmp_path, text):
 def test_a_judge_is_small(tmp_path, changes):
     words = {"looks": ["a", "b"], "accuracy": 1.0, "accuracy_damaged": 1.0, "steps": 1, "widths": [8, 8]} | changes
     save_file({"x": torch.ones(2)}, tmp_path / "judge.safetensors", {METADATA_KEY: json.dumps(words)})
-    with pytest.raises(UserError, match=r"found one whose tensors or words do not fit together .\d+ looks, widths"):
+    with pytest.raises(UserError, match=r"found one whose tensors and metadata do not match .\d+ looks, widths"):
         load_style_classifier(tmp_path / "judge.safetensors")

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from ldm.data.clips import Batch
+from ldm.data.batch import Batch, Clips
 from ldm.diffusion.known_frames import KINDS, KnownLatents, fill_unknown
 from ldm.errors import UserError
 from ldm.models.diffusion.ddpm import LatentVideoDiffusion
@@ -112,7 +112,7 @@ def with_stills(batch: Batch, num: int, frames: int = 5) -> Batch:
     """The batch and `num` samples of single frames."""
     generator = torch.Generator().manual_seed(9)
     count = num * frames
-    stills = Batch(
+    stills = Clips(
         torch.randn(count, 1, 8, 8, 8, generator=generator).half(),
         torch.randn(count, 7, 16, generator=generator).half(),
         torch.full((count,), 10.0),
@@ -120,11 +120,7 @@ def with_stills(batch: Batch, num: int, frames: int = 5) -> Batch:
         ["scene"] * count,
     )
 
-    class Mixed(Batch):
-        def __len__(self) -> int:
-            return len(self.positions) + num
-
-    return Mixed(batch.moments, batch.context, batch.fps, batch.positions, batch.keys, stills)
+    return Batch(batch.moments, batch.context, batch.fps, batch.positions, batch.keys, stills=stills)
 
 
 def test_single_frames_are_images_to_the_network_and_share_a_samples_weight():

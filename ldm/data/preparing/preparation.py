@@ -37,6 +37,7 @@ from ldm.data.shards import (
     parse_index,
     read_info,
 )
+from ldm.data.shards.index import write_columns
 from ldm.data.shards.writer import ShardWriter, npy_bytes
 from ldm.files import parse_json, replacing, write_atomically
 
@@ -248,8 +249,9 @@ class Preparation:
         if not index:  # nothing was kept: the folder is not begun, other settings may try
             return
         write_atomically(self.out / VIDEOS_FILE, "".join(report.to_line() for report in reports))
-        lines = "".join(entry.to_line() for entry in index).encode()
-        write_atomically(self.out / INDEX_FILE, lines)
+        lines = [entry.to_line().encode() for entry in index]
+        write_atomically(self.out / INDEX_FILE, b"".join(lines))
+        write_columns(self.out, lines, index)
         if not (self.out / DATASET_FILE).is_file():
             write_atomically(self.out / EMPTY_FILE, self._empty_context().read_bytes())
         empty = (self.out / EMPTY_FILE).read_bytes()
@@ -262,7 +264,7 @@ class Preparation:
             num_videos=sum(report.num_scenes > 0 for report in reports),
             num_scenes=len(index),
             num_frames=sum(entry.num_frames for entry in index),
-            index_crc32=zlib.crc32(lines),
+            index_crc32=zlib.crc32(b"".join(lines)),
         )
         write_atomically(self.out / DATASET_FILE, info.to_json())
 
@@ -275,8 +277,7 @@ class Preparation:
 
 
 def _copy(part: ShardReader, entry: SceneEntry, shard: ShardWriter) -> SceneEntry:
-    latents = part.read_span(entry, entry.latents)
-    return shard.copy(entry, latents, [part.read_span(entry, span) for span in entry.contexts])
+    return shard.copy(entry, [part.read_span(entry, span) for span in entry.spans])
 
 
 def _shard_loads(entries: Iterable[SceneEntry], max_bytes: int) -> Iterator[list[SceneEntry]]:
@@ -284,7 +285,7 @@ def _shard_loads(entries: Iterable[SceneEntry], max_bytes: int) -> Iterator[list
     load: list[SceneEntry] = []
     num_bytes = 0
     for entry in entries:
-        size = entry.latents.length + sum(span.length for span in entry.contexts)
+        size = sum(span.length for span in entry.spans)
         if load and num_bytes + size > max_bytes:
             yield load
             load, num_bytes = [], 0

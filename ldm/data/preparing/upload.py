@@ -13,11 +13,19 @@ from pathlib import Path
 
 from ldm.data.shards import PreparedSet
 from ldm.data.shards.address import Address, connection, patiently
-from ldm.data.shards.index import DATASET_FILE, EMPTY_FILE, INDEX_FILE, VIDEOS_FILE, DatasetError, read_info
+from ldm.data.shards.index import (
+    DATASET_FILE,
+    EMPTY_FILE,
+    INDEX_FILE,
+    PARQUET_FILE,
+    VIDEOS_FILE,
+    DatasetError,
+    read_info,
+)
 
 TAIL = 2**16  # bytes at the end of a shard that tell whether it is the one that is there
 SECONDS_PER_FILE = 3600.0
-DESCRIPTIONS = (VIDEOS_FILE, EMPTY_FILE, INDEX_FILE, DATASET_FILE)  # in this order
+DESCRIPTIONS = (VIDEOS_FILE, EMPTY_FILE, INDEX_FILE, PARQUET_FILE, DATASET_FILE)  # in this order
 
 
 def check_writable(address: Address) -> None:
@@ -30,15 +38,14 @@ def upload(prepared: PreparedSet, address: Address, advance: Callable[[int], Non
     """Copy a finished folder; `advance` is told of bytes that are there. Returns how many files were sent."""
     check_writable(address)
     _check_same(prepared.root, address)
-    shards = sorted({scene.shard for scene in prepared.scenes})
-    sizes, sent = address.sizes(shards), 0
-    for name in shards:
+    sizes, sent = address.sizes(prepared.shards), 0
+    for name in prepared.shards:
         path = prepared.root / name
         if sizes[name] != path.stat().st_size or not _ends_alike(path, address / name, sizes[name]):
             _send(path, address / name)
             sent += 1
         advance(path.stat().st_size)
-    for name in DESCRIPTIONS:
+    for name in _descriptions(prepared.root):
         content, there = (prepared.root / name).read_bytes(), address / name
         if not there.is_file() or there.read_bytes() != content:
             _send(prepared.root / name, there)
@@ -49,8 +56,13 @@ def upload(prepared: PreparedSet, address: Address, advance: Callable[[int], Non
 
 def num_bytes(prepared: PreparedSet) -> int:
     """Bytes of all that `upload` sends to an empty address."""
-    names = {scene.shard for scene in prepared.scenes} | set(DESCRIPTIONS)
+    names = [*prepared.shards, *_descriptions(prepared.root)]
     return sum((prepared.root / name).stat().st_size for name in names)
+
+
+def _descriptions(folder: Path) -> list[str]:
+    """Those that the folder has: sets of earlier versions have no Parquet file."""
+    return [name for name in DESCRIPTIONS if (folder / name).is_file()]
 
 
 def _check_same(folder: Path, address: Address) -> None:

@@ -1,12 +1,13 @@
 """Prepared clips on disk: tar shards with a byte index beside them, read at random, checked as they are read.
 
-`data/README.md` is the contract. Reading is `os.pread` of exactly the bytes that are wanted; no array header and no
-pickle is ever interpreted, shapes come from the index. Sets behind an address are read by `remote_shards.py`. Writing
-is `shard_writer.py` and `preparation.py`.
+`docs/data-format.md` is the contract. Reading is `os.pread` of exactly the bytes that are wanted; no array header and no
+pickle is ever interpreted, shapes come from the index. Sets behind an address are read by
+`shards.remote`, shards are written by `shards.writer`.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import zlib
@@ -23,12 +24,14 @@ from ldm.data.shards.index import (
     EMPTY_FILE,
     FLOAT16,
     INDEX_FILE,
+    MEMBERS,
     SCHEMA_VERSION,
     TAR_BLOCK,
     VIDEOS_FILE,
     DatasetError,
     DatasetInfo,
     SceneEntry,
+    SceneTable,
     Span,
     check_array,
     check_member,
@@ -124,23 +127,44 @@ class PreparedSet:
         self.info = read_info(self.root)
         self.scenes = read_index(self.root, self.info)
         self.empty_context = _read_empty_context(self.root, self.info)
-        sizes = _shard_sizes(self.root, {scene.shard for scene in self.scenes})
+        sizes = _shard_sizes(self.root, self.shards)
+        self.num_bytes = sum(sizes.values())
         self._reader = _reader_of(self.root, sizes, self.info)
         self._check_sizes(sizes)
         if verify:
             for scene in self.scenes:
                 self.verify(scene)
 
+    @property
+    def shards(self) -> list[str]:
+        """Names of the shards that have scenes."""
+        if isinstance(self.scenes, SceneTable):
+            return sorted(self.scenes.columns["shards"])
+        return sorted({scene.shard for scene in self.scenes})
+
     def read_moments(self, scene: SceneEntry, start: int = 0, count: int | None = None, stride: int = 1) -> np.ndarray:
         """`count` frames of a scene from `start`, every `stride`-th (None: to its end), float16 `t 2c h w`.
 
         Only the bytes of these frames are read, and each frame is checked. Raises IndexError outside the scene.
         """
+        return self.read_frames(scene, "latents", start, count, stride)
+
+    def read_frames(
+        self, scene: SceneEntry, name: str, start: int = 0, count: int | None = None, stride: int = 1
+    ) -> np.ndarray:
+        """The same of any array of `MEMBERS` that the scene has: float16 `t ...`.
+
+        Frames of latents have a checksum each. Other arrays are small; they are read whole and checked as a whole.
+        """
         wanted = range(start, scene.num_frames, stride)
         wanted = wanted if count is None else range(start, start + count * stride, stride)
         if start < 0 or stride < 1 or not wanted or wanted[-1] >= scene.num_frames:
             raise IndexError(f"frames {wanted} are not in scene {scene.key}, which has {scene.num_frames}")
-        shape = self.info.moments_shape
+        self._check_entry(scene)
+        shape = list(MEMBERS[name](self.info))
+        if name != "latents":
+            whole = _float16(self._reader.read_span(scene, scene.arrays[name]), [scene.num_frames, *shape])
+            return np.ascontiguousarray(whole[wanted.start : wanted.stop : wanted.step])
         size = int(np.prod(shape)) * FLOAT16.itemsize
         first = scene.latents.offset + scene.latents.length - scene.num_frames * size
         content = np.empty([len(wanted), size], np.uint8)
@@ -153,24 +177,24 @@ class PreparedSet:
         for place, frame in zip(content, wanted, strict=True):
             if f"{zlib.crc32(place):08x}" != scene.frames_crc32[8 * frame : 8 * frame + 8]:
                 if self._reader.forget(scene, first + frame * size, size):
-                    return self.read_moments(scene, start, count, stride)
+                    return self.read_frames(scene, name, start, count, stride)
                 raise self._reader.damaged(scene, f"the bytes of frame {frame}")
         return content.view(FLOAT16).reshape(len(wanted), *shape)
 
     def read_context(self, scene: SceneEntry) -> np.ndarray:
         """The embeddings of all captions of a scene, in their order: float16 `captions n d`."""
-        shape = self.info.context_shape
-        return np.stack([_float16(self._reader.read_span(scene, span), shape) for span in scene.contexts])
+        return np.stack([self.read_caption(scene, number) for number in range(len(scene.contexts))])
 
     def read_caption(self, scene: SceneEntry, number: int) -> np.ndarray:
         """The embedding of one caption of a scene: float16 `n d`."""
+        self._check_entry(scene)
         return _float16(self._reader.read_span(scene, scene.contexts[number]), self.info.context_shape)
 
     def verify(self, scene: SceneEntry) -> None:
         """Read everything a scene has; compare it with its crc32 and with its own headers. Raises DatasetError."""
-        shapes = [[scene.num_frames, *self.info.moments_shape], *[self.info.context_shape] * len(scene.contexts)]
-        names = member_names(len(scene.contexts))
-        for span, name, shape in zip([scene.latents, *scene.contexts], names, shapes, strict=True):
+        self._check_entry(scene)
+        names = member_names(len(scene.contexts), scene.arrays)
+        for span, name, shape in zip(scene.spans, names, self._shapes(scene), strict=True):
             content = self._reader.read_span(scene, span)
             try:
                 header = self._reader.read(scene, max(0, span.offset - TAR_BLOCK), TAR_BLOCK)
@@ -181,6 +205,12 @@ class PreparedSet:
                     f"{self.root / scene.shard}: scene {scene.key}: found {error}; the shard is not the one that "
                     f"{INDEX_FILE} was written for, copy it again or prepare into a fresh folder"
                 ) from None
+
+    def _shapes(self, scene: SceneEntry) -> list[list[int]]:
+        """Of the arrays of a scene, in the order of its spans."""
+        per_frame = {name: [scene.num_frames, *shape(self.info)] for name, shape in MEMBERS.items()}
+        contexts = [self.info.context_shape] * len(scene.contexts)
+        return [per_frame["latents"], *contexts, *(per_frame[name] for name in scene.arrays)]
 
     def check_encoders(self, first_stage: str, text_encoder: str, scale_factor: float) -> None:
         """Raise DatasetError unless the set was made by these encoders (their identities) for this scale factor."""
@@ -197,24 +227,32 @@ class PreparedSet:
 
     def _check_sizes(self, sizes: Mapping[str, int]) -> None:
         """Compare the index with itself, with the shapes of the data set and with the sizes of the files."""
-        frame_bytes = int(np.prod(self.info.moments_shape)) * FLOAT16.itemsize
-        context_bytes = int(np.prod(self.info.context_shape)) * FLOAT16.itemsize
-        for scene in self.scenes:
+        if isinstance(self.scenes, SceneTable):  # each entry is compared when it is used
+            columns = self.scenes.columns
+            of_shards = np.array([sizes[name] for name in columns["shards"]])
+            late = np.flatnonzero(columns["end"] > of_shards[columns["shard"]])
+            candidates = [self.scenes[number] for number in late[:1]]
+        else:
+            candidates = self.scenes
+        for scene in candidates:
             size = sizes[scene.shard]
-            end = max(span.offset + span.length for span in [scene.latents, *scene.contexts])
-            if end > size:
-                found = "is missing" if size < 0 else f"is cut short: expected at least {end} bytes, found {size}"
+            if scene.end > size:
+                found = "is missing" if size < 0 else f"is cut short: expected at least {scene.end} bytes, found {size}"
                 raise DatasetError(
                     f"{self.root / scene.shard}: the shard {found} (scene {scene.key} is there); copy it again or "
                     "prepare into a fresh folder"
                 )
-            if (
-                scene.latents.length < scene.num_frames * frame_bytes
-                or len(scene.frames_crc32) != 8 * scene.num_frames
-                or len(scene.contexts) != len(scene.captions)
-                or any(span.length < context_bytes for span in scene.contexts)
-            ):
-                raise DatasetError(f"{self.root / INDEX_FILE}: the line of scene {scene.key} contradicts itself")
+            self._check_entry(scene)
+
+    def _check_entry(self, scene: SceneEntry) -> None:
+        """Raise DatasetError for an entry whose numbers do not fit each other or the shapes of the data set."""
+        sizes = [FLOAT16.itemsize * math.prod(shape) for shape in self._shapes(scene)]
+        if (
+            any(span.length < size for span, size in zip(scene.spans, sizes, strict=True))
+            or len(scene.frames_crc32) != 8 * scene.num_frames
+            or len(scene.contexts) != len(scene.captions)
+        ):
+            raise DatasetError(f"{self.root / INDEX_FILE}: the line of scene {scene.key} contradicts itself")
 
 
 def _shard_sizes(root: Path | Address, names: Iterable[str]) -> dict[str, int]:

@@ -1,6 +1,6 @@
 """Files behind an address, `s3://bucket/set` or `https://host/set`, and their bytes: asked for in ranges, patiently.
 
-Connections belong to one process and are made when that process first needs them, so that an `Address` may be forked
+Connections belong to one process and are made when that process first needs them, so an `Address` may be forked
 and pickled. A request that fails in a way that may pass is made again, later and later; what cannot pass (no such file,
 no permission) is said at once. Nothing here is reached unless somebody names an address.
 """
@@ -180,7 +180,7 @@ class Connection:
         return self._systems[address.scheme]
 
     def settle(self, seconds: float = 5.0) -> None:
-        """Wait for open requests, so that no thread holds a lock while this process forks."""
+        """Wait for open requests, so no thread holds a lock while this process forks."""
         wait(list(self._flying), timeout=seconds)
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
 """Prepared shards behind an address, read in blocks: from memory, from this machine's disk, else by range requests.
 
-Blocks that lie side by side are asked for together; where somebody reads on and on, what follows is asked for ahead.
-Blocks that turn out not to be what was written are forgotten and fetched again before anybody calls them damaged.
+Neighbouring blocks are requested together; a sequential reader gets the following blocks ahead of time. A block with a
+wrong checksum is forgotten and fetched again before it counts as damaged.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from ldm.errors import UserError
 log = logging.getLogger(__name__)
 DEFAULT_GB = 10.0
 KEPT = 0.9  # of the size, when something has to go
-ABANDONED = 3600  # seconds after which a half-written block belongs to nobody
+ABANDONED = 3600  # seconds after which a half-written block is abandoned
 
 
 class BlockCache:
@@ -74,7 +74,7 @@ class BlockCache:
         """Keep a block; older ones make room for it."""
         if not self._is_usable or len(content) > self.max_bytes:
             return
-        partial = self.folder / f".{name}.{os.getpid()}.partial"
+        partial = self.folder / f".{name}.{os.getpid()}.{threading.get_ident()}.partial"
         with self._trying():
             self._make_room(len(content))
             partial.write_bytes(content)
@@ -133,7 +133,7 @@ REREADS = 3  # of bytes that do not match their checksum
 class RemoteShardReader(ShardBytes):
     """Bytes out of the shards below an address.
 
-    sizes: bytes of each shard. version: of the set, so that another one at the same address never meets old blocks.
+    sizes: bytes of each shard. version: of the set: another one at the same address never meets old blocks.
     """
 
     def __init__(self, root: Address, sizes: Mapping[str, int], version: int) -> None:
@@ -194,36 +194,38 @@ class RemoteShardReader(ShardBytes):
             self._begin_process()
 
     def _blocks(self, entry: SceneEntry, numbers: range) -> dict[int, bytes]:
-        """These blocks of the scene's shard, by number."""
-        self._begin_process_if_forked()
+        """These blocks of the scene's shard, by number. Threads wait for their own requests, not for each other."""
+        with self._lock:
+            self._begin_process_if_forked()
+            ahead = next((self._ahead[entry.shard, n] for n in numbers if (entry.shard, n) in self._ahead), None)
+            if ahead is not None:
+                self._ahead = {}  # one request at a time
+        if ahead is not None:
+            with suppress(OSError, DatasetError):  # asked for again, with patience
+                arrived = self._keep(entry.shard, ahead[1], ahead[0].result())
+                with self._lock:
+                    self._kept.update({(entry.shard, number): content for number, content in arrived.items()})
         with self._lock:
             found = {number: content for number in numbers if (content := self._have(entry.shard, number)) is not None}
             missing = [number for number in numbers if number not in found]
             requests = [(run, self._request(entry.shard, run)) for run in _runs(missing)]
-            for run, request in requests:
-                try:
-                    content = request.result()
-                except FileNotFoundError as error:
-                    raise self.missing(entry) from error
-                found.update(self._keep(entry.shard, run[0], content))
+        for run, request in requests:
+            try:
+                content = request.result()
+            except FileNotFoundError as error:
+                raise self.missing(entry) from error
+            found.update(self._keep(entry.shard, run[0], content))
+        with self._lock:
             for number in numbers:
                 self._kept[entry.shard, number] = found[number]
                 self._kept.move_to_end((entry.shard, number))
             while len(self._kept) > KEPT_BLOCKS:
                 self._kept.popitem(last=False)
             self._read_ahead(entry.shard, numbers)
-            return found
+        return found
 
     def _have(self, shard: str, number: int) -> bytes | None:
-        """A block that is here or on its way."""
-        if (shard, number) in self._ahead:
-            request, first = self._ahead[shard, number]
-            self._ahead = {}  # one request at a time
-            try:
-                blocks = self._keep(shard, first, request.result())
-                self._kept.update({(shard, arrived): content for arrived, content in blocks.items()})
-            except (OSError, DatasetError):
-                pass  # asked for again, with patience
+        """A block that is here."""
         if (shard, number) in self._kept:
             return self._kept[shard, number]
         return self._cache.get(self._block_name(shard, number), self._length(shard, number))
@@ -238,7 +240,7 @@ class RemoteShardReader(ShardBytes):
         following = range(numbers[-1] + 1, min(numbers[-1] + 1 + RUN, self._num_blocks(shard)))
         if self._streak < STREAK or not following or (shard, following[0]) in self._ahead:
             return
-        self._ahead = {}  # whoever jumps elsewhere leaves these behind
+        self._ahead = {}  # a reader that jumps elsewhere leaves these behind
         if (content := self._have(shard, following[0])) is not None:
             self._kept[shard, following[0]] = content
             return

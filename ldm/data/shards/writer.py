@@ -40,45 +40,53 @@ class ShardWriter:
             self._file.close()
 
     def add(
-        self, key: str, about: Mapping[str, Any], moments: np.ndarray, contexts: Sequence[np.ndarray]
+        self,
+        key: str,
+        about: Mapping[str, Any],
+        moments: np.ndarray,
+        contexts: Sequence[np.ndarray],
+        arrays: Mapping[str, np.ndarray] | None = None,
     ) -> SceneEntry:
         """Write one scene and return its index entry.
 
         `about` holds source, start, fps, captions and, if there are any, notes; moments float16 `t 2c h w`; one float16
-        `n d` for each caption.
+        `n d` for each caption; `arrays` further `MEMBERS`, float16 `t ...`.
         """
-        if moments.dtype != FLOAT16 or any(context.dtype != FLOAT16 for context in contexts):
+        frames, arrays = np.ascontiguousarray(moments), dict(arrays or {})
+        if any(array.dtype != FLOAT16 for array in (frames, *contexts, *arrays.values())):
             raise TypeError("prepared arrays are float16")
-        frames = np.ascontiguousarray(moments)
         crcs = "".join(f"{zlib.crc32(frame):08x}" for frame in frames)
-        return self._write(key, {**about, "num_frames": len(frames)}, crcs, [frames, *contexts])
+        content = [npy_bytes(array) for array in (frames, *contexts, *arrays.values())]
+        return self._write(key, {**about, "num_frames": len(frames)}, crcs, content, list(arrays))
 
-    def copy(self, entry: SceneEntry, latents: bytes, contexts: Sequence[bytes]) -> SceneEntry:
-        """Write a scene that lies elsewhere, from the bytes of its `.npy` files; returns its entry in this shard."""
+    def copy(self, entry: SceneEntry, content: Sequence[bytes]) -> SceneEntry:
+        """Write a scene that lies elsewhere, from the bytes of its `.npy` files in the order of `entry.spans`."""
         about = {name: getattr(entry, name) for name in ("source", "start", "fps", "captions", "num_frames")}
         if entry.notes:
             about["notes"] = entry.notes
-        return self._write(entry.key, about, entry.frames_crc32, [latents, *contexts])
+        return self._write(entry.key, about, entry.frames_crc32, content, list(entry.arrays))
 
-    def _write(self, key: str, about: dict[str, Any], crcs: str, arrays: Sequence[np.ndarray | bytes]) -> SceneEntry:
-        names = member_names(len(arrays) - 1)
-        members = {
-            name: array if isinstance(array, bytes) else npy_bytes(array)
-            for name, array in zip(names, arrays, strict=True)
-        }
+    def _write(
+        self, key: str, about: dict[str, Any], crcs: str, content: Sequence[bytes], arrays: Sequence[str]
+    ) -> SceneEntry:
+        names = member_names(len(content) - 1 - len(arrays), arrays)
         described = json.dumps({"key": key, **about}, ensure_ascii=False, sort_keys=True).encode()
+        members = {"json": described, **dict(zip(names, content, strict=True))}
         position = self._tar.tarstream.offset
-        self._tar.write({"__key__": key, "json": described, **members})
+        self._tar.write({"__key__": key, **members})
         spans = {}
-        for name, content in sorted({"json": described, **members}.items()):  # the order in which TarWriter writes
-            spans[name] = Span(position + TAR_BLOCK, len(content), zlib.crc32(content))
-            position += TAR_BLOCK + -(-len(content) // TAR_BLOCK) * TAR_BLOCK
+        for name, member in sorted(members.items()):  # the order in which TarWriter writes
+            spans[name] = Span(position + TAR_BLOCK, len(member), zlib.crc32(member))
+            position += TAR_BLOCK + -(-len(member) // TAR_BLOCK) * TAR_BLOCK
         if position != self._tar.tarstream.offset:
             raise RuntimeError("the tar writer does not lay members out as the index assumes")
-        contexts = [spans[name] for name in names[1:]]
+        latents, *others = (spans[name] for name in names)
+        num_contexts = len(others) - len(arrays)
+        further = dict(zip(arrays, others[num_contexts:], strict=True))
         return SceneEntry(
-            key=key, shard=self.name, latents=spans["latents.npy"], contexts=contexts, frames_crc32=crcs, **about
-        )
+            key=key, shard=self.name, latents=latents, contexts=others[:num_contexts], frames_crc32=crcs,
+            arrays=further, **about,
+        )  # fmt: skip
 
 
 def npy_bytes(array: np.ndarray) -> bytes:

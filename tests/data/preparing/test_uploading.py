@@ -85,7 +85,7 @@ def test_a_set_that_grew_gets_what_is_new_and_the_description_goes_last(bucket, 
     monkeypatch.setattr(uploading, "_put", noting)
     upload(grown, there, lambda count: None)
     fresh = sorted({path.name for path in (tmp_path / "set").iterdir()} - before)
-    assert order == [*fresh, "videos.jsonl", "index.jsonl", "dataset.json"]
+    assert order == [*fresh, "videos.jsonl", "index.jsonl", "index.parquet", "dataset.json"]
     assert len(PreparedSet(there, verify=True).scenes) == 6
 
 
@@ -134,7 +134,7 @@ def test_prepared_here_and_sent(bucket, footage, tmp_path, monkeypatch, capsys):
     prepare.main(words)
     prepare.main(words)
     shown = capsys.readouterr().out
-    assert f"s3://{bucket}/set holds the same; files sent: 5." in shown and "files sent: 0." in shown
+    assert f"s3://{bucket}/set holds the same; files sent: 6." in shown and "files sent: 0." in shown
     assert_same(everything(PreparedSet(f"s3://{bucket}/set")), everything(PreparedSet(tmp_path / "local")))
 
 
