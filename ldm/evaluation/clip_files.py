@@ -114,7 +114,7 @@ def plan_reference(given: Sequence[Path | str], name: str, like: ClipFormat, num
         for scene in find_scenes(path, like.rate).scenes
         for start in range(scene.start, scene.stop - like.num_frames + 1, like.num_frames)
     ]
-    chosen = [found[place] for place in np.linspace(0, len(found) - 1, min(num_clips, len(found))).astype(int)]
+    chosen = [found[number] for number in np.linspace(0, len(found) - 1, min(num_clips, len(found))).astype(int)]
     cuts = ((path, tuple(start for its, start in chosen if its == path)) for path in videos)
     row = PlannedRow(name, tuple(VideoCuts(path, starts, read_prompt(path)) for path, starts in cuts if starts))
     _check_several(row, f"{', '.join(map(str, given))}: ")

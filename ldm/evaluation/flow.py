@@ -144,24 +144,24 @@ def find_texture(grey: np.ndarray) -> np.ndarray:
 
 
 def camera_rotation(flow: np.ndarray, textured: np.ndarray, focus: np.ndarray) -> np.ndarray:
-    """What the turning of the camera adds to one pair's flow `h w 2` -> `2`, zero where it cannot be told.
+    """The flow that camera rotation adds to one pair's flow `h w 2` -> `2`, zero if it is not identifiable.
 
-    In the far band around the focus, flow is fitted as rotation + growth d, d a pixel as seen from the focus and the
-    growth another left and right of it, by least absolute deviations: what is left at the focus itself is rotation. It
-    is taken off only when it explains more than it leaves. A turn counts as a shift of the picture, which is right
-    near the focus and 20 to 30% too little at the edges of a wide picture.
+    In the far band around the focus, flow is fitted as rotation + growth d by least absolute deviations, with d a pixel
+    relative to the focus and separate growth left and right of it. The rotation counts only if it is larger than the
+    median residual. Rotation is modelled as a shift of the picture, which is exact near the focus and 20 to 30% too
+    small at the edges of a wide picture.
     """
     height, width = textured.shape
     offset = positions(textured.shape) - focus.astype(np.float32)
     band = np.flatnonzero(textured & (abs(offset[..., 0]) < BAND[0] * width) & (abs(offset[..., 1]) < BAND[1] * height))
     chosen = _thin_out(band, MAX_BAND)
-    place, moved = offset.reshape(-1, 2)[chosen].astype(float), flow.reshape(-1, 2)[chosen].astype(float)
-    is_left = place[:, :1] < 0
+    point, moved = offset.reshape(-1, 2)[chosen].astype(float), flow.reshape(-1, 2)[chosen].astype(float)
+    is_left = point[:, :1] < 0
     if min(is_left.sum(), (~is_left).sum()) < MIN_DIRECTIONS:
         return np.zeros(2)
-    ones = np.tile(np.eye(2), (len(place), 1))
-    terms = np.concatenate([ones, (place * is_left).reshape(-1, 1), (place * ~is_left).reshape(-1, 1)], axis=1)
-    near_focus = 1 / (lengths(place) + 0.05 * width)
+    ones = np.tile(np.eye(2), (len(point), 1))
+    terms = np.concatenate([ones, (point * is_left).reshape(-1, 1), (point * ~is_left).reshape(-1, 1)], axis=1)
+    near_focus = 1 / (lengths(point) + 0.05 * width)
     weight = near_focus
     for _ in range(15):
         weighted = terms * np.repeat(weight, 2)[:, None]
@@ -174,11 +174,11 @@ def camera_rotation(flow: np.ndarray, textured: np.ndarray, focus: np.ndarray) -
 
 
 def focus_of_expansion(stream: np.ndarray, textured: np.ndarray, guess: np.ndarray | None = None) -> np.ndarray:
-    """The point that the stream `p h w 2` leads away from or towards -> `2`, x and y; the prior when little moves.
+    """The point from or towards which the stream `p h w 2` leads -> `2`, x and y; the prior if little moves.
 
-    Least squares over the angles between each pixel's direction and its line to the point, by reweighting: strays
-    (Geman-McClure) and short vectors count little, and a weak Gaussian prior decides where the directions do not.
-    `guess` is where to start, None for the prior.
+    Reweighted least squares over the angles between each pixel's direction and its line to the point: outliers
+    (Geman-McClure) and short vectors count little, and a weak Gaussian prior decides ambiguous cases.
+    guess: the start; None: the prior.
     """
     size = np.array(textured.shape[:0:-1])
     prior = np.array(PRIOR_FOCUS) * size
@@ -187,15 +187,15 @@ def focus_of_expansion(stream: np.ndarray, textured: np.ndarray, guess: np.ndarr
     if len(chosen) < MIN_DIRECTIONS:
         return prior
     chosen = _thin_out(chosen, MAX_DIRECTIONS)
-    place = positions(textured.shape[1:]).reshape(-1, 2)[chosen % textured[0].size].astype(float)
+    point = positions(textured.shape[1:]).reshape(-1, 2)[chosen % textured[0].size].astype(float)
     direction = stream.reshape(-1, 2)[chosen] / length.reshape(-1)[chosen, None]
     normal = np.stack([-direction[:, 1], direction[:, 0]], axis=-1)
-    at_normal = (normal * place).sum(axis=1)
+    at_normal = (normal * point).sum(axis=1)
     trust = length.reshape(-1)[chosen] / (length.reshape(-1)[chosen] + 1)
     pull = PRIOR_WEIGHT * trust.sum() / (PRIOR_SPREAD * size[0]) ** 2
     focus = prior if guess is None else guess
     for _ in range(20):
-        distance = lengths(place - focus) + 0.03 * size[0]  # near the point angles are wild
+        distance = lengths(point - focus) + 0.03 * size[0]  # angles are unstable near the focus
         sine = (at_normal - normal @ focus) / distance
         weight = trust / (1 + (sine / ANGLE_SCALE) ** 2) ** 2 / distance**2
         matrix = (normal * weight[:, None]).T @ normal + pull * np.eye(2)

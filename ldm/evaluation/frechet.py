@@ -58,13 +58,13 @@ class FeatureRow:
         """Every second video, and the rest; `kinds` of clips, such as their styles, are distributed evenly."""
         groups = self.groups()
         kind_of = dict(zip(groups.tolist(), kinds, strict=True))
-        place_of = {group: place for place, group in enumerate(sorted(kind_of, key=lambda its: (kind_of[its], its)))}
-        sides = [place_of[group] % 2 for group in groups.tolist()]
-        first, second = ([place for place, side in enumerate(sides) if side == wanted] for wanted in (0, 1))
+        rank_of = {group: index for index, group in enumerate(sorted(kind_of, key=lambda its: (kind_of[its], its)))}
+        sides = [rank_of[group] % 2 for group in groups.tolist()]
+        first, second = ([index for index, side in enumerate(sides) if side == wanted] for wanted in (0, 1))
         return self._only(first), self._only(second)
 
-    def _only(self, places: Sequence[int]) -> FeatureRow:
-        return FeatureRow([self.features[place] for place in places], [self.videos[place] for place in places])
+    def _only(self, indices: Sequence[int]) -> FeatureRow:
+        return FeatureRow([self.features[index] for index in indices], [self.videos[index] for index in indices])
 
 
 def estimate_distance(own: FeatureRow, true: FeatureRow, seed: int = 0) -> Estimate:

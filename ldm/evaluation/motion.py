@@ -131,10 +131,10 @@ def smoothness(motion: Motion) -> float:
     """How much of the motion continues from one pair of frames to the next."""
     if len(motion.flow) < 2:
         raise NotMeasurableError("smoothness needs 3 frames, the clip has 2")
-    place = positions(motion.grey.shape[1:])
+    pixels = positions(motion.grey.shape[1:])
     scores = []
     for now, then, seen in zip(motion.flow[:-1], motion.flow[1:], motion.textured[:-1], strict=True):
-        arrived = place + now
+        arrived = pixels + now
         inside = seen & _inside(arrived)
         if inside.mean() < MIN_TEXTURE:
             continue
@@ -189,10 +189,10 @@ def moving_shares(motion: Motion) -> np.ndarray:
 
 def flicker(motion: Motion) -> float:
     """Change of brightness of patches that are followed along their motion."""
-    place = positions(motion.grey.shape[1:])
+    pixels = positions(motion.grey.shape[1:])
     changes = []
     for now, then, flow in zip(motion.grey[:-1], motion.grey[1:], motion.flow, strict=True):
-        arrived = place + flow
+        arrived = pixels + flow
         inside = _inside(arrived).astype(np.float32)
         share = cv2.GaussianBlur(inside, (0, 0), BRIGHTNESS_BLUR)
         followed = cv2.remap(then, arrived[..., 0], arrived[..., 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
@@ -205,10 +205,10 @@ def flicker(motion: Motion) -> float:
     return float(np.mean(changes))
 
 
-def _inside(place: np.ndarray) -> np.ndarray:
+def _inside(pixels: np.ndarray) -> np.ndarray:
     """Which positions `h w 2` (x, y) lie inside the picture, `h w` bool."""
-    height, width = place.shape[:2]
-    return (place >= 0).all(axis=-1) & (place[..., 0] <= width - 1) & (place[..., 1] <= height - 1)
+    height, width = pixels.shape[:2]
+    return (pixels >= 0).all(axis=-1) & (pixels[..., 0] <= width - 1) & (pixels[..., 1] <= height - 1)
 
 
 MEASURES = {

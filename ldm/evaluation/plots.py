@@ -82,8 +82,8 @@ def _plot_rows(rows: Sequence[_PlotRow], title: str) -> str:
     figure, tooltips = _new_figure(WIDTH, height), {}
     box = (LABELS / WIDTH, FOOT / height, 1 - (LABELS + MARGIN) / WIDTH, 1 - FOOT / height)
     axes = figure.add_axes(box)
-    for place, row in enumerate(rows):
-        tooltips |= _plot_row(axes, place, row)
+    for index, row in enumerate(rows):
+        tooltips |= _plot_row(axes, index, row)
     axes.axvline(0, color=THEME["soft"], linewidth=1, zorder=0)
     axes.grid(axis="x")
     axes.set(yticks=range(len(rows)), yticklabels=[_shorten(row.name) for row in rows], ylim=(len(rows) - 0.5, -0.5))
@@ -96,21 +96,21 @@ def _plot_rows(rows: Sequence[_PlotRow], title: str) -> str:
     return _to_svg(figure, title, tooltips, follows_theme=True)
 
 
-def _plot_row(axes: Axes, place: int, row: _PlotRow) -> dict[str, list[str]]:
+def _plot_row(axes: Axes, index: int, row: _PlotRow) -> dict[str, list[str]]:
     """Draw one row; returns its tooltips: id of an SVG group -> a text for each of its marks."""
     estimate, tooltips = row.estimate, {}
     if row.clips:
-        jitter = [place + (number * 0.618 % 1 - 0.5) * 0.6 for number in range(len(row.clips))]  # repeatable
+        jitter = [index + (number * 0.618 % 1 - 0.5) * 0.6 for number in range(len(row.clips))]  # repeatable
         values = [value for _, value in row.clips]
-        axes.scatter(values, jitter, s=25, c=THEME["soft"], alpha=0.45, linewidths=0, zorder=2, gid=f"clips-{place}")
-        tooltips[f"clips-{place}"] = [f"{name}: {value:.3f}" for name, value in row.clips]
+        axes.scatter(values, jitter, s=25, c=THEME["soft"], alpha=0.45, linewidths=0, zorder=2, gid=f"clips-{index}")
+        tooltips[f"clips-{index}"] = [f"{name}: {value:.3f}" for name, value in row.clips]
     if estimate["mean"] is None:
-        axes.text(0, place, f" {NO_DATA}", transform=axes.get_yaxis_transform(), va="center", color=THEME["soft"])
+        axes.text(0, index, f" {NO_DATA}", transform=axes.get_yaxis_transform(), va="center", color=THEME["soft"])
         return tooltips
-    axes.plot([estimate["low"], estimate["high"]], [place] * 2, color=row.colour, linewidth=3, solid_capstyle="butt")
-    axes.scatter([estimate["mean"]], [place], s=81, c=row.colour, linewidths=0, zorder=3, gid=f"mean-{place}")
+    axes.plot([estimate["low"], estimate["high"]], [index] * 2, color=row.colour, linewidth=3, solid_capstyle="butt")
+    axes.scatter([estimate["mean"]], [index], s=81, c=row.colour, linewidths=0, zorder=3, gid=f"mean-{index}")
     text = f"{row.name}: {estimate['mean']:.3f}, 95% interval {estimate['low']:.3f} to {estimate['high']:.3f}"
-    return {**tooltips, f"mean-{place}": [text]}
+    return {**tooltips, f"mean-{index}": [text]}
 
 
 @_plotting()

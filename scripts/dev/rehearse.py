@@ -287,8 +287,8 @@ def report(
 
 def shown(stage: Stage, files: RehearsalFiles) -> str:
     """A stage's command as typed, with WORK for the folder of the rehearsal."""
-    words = [str(word).replace(str(files.folder), "WORK").replace(f"{ROOT}/", "") for word in stage.command]
-    return shlex.join(["python", *words[1:]])
+    command = [str(part).replace(str(files.folder), "WORK").replace(f"{ROOT}/", "") for part in stage.command]
+    return shlex.join(["python", *command[1:]])
 
 
 def rehearse(options: argparse.Namespace) -> None:
