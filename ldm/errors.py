@@ -34,6 +34,10 @@ class UserError(ValueError):
     """An error that the user can correct; the message says where, what was expected, what was found and what to do."""
 
 
+class CheckpointError(UserError):
+    """A checkpoint that cannot be read, or whose tensors do not fit the network they are meant for."""
+
+
 def run_command(command: Callable[[], None]) -> int:
     """Run a script's main function and return the exit status: 0, 1 after a `UserError`, 130 after Ctrl-C.
 

@@ -59,9 +59,6 @@ TORCH_ONLY = {
 EVALUATES_WITH_TORCH = ("ldm.evaluation.look_judge", "ldm.evaluation.features", "ldm.evaluation.text_alignment")
 KNOWN_BREACHES = {
     ("ldm.checkpoint.writing", "ldm.sampling.settings"),
-    ("ldm.modules.encoders", "ldm.checkpoint.names"),
-    ("ldm.modules.encoders", "ldm.checkpoint.layouts"),
-    ("ldm.modules.encoders", "ldm.checkpoint.reading"),
 }
 
 

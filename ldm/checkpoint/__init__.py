@@ -45,7 +45,6 @@ from ldm.checkpoint.reading import (
     UNET,
     Checkpoint,
     CheckpointError,
-    account,
     first_stage_tensors,
     identity,
     part_tensors,
@@ -56,6 +55,7 @@ from ldm.checkpoint.shapes import refuse_linear_projections, split_known, unet_w
 from ldm.config import build, load_config
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.modules.encoders import CLIPTextEmbedder, FirstStage
+from ldm.modules.state_dicts import account
 from ldm.modules.temporal import is_temporal
 from ldm.modules.unet import UNetModel
 

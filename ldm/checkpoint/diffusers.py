@@ -19,8 +19,8 @@ from transformers import CLIPTokenizer
 from ldm.checkpoint import has_temporal_layers, latent_scale, load_first_stage, unet_node, unet_tensors
 from ldm.checkpoint import names as checkpoint_author
 from ldm.checkpoint.encoders import SD_V1_SCALE, build_text_encoder, has_temporal_decoder
-from ldm.checkpoint.names import FIRST_STAGE_PREFIX, POSITION_IDS, TEXT_PREFIX, unet_to_diffusers
-from ldm.checkpoint.reading import Checkpoint, CheckpointError, account
+from ldm.checkpoint.names import FIRST_STAGE_PREFIX, TEXT_PREFIX, unet_to_diffusers
+from ldm.checkpoint.reading import Checkpoint, CheckpointError
 from ldm.checkpoint.shapes import KNOWN, join_known
 from ldm.checkpoint.temporal import MODEL_WORDS
 from ldm.checkpoint.writing import check_room, halved, replacing_folder, save_tensors
@@ -30,6 +30,7 @@ from ldm.diffusion.known_frames import fill_of_config
 from ldm.errors import UserError
 from ldm.files import write_atomically
 from ldm.modules.encoders import KLFirstStage
+from ldm.modules.state_dicts import POSITION_IDS, account
 from ldm.modules.temporal import is_temporal
 from ldm.modules.unet import Embedding
 

@@ -15,14 +15,13 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from ldm.checkpoint.names import FIRST_STAGE_PREFIX, POSITION_IDS, TEMPORAL_DECODER_PREFIX, TEXT_PREFIX, text_name
+from ldm.checkpoint.names import FIRST_STAGE_PREFIX, TEMPORAL_DECODER_PREFIX, TEXT_PREFIX
 from ldm.checkpoint.reading import (
     DECODER_PLACE,
     FIRST_STAGE,
     TEXT,
     Checkpoint,
     CheckpointError,
-    account,
     first_stage_tensors,
     identity,
     part_tensors,
@@ -32,6 +31,7 @@ from ldm.checkpoint.reading import (
 from ldm.config import build
 from ldm.config.schema import ConfigError, fits, mapping_at
 from ldm.modules.encoders import CLIPTextEmbedder, FirstStage, position_ids
+from ldm.modules.state_dicts import POSITION_IDS, account, text_name
 from ldm.modules.temporal_decoder import TemporalDecoder
 
 FIRST_STAGE_PATH = "model.params.first_stage_config"
@@ -65,8 +65,17 @@ def load_first_stage(source: Checkpoint | str | Path, config_node: Mapping[str, 
     expected = outline_first_stage(node).compvis_state_dict()  # before memory is taken for it
     account(expected, first_stage_tensors(checkpoint), where=f"first stage from {checkpoint.path}")
     first_stage = build(_without_weights(node), FIRST_STAGE_PATH)
-    first_stage.load_compvis_state_dict(first_stage_tensors(checkpoint), where=f"first stage from {checkpoint.path}")
+    fill_encoder(first_stage, checkpoint)
     return first_stage.requires_grad_(False).eval()
+
+
+def fill_encoder(encoder: FirstStage | CLIPTextEmbedder, source: Checkpoint | str | Path) -> Checkpoint:
+    """Copy the weights of a checkpoint into an encoder; returns the checkpoint. Raises `CheckpointError`."""
+    checkpoint = opened(source)
+    is_text = isinstance(encoder, CLIPTextEmbedder)
+    tensors, part = (text_tensors, "text encoder") if is_text else (first_stage_tensors, "first stage")
+    encoder.load_compvis_state_dict(tensors(checkpoint), where=f"{part} from {checkpoint.path}")
+    return checkpoint
 
 
 def outline_first_stage(config_node: Mapping[str, Any]) -> FirstStage:
@@ -101,7 +110,7 @@ def build_text_encoder(checkpoint: Checkpoint, config_node: Mapping[str, Any] | 
     found = {text_name(name): tensor for name, tensor in text_tensors(checkpoint).items()}
     account(expected, found, where=f"text encoder from {checkpoint.path}")
     encoder = build(node, TEXT_PATH)
-    encoder.load_compvis_state_dict(text_tensors(checkpoint), where=f"text encoder from {checkpoint.path}")
+    fill_encoder(encoder, checkpoint)
     return encoder
 
 

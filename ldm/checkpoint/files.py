@@ -14,7 +14,7 @@ import mmap
 import pickle
 import re
 import struct
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,7 +22,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from ldm.errors import UserError
+from ldm.errors import CheckpointError
+from ldm.modules.state_dicts import few
 
 MAX_RECORDS = 200_000
 SLACK = 2**20
@@ -333,12 +334,7 @@ for _code, _cost in COSTS.items():
         _Machine.dispatch[_code[0]] = _counted(_Machine.dispatch[_code[0]], _cost)
 
 
-SHOWN_NAMES = 5
 MAX_SHARING = 4  # times the size of the file that all its tensors may have
-
-
-class CheckpointError(UserError):
-    """A checkpoint that cannot be read, or whose tensors are not those of the network they are meant for."""
 
 
 class _Nothing:
@@ -489,9 +485,3 @@ def _damaged(path: Path, form: str, error: Exception) -> CheckpointError:
         f"{path}: expected a complete {form} checkpoint, found one that is damaged or half written ({reason}; "
         f"{path.stat().st_size:,} bytes). Download or copy it again."
     )
-
-
-def few(names: Collection[str]) -> str:
-    """The first names, for a message."""
-    shown = ", ".join(name[:200] for name in list(names)[:SHOWN_NAMES])
-    return shown + (", ..." if len(names) > SHOWN_NAMES else "")

@@ -15,20 +15,18 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from ldm.checkpoint.files import CheckpointError, few, read_file
+from ldm.checkpoint.files import CheckpointError, read_file
 from ldm.checkpoint.names import (
     CLASS_NAME,
     FIRST_STAGE_PREFIX,
     TEXT_PREFIX,
     UNET_PREFIX,
-    first_stage_from_diffusers,
-    is_first_stage_attention_weight,
-    text_name,
     unet_from_diffusers,
     unet_from_release,
 )
 from ldm.config.untrusted import checked_text
 from ldm.files import parse_json
+from ldm.modules.state_dicts import as_convolution, few, first_stage_from_diffusers, text_name
 
 WEIGHT_FILES = (
     "diffusion_pytorch_model.safetensors",
@@ -95,12 +93,6 @@ def compvis_tensors(part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tenso
         return {TEXT_PREFIX + text_name(name): tensor for name, tensor in tensors.items()}
     names = {name: name for name in tensors} if part == "compvis vae" else first_stage_from_diffusers(tensors)
     return {FIRST_STAGE_PREFIX + names[name]: as_convolution(names[name], value) for name, value in tensors.items()}
-
-
-def as_convolution(name: str, tensor: Tensor) -> Tensor:
-    """A weight of the first stage's attention in CompVis's form, a 1x1 convolution; any other tensor as it is."""
-    is_linear = is_first_stage_attention_weight(name) and tensor.ndim == 2
-    return tensor[..., None, None] if is_linear else tensor
 
 
 def _read_weights(part: str, folder: Path) -> dict[str, Tensor]:

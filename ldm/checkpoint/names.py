@@ -7,10 +7,11 @@ name in diffusers'; what follows the module's name (`.weight`, `.temporal.bias`,
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from ldm.modules.state_dicts import inverse, nested, numbers_after, renamed
 
 UNET_PREFIX = "model.diffusion_model."
 FIRST_STAGE_PREFIX = "first_stage_model."
@@ -18,7 +19,6 @@ TEXT_PREFIX = "cond_stage_model.transformer."
 TEMPORAL_DECODER_PREFIX = "temporal_decoder."
 AVERAGE_PREFIX = "model_ema."
 AVERAGE_COUNTERS = ("model_ema.decay", "model_ema.num_updates")
-POSITION_IDS = "text_model.embeddings.position_ids"
 
 SCHEDULE_NAMES = (
     "betas",
@@ -45,9 +45,6 @@ _RES_BLOCK = {
     "out_layers.3": "conv2",
     "skip_connection": "conv_shortcut",
 }
-_VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
-# How folders written before diffusers 0.17, the public Stable Diffusion ones among them, call the same four.
-_OLD_VAE_ATTENTION = {"q": "query", "k": "key", "v": "value", "proj_out": "proj_attn"}
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,7 @@ class UNetLayout:
     @classmethod
     def of_compvis(cls, names: Collection[str]) -> UNetLayout:
         """The layout that CompVis names, relative to `model.diffusion_model.`, belong to."""
-        last = max(_numbers_after("input_blocks.", names), default=0)
+        last = max(numbers_after("input_blocks.", names), default=0)
         blocks = range(1, last + 1)
         downs = [index for index in blocks if _has(f"input_blocks.{index}.0.op.", names)]
         num_res_blocks = downs[0] - 1 if downs else last
@@ -72,8 +69,8 @@ class UNetLayout:
     @classmethod
     def of_diffusers(cls, names: Collection[str]) -> UNetLayout:
         """The layout that the names of diffusers' UNet2DConditionModel belong to."""
-        levels = _numbers_after("down_blocks.", names)
-        num_res_blocks = len(_numbers_after("down_blocks.0.resnets.", names))
+        levels = numbers_after("down_blocks.", names)
+        num_res_blocks = len(numbers_after("down_blocks.0.resnets.", names))
         with_attention = {level for level in levels if _has(f"down_blocks.{level}.attentions.", names)}
         return cls(len(levels), num_res_blocks, frozenset(with_attention))
 
@@ -92,12 +89,12 @@ def unet_table(layout: UNetLayout) -> dict[str, str]:
         "out.0": "conv_norm_out",
         "out.2": "conv_out",
     }
-    table |= _nested("middle_block.0", "mid_block.resnets.0", _RES_BLOCK)
-    table |= _nested("middle_block.2", "mid_block.resnets.1", _RES_BLOCK)
+    table |= nested("middle_block.0", "mid_block.resnets.0", _RES_BLOCK)
+    table |= nested("middle_block.2", "mid_block.resnets.1", _RES_BLOCK)
     index = 1
     for level in range(layout.num_levels):
         for block in range(layout.num_res_blocks):
-            table |= _nested(f"input_blocks.{index}.0", f"down_blocks.{level}.resnets.{block}", _RES_BLOCK)
+            table |= nested(f"input_blocks.{index}.0", f"down_blocks.{level}.resnets.{block}", _RES_BLOCK)
             if level in layout.attention_levels:
                 table[f"input_blocks.{index}.1"] = f"down_blocks.{level}.attentions.{block}"
             index += 1
@@ -108,7 +105,7 @@ def unet_table(layout: UNetLayout) -> dict[str, str]:
     for up, level in enumerate(reversed(range(layout.num_levels))):
         has_attention = level in layout.attention_levels
         for block in range(layout.num_res_blocks + 1):
-            table |= _nested(f"output_blocks.{index}.0", f"up_blocks.{up}.resnets.{block}", _RES_BLOCK)
+            table |= nested(f"output_blocks.{index}.0", f"up_blocks.{up}.resnets.{block}", _RES_BLOCK)
             if has_attention:
                 table[f"output_blocks.{index}.1"] = f"up_blocks.{up}.attentions.{block}"
             if level > 0 and block == layout.num_res_blocks:
@@ -117,63 +114,17 @@ def unet_table(layout: UNetLayout) -> dict[str, str]:
     return table
 
 
-def first_stage_table(num_levels: int, num_res_blocks: int) -> dict[str, str]:
-    """Modules of CompVis's autoencoders, relative to `first_stage_model.` -> modules of diffusers' of the same kind."""
-    table = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
-    res_block = {part: part for part in ("norm1", "conv1", "norm2", "conv2")} | {"nin_shortcut": "conv_shortcut"}
-    for side in ("encoder", "decoder"):
-        table |= _nested(side, side, {"conv_in": "conv_in", "norm_out": "conv_norm_out", "conv_out": "conv_out"})
-        table |= _nested(f"{side}.mid.block_1", f"{side}.mid_block.resnets.0", res_block)
-        table |= _nested(f"{side}.mid.attn_1", f"{side}.mid_block.attentions.0", _VAE_ATTENTION)
-        table |= _nested(f"{side}.mid.block_2", f"{side}.mid_block.resnets.1", res_block)
-    for level in range(num_levels):
-        up = num_levels - 1 - level
-        for block in range(num_res_blocks):
-            table |= _nested(
-                f"encoder.down.{level}.block.{block}", f"encoder.down_blocks.{level}.resnets.{block}", res_block
-            )
-            attention = f"encoder.down_blocks.{level}.attentions.{block}"
-            table |= _nested(f"encoder.down.{level}.attn.{block}", attention, _VAE_ATTENTION)
-        for block in range(num_res_blocks + 1):
-            table |= _nested(f"decoder.up.{level}.block.{block}", f"decoder.up_blocks.{up}.resnets.{block}", res_block)
-            attention = f"decoder.up_blocks.{up}.attentions.{block}"
-            table |= _nested(f"decoder.up.{level}.attn.{block}", attention, _VAE_ATTENTION)
-        table[f"encoder.down.{level}.downsample.conv"] = f"encoder.down_blocks.{level}.downsamplers.0.conv"
-        table[f"decoder.up.{level}.upsample.conv"] = f"decoder.up_blocks.{up}.upsamplers.0.conv"
-    return table
-
-
 def unet_from_diffusers(names: Collection[str]) -> dict[str, str]:
     """Each name of a UNet2DConditionModel -> CompVis's name, relative to `model.diffusion_model.`.
 
     A name that such a UNet does not have stays as it is, for the accounting that follows to find.
     """
-    return renamed(names, _inverse(unet_table(UNetLayout.of_diffusers(names))))
+    return renamed(names, inverse(unet_table(UNetLayout.of_diffusers(names))))
 
 
 def unet_to_diffusers(names: Collection[str]) -> dict[str, str]:
     """Each CompVis name of a UNet, relative to `model.diffusion_model.`, -> its name in a UNet2DConditionModel."""
     return renamed(names, unet_table(UNetLayout.of_compvis(names)))
-
-
-def first_stage_from_diffusers(names: Collection[str]) -> dict[str, str]:
-    """Each name of diffusers' AutoencoderKL, in its old or new spelling, -> CompVis's, relative to the first stage."""
-    num_levels = len(_numbers_after("encoder.down_blocks.", names))
-    table = first_stage_table(num_levels, len(_numbers_after("encoder.down_blocks.0.resnets.", names)))
-    old = {}
-    for side in ("encoder", "decoder"):
-        old |= _nested(f"{side}.mid.attn_1", f"{side}.mid_block.attentions.0", _OLD_VAE_ATTENTION)
-    return renamed(names, _inverse(table) | _inverse(old))
-
-
-def is_first_stage_attention_weight(name: str) -> bool:
-    """True for the weights, by CompVis name, that are 1x1 convolutions there and linear layers in diffusers."""
-    return re.search(r"\.attn(_1|\.\d+)\.(q|k|v|proj_out)\.weight$", name) is not None
-
-
-def text_name(name: str) -> str:
-    """A name of a CLIP text model, with or without the `text_model.` that transformers 5 leaves out -> with it."""
-    return name if name.startswith("text_model.") else f"text_model.{name}"
 
 
 def average_name(name: str) -> str:
@@ -191,35 +142,8 @@ def average_names(names: Iterable[str]) -> dict[str, str]:
     return table
 
 
-def renamed(names: Iterable[str], table: dict[str, str]) -> dict[str, str]:
-    """Each name -> the name whose leading module is replaced as `table` says; unknown ones stay as they are."""
-    return {name: _replace_module(name, table) for name in names}
-
-
-def _replace_module(name: str, table: dict[str, str]) -> str:
-    module = name
-    while "." in module:
-        module = module.rpartition(".")[0]
-        if module in table:
-            return table[module] + name[len(module) :]
-    return name
-
-
-def _nested(outer: str, other_outer: str, parts: dict[str, str]) -> dict[str, str]:
-    return {f"{outer}.{part}": f"{other_outer}.{other}" for part, other in parts.items()}
-
-
-def _inverse(table: dict[str, str]) -> dict[str, str]:
-    return {other: name for name, other in table.items()}
-
-
 def _has(prefix: str, names: Iterable[str]) -> bool:
     return any(name.startswith(prefix) for name in names)
-
-
-def _numbers_after(prefix: str, names: Iterable[str]) -> set[int]:
-    found = {name[len(prefix) :].split(".")[0] for name in names if name.startswith(prefix)}
-    return {int(number) for number in found if number.isdigit()}
 
 
 CLASS_NAME = "UNetPseudo3DConditionModel"

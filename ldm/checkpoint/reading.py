@@ -7,7 +7,7 @@ Whole models, single parts and bare state dicts, in CompVis's or diffusers' nami
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,25 +15,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.checkpoint.files import CheckpointError, few, read_file
+from ldm.checkpoint.files import CheckpointError, read_file
 from ldm.checkpoint.layouts import compvis_tensors, is_bundle, read_bundle, read_folder
 from ldm.checkpoint.names import (
     AVERAGE_PREFIX,
     FIRST_STAGE_PREFIX,
     OPTIONAL_NAMES,
-    POSITION_IDS,
     SCHEDULE_NAMES,
     TEMPORAL_DECODER_PREFIX,
     TEXT_PREFIX,
     UNET_PREFIX,
     is_release,
-    text_name,
     unet_to_diffusers,
     unet_to_release,
 )
 from ldm.config.schema import ConfigError, check_sizes, mapping_at
 from ldm.config.untrusted import check_plain
 from ldm.files import parse_json
+from ldm.modules.state_dicts import POSITION_IDS, few, text_name
 
 UNET = "ldm.modules.unet.UNetModel"
 FIRST_STAGE = "ldm.modules.encoders.KLFirstStage"
@@ -181,39 +180,6 @@ def part_tensors(checkpoint: Checkpoint, prefix: str, part: str) -> dict[str, Te
             f"as {few(list(checkpoint.tensors))}. Give a checkpoint that holds it."
         )
     return tensors
-
-
-def account(
-    expected: Mapping[str, Tensor],
-    found: Mapping[str, Tensor],
-    *,
-    where: str,
-    may_miss: Callable[[str], bool] = lambda name: False,
-    spelled: Callable[[Collection[str]], Mapping[str, str]] | None = None,
-) -> None:
-    """Compare names and shapes; a `CheckpointError` lists what is missing, what is unexpected and what does not fit.
-
-    where: what is being filled and from where, for the message.
-    may_miss: says of an expected name that it need not be there.
-    spelled: gives the names that the message is to show, see `Checkpoint.spelled`.
-    """
-    missing = [name for name in expected if name not in found and not may_miss(name)]
-    unexpected = [name for name in found if name not in expected]
-    shapes = [
-        f"{name} (expected {list(tensor.shape)}, found {list(found[name].shape)})"
-        for name, tensor in expected.items()
-        if name in found and found[name].shape != tensor.shape
-    ]
-    if spelled is not None and missing + unexpected:
-        names = spelled([*expected, *unexpected])
-        missing, unexpected = ([names[name] for name in some] for some in (missing, unexpected))
-    counts = (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
-    problems = [f"{len(names)} {word}: {few(names)}" for word, names in counts if names]
-    if problems:
-        raise CheckpointError(
-            f"{where}: the tensors in the file are not those of the network ({len(expected)} expected, {len(found)} "
-            f"found); {'; '.join(problems)}. Check that the file and the config belong together."
-        )
 
 
 def _scale(found: Any, path: Path) -> float | None:

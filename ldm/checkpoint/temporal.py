@@ -25,12 +25,12 @@ from ldm.checkpoint.reading import (
     UNET,
     Checkpoint,
     CheckpointError,
-    account,
     part_tensors,
 )
 from ldm.checkpoint.shapes import unet_words
 from ldm.config.schema import mapping_at
 from ldm.files import parse_json
+from ldm.modules.state_dicts import account
 from ldm.optim.parameter_groups import ParameterGroups
 
 MODEL = "ldm.models.diffusion.ddpm.LatentVideoDiffusion"

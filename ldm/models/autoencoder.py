@@ -16,7 +16,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from ldm.checkpoint import read_checkpoint
+from ldm.checkpoint.encoders import fill_encoder
 from ldm.data.frames import FrameBatch
 from ldm.errors import UserError
 from ldm.models.autoencoder_loss import AutoencoderLoss, draw_windows, look_through
@@ -72,10 +72,11 @@ class AutoencoderKL(SmallModelTraining):
                 "model.params.decoder_only: expected model.params.ckpt_path, the autoencoder to start from, found none"
             )
         self.automatic_optimization = False
-        self.first_stage = KLFirstStage(ddconfig, embed_dim, ckpt_path)
+        self.first_stage = KLFirstStage(ddconfig, embed_dim)
         self.loss = AutoencoderLoss(lossconfig)
         self.gradient_clip, self.equivariance, self.decoder_only = gradient_clip, equivariance, decoder_only
-        self.kept_scale = read_checkpoint(ckpt_path).scale_factor if decoder_only else None
+        source = None if ckpt_path is None else fill_encoder(self.first_stage, ckpt_path)
+        self.kept_scale = source.scale_factor if decoder_only else None
         self.latent_moments: Tensor | None = None  # running mean and mean square of the latents
         if ckpt_path is None:
             _reduce_posterior_variance(self.first_stage)

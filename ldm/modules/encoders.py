@@ -1,8 +1,8 @@
 """The two frozen encoders of Stable Diffusion v1: the image autoencoder (first stage) and the CLIP text encoder.
 
-The networks are diffusers' AutoencoderKL and transformers' CLIPTextModel; here they get CompVis's words, names and
-units. The first stages of latent diffusion with a codebook are here too. Training never builds any of them: it reads
-what they wrote once. Where weights come from is told in `checkpoint`.
+The networks are diffusers' AutoencoderKL and transformers' CLIPTextModel; here they get CompVis's config keys,
+tensor names and units. VQ autoencoders are here too. Training reads latents that were prepared once and builds none
+of them. Nothing here opens a file of weights: see `ldm.checkpoint.encoders`.
 """
 
 from __future__ import annotations
@@ -16,11 +16,9 @@ from diffusers import AutoencoderKL, VQModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from ldm.checkpoint.layouts import as_convolution
-from ldm.checkpoint.names import POSITION_IDS, first_stage_from_diffusers, text_name
-from ldm.checkpoint.reading import account, first_stage_tensors, read_checkpoint, text_tensors
 from ldm.errors import UserError
 from ldm.modules.posterior import LOGVAR_BOUNDS
+from ldm.modules.state_dicts import POSITION_IDS, account, as_convolution, first_stage_from_diffusers, text_name
 from ldm.modules.tokenizer import find_tokenizer
 
 # CLIP ViT-L/14's text half.
@@ -38,13 +36,13 @@ CLIP_VIT_L14 = {
     "eos_token_id": 49407,
     "pad_token_id": 49407,
 }
-DDCONFIG_WORDS = {"z_channels", "ch", "ch_mult", "num_res_blocks", "in_channels", "out_ch"}
-# Words of CompVis's config that say nothing here: sizes follow from the input.
+DDCONFIG_KEYS = {"z_channels", "ch", "ch_mult", "num_res_blocks", "in_channels", "out_ch"}
+# Keys of CompVis's config with one supported value.
 DDCONFIG_FIXED = {"double_z": True, "attn_resolutions": [], "dropout": 0.0}
 
 
 class FirstStage(nn.Module):
-    """What the image autoencoders share: a network of diffusers' under CompVis's names.
+    """Base of the image autoencoders: a diffusers network under CompVis's names.
 
     downsampling: pixels along a side of a latent. num_channels: of the latents.
     """
@@ -61,7 +59,7 @@ class FirstStage(nn.Module):
         return {name: as_convolution(name, state[other]) for other, name in first_stage_from_diffusers(state).items()}
 
     def load_compvis_state_dict(self, tensors: Mapping[str, Tensor], where: str = "first stage") -> None:
-        """Fill the network; every tensor must be there, in its shape, and none besides: `CheckpointError` otherwise."""
+        """Fill the network; raises `CheckpointError` unless names and shapes match exactly."""
         expected = self.compvis_state_dict()
         account(expected, tensors, where=where)
         with torch.no_grad():
@@ -69,10 +67,9 @@ class FirstStage(nn.Module):
                 tensor.copy_(tensors[name])
 
     def decoder_parts(self) -> list[Callable[[Tensor], Tensor]]:
-        """The decoder as functions, one after the other: what has the size of the latents, then one for each size.
+        """The decoder as a sequence of functions: unscaled latents `b z h w` in, images `b c fh fw` out.
 
-        Unscaled latents `b z h w` go in, images `b c fh fw` come out, features in between; all but the first and the
-        last double their size at their end.
+        The first works at the size of the latents; all but the first and the last double the size at their end.
         """
         decoder = self.network.decoder
 
@@ -87,11 +84,6 @@ class FirstStage(nn.Module):
     def _into_decoder(self, latents: Tensor) -> Tensor:
         return self.network.post_quant_conv(latents)
 
-    def _load(self, ckpt_path: str | None) -> None:
-        if ckpt_path is not None:
-            checkpoint = read_checkpoint(ckpt_path)
-            self.load_compvis_state_dict(first_stage_tensors(checkpoint), where=f"first stage from {ckpt_path}")
-
     def _encode(self, pixels: Tensor) -> Tensor:
         if pixels.ndim != 4 or any(size % self.downsampling for size in pixels.shape[-2:]):
             raise UserError(
@@ -102,11 +94,11 @@ class FirstStage(nn.Module):
 
 
 class KLFirstStage(FirstStage):
-    """The image autoencoder with a Gaussian latent, built from CompVis's words.
+    """The image autoencoder with a Gaussian latent, built from CompVis's config keys.
 
     ddconfig: `ch`, `ch_mult`, `num_res_blocks`, `z_channels`, `in_channels`, `out_ch` as in CompVis's config.
     embed_dim: channels of the latents, equal to `z_channels`.
-    ckpt_path: file or folder to take the weights from; None leaves them random.
+    ckpt_path: kept as an attribute and not read; `ldm.checkpoint.encoders.fill_encoder` loads weights.
     """
 
     def __init__(self, ddconfig: Mapping[str, Any], embed_dim: int, ckpt_path: str | None = None) -> None:
@@ -126,7 +118,7 @@ class KLFirstStage(FirstStage):
             latent_channels=embed_dim,
         )
         super().__init__(network, 2 ** (len(widths) - 1), embed_dim)
-        self._load(ckpt_path)
+        self.ckpt_path = ckpt_path
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Images in [-1, 1] -> mean and log-variance of their latents, unclamped and unscaled.
@@ -144,13 +136,12 @@ class VQFirstStage(FirstStage):
     """The image autoencoder of latent diffusion with a codebook, `vq-f4`, `vq-f8` and their like.
 
     Van den Oord et al. 2017, "Neural Discrete Representation Learning", as in Esser et al. 2021, "Taming Transformers".
-    The quantiser is taming-transformers'. Diffusion works on what the encoder gives, and it is the decoder that takes
-    the nearest vectors of the codebook.
+    The quantiser is taming-transformers'. Latents are the encoder's continuous output; the decoder quantises them.
 
-    ddconfig: as for `KLFirstStage`, with `double_z: false`; `attn_resolutions` are heights of an image of `resolution`
-        pixels at which there is attention.
-    embed_dim, n_embed: channels of the latents, which are the width of the codebook's vectors, and how many it has.
-    ckpt_path: file or folder to take the weights from; None leaves them random.
+    ddconfig: as for `KLFirstStage`, with `double_z: false`; `attn_resolutions` are feature map sizes with attention,
+        for images of `resolution` pixels.
+    embed_dim, n_embed: width and number of the codebook vectors; the latents have `embed_dim` channels.
+    ckpt_path: kept as an attribute and not read; `ldm.checkpoint.encoders.fill_encoder` loads weights.
     """
 
     def __init__(self, ddconfig: Mapping[str, Any], embed_dim: int, n_embed: int, ckpt_path: str | None = None) -> None:
@@ -174,24 +165,23 @@ class VQFirstStage(FirstStage):
         )
         network.quantize = _quantizer(n_embed, embed_dim)
         super().__init__(network, 2 ** (len(widths) - 1), embed_dim)
-        self._load(ckpt_path)
+        self.ckpt_path = ckpt_path
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Images in [-1, 1] -> their latents before quantisation, unscaled, as moments: `b c h w` -> `b 2z h/f w/f`.
 
-        A log-variance of -30, the least there is, stands for certainty, so that clips are stored as those of
-        `KLFirstStage` are.
+        The log-variance is -30, the lower bound: clips are stored in the format of `KLFirstStage`.
         """
         latents = self._encode(pixels)
         return torch.cat([latents, torch.full_like(latents, LOGVAR_BOUNDS[0])], dim=1)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents, unscaled, -> images, about [-1, 1], by way of the codebook: `b z h w` -> `b c fh fw`."""
+        """Latents, unscaled, -> images, about [-1, 1], through the codebook: `b z h w` -> `b c fh fw`."""
         return self.network.decoder(self._into_decoder(latents))
 
     def _into_decoder(self, latents: Tensor) -> Tensor:
-        with torch.autocast(latents.device.type, enabled=False):  # which vector is nearest is a matter of digits
-            # one by one: it needs much memory for each
+        with torch.autocast(latents.device.type, enabled=False):  # the nearest vector depends on rounding
+            # one by one: each needs much memory
             quantized = torch.cat([self.network.quantize(one[None].float())[0] for one in latents]).to(latents)
         return super()._into_decoder(quantized)
 
@@ -199,12 +189,12 @@ class VQFirstStage(FirstStage):
 class CLIPTextEmbedder(nn.Module):
     """The CLIP text encoder, frozen: captions -> one vector per token.
 
-    text_config: words of transformers' CLIPTextConfig that differ from CLIP ViT-L/14 (768 wide, 12 layers); None: none.
+    text_config: options of transformers' CLIPTextConfig that differ from CLIP ViT-L/14 (768 wide, 12 layers).
     tokenizer: a folder or vocabulary file to take the tokenizer from; None: see `tokenizer.find_tokenizer`.
-    max_length: tokens per caption, the first and the last being marks of start and end; longer captions are cut.
-    ckpt_path: file or folder to take the weights from.
-    random_seed: take random weights that depend on this number alone, for people without Stable Diffusion's: captions
-        then have distinct vectors, but no meaning. With neither this nor ckpt_path the caller fills the network.
+    max_length: tokens per caption, including the start and end tokens; longer captions are truncated.
+    ckpt_path: kept as an attribute and not read; `ldm.checkpoint.encoders.fill_encoder` loads weights.
+    random_seed: draw random weights from this seed alone, for use without Stable Diffusion's: captions then have
+        distinct vectors, but no meaning. None: the caller fills the network.
     """
 
     def __init__(
@@ -225,39 +215,36 @@ class CLIPTextEmbedder(nn.Module):
                 f"{max_length}"
             )
         self.max_length = max_length
-        self.tokenizer_path = tokenizer
-        with torch.random.fork_rng(devices=[]):  # values are replaced below or by the caller
+        self.tokenizer_path, self.ckpt_path = tokenizer, ckpt_path
+        with torch.random.fork_rng(devices=[]):  # filled below or by the caller
             self.network = CLIPTextModel(config)
         self.network.requires_grad_(False).eval()
         if random_seed is not None:
             self._fill_at_random(torch.Generator().manual_seed(random_seed))
-        if ckpt_path is not None:
-            checkpoint = read_checkpoint(ckpt_path)
-            self.load_compvis_state_dict(text_tensors(checkpoint), where=f"text encoder from {ckpt_path}")
 
     @cached_property
     def tokenizer(self) -> CLIPTokenizer:
-        """CLIP's tokenizer, searched for when first needed; raises `UserError` where there is none."""
+        """CLIP's tokenizer, searched for on first use; raises `UserError` where there is none."""
         tokenizer = find_tokenizer(self.tokenizer_path)
-        num_words, num_vectors = len(tokenizer), self.network.config.vocab_size
-        if num_words > num_vectors:
+        num_tokens, num_vectors = len(tokenizer), self.network.config.vocab_size
+        if num_tokens > num_vectors:
             raise UserError(
-                f"text encoder: expected at least {num_words} vectors, one per word of the tokenizer, found vocab_size "
-                f"{num_vectors}. Set text_config.vocab_size to {num_words}."
+                f"text encoder: expected at least {num_tokens} vectors, one per token of the tokenizer, found "
+                f"vocab_size {num_vectors}. Set text_config.vocab_size to {num_tokens}."
             )
         return tokenizer
 
     def train(self, mode: bool = True) -> CLIPTextEmbedder:
-        """Stay in evaluation mode, whatever the module around it does."""
+        """Stay in evaluation mode, also when the parent module trains."""
         return super().train(False)
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        """Captions -> int64 token numbers `b max_length`, cut to fit and padded with the end mark."""
+        """Captions -> int64 token numbers `b max_length`, truncated and padded with the end token."""
         fit = {"truncation": True, "padding": "max_length", "max_length": self.max_length}
         return self.tokenizer(list(prompts), return_tensors="pt", **fit)["input_ids"]
 
     def truncated(self, prompt: str) -> str | None:
-        """The end of `prompt` that does not fit into `max_length` tokens and is not seen; None where all of it fits."""
+        """The end of `prompt` beyond `max_length` tokens, which is ignored; None where all of it fits."""
         tokens = self.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         room = self.max_length - 2
         if len(tokens["input_ids"]) <= room:
@@ -275,7 +262,7 @@ class CLIPTextEmbedder(nn.Module):
         return self.network(input_ids=tokens.to(self.network.device)).last_hidden_state.float()
 
     def compvis_state_dict(self) -> dict[str, Tensor]:
-        """The tensors under CompVis's names (`text_model.*`), the token positions that old files hold among them."""
+        """The tensors under CompVis's names (`text_model.*`), including the token positions of old files."""
         tensors = {text_name(name): tensor for name, tensor in self.network.state_dict().items()}
         return {POSITION_IDS: position_ids(self.network.config.max_position_embeddings)} | tensors
 
@@ -291,7 +278,7 @@ class CLIPTextEmbedder(nn.Module):
 
     @torch.no_grad()
     def _fill_at_random(self, generator: torch.Generator) -> None:
-        """Unit gain through every layer; drawn here, so that no version of a library changes what a seed means."""
+        """Unit gain through every layer; drawn here, so a seed does not depend on library versions."""
         for name, weight in sorted(self.network.named_parameters()):
             if weight.ndim == 1:
                 weight.fill_(1.0 if name.endswith("weight") else 0.0)
@@ -301,19 +288,19 @@ class CLIPTextEmbedder(nn.Module):
 
 
 def position_ids(num_positions: int = 77) -> Tensor:
-    """The buffer 0, 1, 2, ... that Stable Diffusion's files hold beside CLIP's weights: int64 `1 n`."""
+    """The buffer 0, 1, 2, ... beside CLIP's weights in Stable Diffusion's files: int64 `1 n`."""
     return torch.arange(num_positions)[None]
 
 
-def _clip_config(words: Mapping[str, Any]) -> CLIPTextConfig:
-    unknown = sorted(set(words) - set(CLIP_VIT_L14))
+def _clip_config(options: Mapping[str, Any]) -> CLIPTextConfig:
+    unknown = sorted(set(options) - set(CLIP_VIT_L14))
     if unknown:
-        raise UserError(f"text_config: expected words among {', '.join(CLIP_VIT_L14)}; found {', '.join(unknown)}")
+        raise UserError(f"text_config: expected keys among {', '.join(CLIP_VIT_L14)}; found {', '.join(unknown)}")
     try:
-        return CLIPTextConfig(**CLIP_VIT_L14 | dict(words))
-    except Exception as error:  # the library has checks of its own, and errors of its own for them
+        return CLIPTextConfig(**CLIP_VIT_L14 | dict(options))
+    except Exception as error:  # transformers validates with errors of its own
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
-        raise UserError(f"text_config: expected the words of a CLIP text encoder, found others ({reason})") from None
+        raise UserError(f"text_config: expected valid options of a CLIP text encoder ({reason})") from None
 
 
 def _quantizer(n_embed: int, embed_dim: int) -> nn.Module:
@@ -322,27 +309,27 @@ def _quantizer(n_embed: int, embed_dim: int) -> nn.Module:
         from taming.modules.vqvae.quantize import VectorQuantizer  # noqa: PLC0415 - an extra
     except ImportError as error:
         raise UserError(
-            "first stage: a VQ autoencoder needs taming-transformers, which is not installed here "
-            f"({error}). Install it without what it asks for, torchvision among it, none of which is needed: "
+            "first stage: a VQ autoencoder needs taming-transformers, which is not installed "
+            f"({error}). Install it without its dependencies, which are not needed: "
             "pip install --no-deps taming-transformers"
         ) from None
     return VectorQuantizer(n_embed, embed_dim, beta=0.25)
 
 
 def _check_ddconfig(ddconfig: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
-    known = DDCONFIG_WORDS | set(DDCONFIG_FIXED) | {"resolution"}
-    missing, unknown = sorted(DDCONFIG_WORDS - set(ddconfig)), sorted(set(ddconfig) - known)
+    known = DDCONFIG_KEYS | set(DDCONFIG_FIXED) | {"resolution"}
+    missing, unknown = sorted(DDCONFIG_KEYS - set(ddconfig)), sorted(set(ddconfig) - known)
     if missing or unknown:
         raise UserError(
-            f"ddconfig: expected the words {', '.join(sorted(DDCONFIG_WORDS))}; missing: "
+            f"ddconfig: expected the keys {', '.join(sorted(DDCONFIG_KEYS))}; missing: "
             f"{', '.join(missing) or 'none'}; unknown: {', '.join(unknown) or 'none'}"
         )
-    for word, value in fixed.items():
-        found = ddconfig.get(word, value)
+    for key, value in fixed.items():
+        found = ddconfig.get(key, value)
         if (list(found) if isinstance(found, Sequence) and not isinstance(found, str) else found) != value:
-            raise UserError(f"ddconfig.{word}: expected {value}, as in the published models, found {found}")
-    for word in sorted(DDCONFIG_WORDS - {"ch_mult"}):
-        _check_size(f"ddconfig.{word}", ddconfig[word])
+            raise UserError(f"ddconfig.{key}: expected {value}, as in the published models, found {found}")
+    for key in sorted(DDCONFIG_KEYS - {"ch_mult"}):
+        _check_size(f"ddconfig.{key}", ddconfig[key])
     _check_sizes("ddconfig.ch_mult", ddconfig["ch_mult"], at_least=1)
     if ddconfig["ch"] % 32:
         raise UserError(f"ddconfig.ch: expected a multiple of 32 (groups of the norms), found {ddconfig['ch']}")

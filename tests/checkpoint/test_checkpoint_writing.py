@@ -14,11 +14,12 @@ from ldm.checkpoint import SD_V1_FIRST_STAGE, CheckpointError, load_unet, read_c
 from ldm.checkpoint import writing as checkpoint_writing
 from ldm.checkpoint.encoders import prefixed
 from ldm.checkpoint.files import read_file
-from ldm.checkpoint.names import FIRST_STAGE_PREFIX, POSITION_IDS, TEXT_PREFIX, UNET_PREFIX, average_names
+from ldm.checkpoint.names import FIRST_STAGE_PREFIX, TEXT_PREFIX, UNET_PREFIX, average_names
 from ldm.checkpoint.writing import check_output, full_config, replacing_folder, save_tensors, write_full, write_temporal
 from ldm.config import ConfigError
 from ldm.errors import UserError
 from ldm.modules.encoders import CLIPTextEmbedder, KLFirstStage
+from ldm.modules.state_dicts import POSITION_IDS
 from tests.tiny_checkpoint import (
     CONFIG,
     assert_same,

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from ldm.checkpoint.encoders import fill_encoder
 from ldm.checkpoint.reading import CheckpointError
 from ldm.errors import UserError
 from ldm.modules import tokenizer as tokenizer_module
@@ -113,11 +114,12 @@ def test_first_stage_refuses_odd_sizes(first_stage):
         first_stage.encode(torch.zeros(1, 3, 30, 32))
 
 
-def test_first_stage_loads_itself_from_ckpt_path(first_stage, golden_configs, tmp_path):
+def test_first_stage_is_filled_from_a_file(first_stage, golden_configs, tmp_path):
     tensors = {name: tensor.contiguous() for name, tensor in first_stage.compvis_state_dict().items()}
     save_file(tensors, tmp_path / "kl.safetensors")
     config = golden_configs["ae_sd"]
-    again = KLFirstStage(config["ddconfig"], config["embed_dim"], ckpt_path=str(tmp_path / "kl.safetensors"))
+    again = KLFirstStage(config["ddconfig"], config["embed_dim"], ckpt_path="nowhere.ckpt")  # data, not read
+    assert fill_encoder(again, tmp_path / "kl.safetensors").path == tmp_path / "kl.safetensors"
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in again.compvis_state_dict().items())
     assert all(parameter.requires_grad for parameter in again.parameters())  # it may be trained further
 
@@ -183,7 +185,7 @@ def test_text_argument_errors(golden_configs):
         CLIPTextEmbedder(TINY_TEXT, ckpt_path="x", random_seed=0)
     with pytest.raises(UserError, match=r"max_length: expected 3 to 77 tokens.*found 78"):
         CLIPTextEmbedder(TINY_TEXT, max_length=78)
-    with pytest.raises(UserError, match=r"text_config: expected words among .* found width"):
+    with pytest.raises(UserError, match=r"text_config: expected keys among .* found width"):
         CLIPTextEmbedder({"width": 3})
     with pytest.raises(UserError, match=r"expected at least 49408 vectors.*found vocab_size 64"):
         CLIPTextEmbedder(golden_configs["clip_text"]).encode(["a cat"])

@@ -15,6 +15,7 @@ from torch import nn
 
 from ldm.checkpoint import CheckpointError, load_first_stage, load_unet, outline_first_stage, read_checkpoint
 from ldm.checkpoint.diffusers import write_diffusers
+from ldm.checkpoint.encoders import fill_encoder
 from ldm.checkpoint.names import FIRST_STAGE_PREFIX
 from ldm.checkpoint.writing import write_full
 from ldm.config import check_node
@@ -134,10 +135,10 @@ def test_from_a_file_of_its_own_and_out_of_a_checkpoint(quantizer, tmp_path):
     first_stage = filled(VQFirstStage(TINY, 4, 16))
     state = first_stage.compvis_state_dict()
     write_bare(state | {"loss.discriminator.main.0.weight": torch.zeros(1)}, tmp_path / "vq.ckpt")
-    again = VQFirstStage(TINY, 4, 16, ckpt_path=str(tmp_path / "vq.ckpt"))
+    fill_encoder(again := VQFirstStage(TINY, 4, 16), tmp_path / "vq.ckpt")
     assert_same(again.compvis_state_dict(), state)
     with pytest.raises(CheckpointError, match=r"1 of another shape: quantize.embedding.weight"):
-        VQFirstStage(TINY, 4, 32, ckpt_path=str(tmp_path / "vq.ckpt"))
+        fill_encoder(VQFirstStage(TINY, 4, 32), tmp_path / "vq.ckpt")
     config = copy.deepcopy(CONFIG)
     node = {"target": TARGET, "params": {"ddconfig": TINY, "embed_dim": 4, "n_embed": 16}}
     config["model"]["params"]["first_stage_config"] = node
