@@ -1,8 +1,8 @@
 """Prepared clips on disk: tar shards with a byte index beside them, read at random, checked as they are read.
 
-`docs/data-format.md` is the contract. Reading is `os.pread` of exactly the bytes that are wanted; no array header and no
-pickle is ever interpreted, shapes come from the index. Sets behind an address are read by
-`shards.remote`, shards are written by `shards.writer`.
+`docs/data-format.md` is the contract. Reading is `os.pread` of exactly the bytes that are wanted; no array header and
+no pickle is interpreted, shapes come from the index. Sets behind an address are read by `shards.remote`, shards are
+written by `shards.writer`.
 """
 
 from __future__ import annotations
