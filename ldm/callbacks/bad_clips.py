@@ -1,4 +1,7 @@
-"""Clips that could not be read: listed in a file, counted, and an error where there are too many."""
+"""Record the clips that could not be read and were substituted; stop the run if they are too many.
+
+Reading, retries and substitution are in `ldm/data/batch.py`.
+"""
 
 from __future__ import annotations
 
@@ -16,20 +19,19 @@ from ldm.files import write_atomically
 
 log = logging.getLogger(__name__)
 FILE = "unreadable.jsonl"
-FEW = 1000  # clips, before which the share is reckoned as if there had been so many
-SHOWN = 5  # clips in a message
+FEW = 1000  # the share is computed over at least this many clips
+SHOWN = 5  # reasons in a message
 
 
 class UnreadableClips(pl.Callback):
-    """Writes the clips in whose place the data took others to `unreadable.jsonl` in the run folder, a line for each.
+    """Appends every substituted clip to `unreadable.jsonl` in the run folder and logs `train/unreadable_clips`.
 
-    A line has the step, the position, the clip (source, frames, caption, scene, shard) and why; held-out clips are
-    listed once. The processes of a run write files of their own, `unreadable-1.jsonl` and so on. Logs
-    `train/unreadable_clips`, all so far, and raises UserError where they are too many.
+    A line holds step, position, clip (source, frames, caption, scene, shard) and reason; a held-out clip is listed
+    once. Rank r > 0 writes `unreadable-r.jsonl`. Raises UserError if the share of unreadable training clips exceeds
+    `most`.
 
-    folder: of the run; filled in by main.py.
-    most: the largest share of the training clips, from 0 to 1, that may be unreadable; of the first 1000 as many as if
-        1000 had been read.
+    folder: of the run; main.py fills it in.
+    most: 0 to 1. The share is computed over at least 1000 clips.
     """
 
     changes_training = False
@@ -38,20 +40,20 @@ class UnreadableClips(pl.Callback):
         if not (isinstance(most, int | float) and 0 <= most <= 1):
             raise UserError(f"UnreadableClips: expected a share from 0 to 1 for most, found {most!r}")
         self.folder, self.most = Path(folder), most
-        self.num_clips = self.num_unreadable = 0  # those of all processes at the last checkpoint, and our own since
-        self._before = torch.zeros(2, dtype=torch.int64)  # those of all processes at the last checkpoint
+        self.num_clips = self.num_unreadable = 0  # of all ranks up to the last checkpoint, of this rank since then
+        self._before = torch.zeros(2, dtype=torch.int64)  # both counts of all ranks at the last checkpoint
         self._shown: list[str] = []
         self._held_out: set[int] = set()
         self._step_seen = 0
 
     def path(self, rank: int) -> Path:
-        """The file of a process."""
+        """The file of a rank."""
         return self.folder / (f"unreadable-{rank}.jsonl" if rank else FILE)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._step_seen = trainer.global_step
         path = self.path(trainer.global_rank)
-        if path.exists():  # lines that this run is going to write again
+        if path.exists():  # drop lines of steps that a resumed run repeats
             lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
             kept = [line for line in lines if line["step"] <= trainer.global_step]
             self._held_out = {line["position"] for line in kept if line["held_out"]}
@@ -63,7 +65,7 @@ class UnreadableClips(pl.Callback):
         if not isinstance(batch, Batch):
             return
         lost = batch.all_unreadable()
-        self.num_clips += len(batch.positions) + (0 if batch.stills is None else len(batch.stills.positions))
+        self.num_clips += len(batch.positions) + len(batch.stills.positions if batch.stills is not None else [])
         self.num_unreadable += len(lost)
         if lost:
             step = trainer.global_step + (trainer.global_step == self._step_seen)
@@ -118,12 +120,12 @@ class UnreadableClips(pl.Callback):
                 about = {"step": step, "position": clip.position, "held_out": held_out, **clip.about}
                 file.write(json.dumps({**about, "reason": clip.reason}) + "\n")
         self._shown = (self._shown + [clip.reason for clip in lost if clip.reason not in self._shown])[:SHOWN]
-        log.warning("a clip could not be read, another was taken: %s; see %s", lost[0].reason, path)
+        log.warning("a clip could not be read and was substituted: %s; see %s", lost[0].reason, path)
 
     def _too_many(self, trainer: pl.Trainer) -> str:
         shown = "\n  ".join(self._shown)
         return (
             f"expected at most {self.most:g} of the training clips to be unreadable, found {self.num_unreadable} of "
             f"{self.num_clips}; {self.path(trainer.global_rank)} lists them. Copy those shards again, or raise "
-            f"lightning.callbacks.unreadable_clips.params.most. Some of the reasons:\n  {shown}"
+            f"lightning.callbacks.unreadable_clips.params.most. First reasons:\n  {shown}"
         )

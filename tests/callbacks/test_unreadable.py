@@ -1,4 +1,4 @@
-"""Clips that cannot be read: tried again, another in their place wherever the run is cut, listed, too many an error."""
+"""Unreadable clips: retried, substituted independently of where a run was cut, listed, and too many are an error."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def no_pause(monkeypatch):
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """Four scenes, of which the second one's first four frames are damaged."""
+    """Four scenes, of which the second one's first four frames are corrupt."""
     folder = make_prepared(tmp_path_factory.mktemp("prepared") / "set", lengths=(12, 9, 30, 7))
     scene = next(scene for scene in PreparedSet(folder).scenes if scene.key == BROKEN)
     with (folder / scene.shard).open("r+b") as file:
@@ -41,12 +41,12 @@ def root(tmp_path_factory):
     return folder
 
 
-def module(root, **words):
-    settings = {"frames": 3, "batch_size": 2, "num_workers": 0, "val_share": 0.2, "verify": False, "seed": 5, **words}
+def module(root, **options):
+    settings = {"frames": 3, "batch_size": 2, "num_workers": 0, "val_share": 0.2, "verify": False, "seed": 5, **options}
     return ClipDataModule(str(root), **settings)
 
 
-def run(root, folder, steps, resume=False, trainer=None, most=1.0, **words):
+def run(root, folder, steps, resume=False, trainer=None, most=1.0, **options):
     torch.manual_seed(0)
     model, counts = ToyModel(learning_rate=0.001), UnreadableClips(str(folder), most=most)
     lightning = pl.Trainer(
@@ -54,7 +54,7 @@ def run(root, folder, steps, resume=False, trainer=None, most=1.0, **words):
         enable_model_summary=False, num_sanity_val_steps=0, plugins=[AtomicCheckpointIO()],
         callbacks=[counts, LastCheckpoint(str(folder), {"name": "toy"}, every_n_steps=1000)], **(trainer or {}),
     )  # fmt: skip
-    lightning.fit(model, module(root, **words), ckpt_path=last(folder) if resume else None, weights_only=True)
+    lightning.fit(model, module(root, **options), ckpt_path=last(folder) if resume else None, weights_only=True)
     return model, counts
 
 
@@ -62,7 +62,7 @@ def lines_of(folder):
     return [json.loads(line) for line in (folder / "unreadable.jsonl").read_text().splitlines()]
 
 
-def test_another_clip_takes_the_place_and_depends_on_the_position_alone(root):
+def test_the_substitute_depends_on_the_position_alone(root):
     one, other = module(root), module(root, batch_size=3)
     one.setup()
     other.setup()
@@ -73,9 +73,9 @@ def test_another_clip_takes_the_place_and_depends_on_the_position_alone(root):
         assert torch.equal(clip.moments, same.moments) and clip.keys == same.keys
         assert clip.positions == [position] and clip.moments.isfinite().all()
         lost |= {position: clip.unreadable} if clip.unreadable else {}
-        (said,) = one.train_clips.describe(clip)
-        assert said["frames"] == [value % 100 for value in clip.moments[0, :, 0, 0, 0].int().tolist()]
-        assert said["scene"] == clip.keys[0]
+        (described,) = one.train_clips.describe(clip)
+        assert described["frames"] == [value % 100 for value in clip.moments[0, :, 0, 0, 0].int().tolist()]
+        assert described["scene"] == clip.keys[0]
     assert 2 < len(lost) < 30
     for position, clips in lost.items():
         for clip in clips:
@@ -83,27 +83,25 @@ def test_another_clip_takes_the_place_and_depends_on_the_position_alone(root):
             assert "scene1 (toy.mp4) is damaged: the bytes of frame" in clip.reason
 
 
-def test_what_is_sound_is_the_same_as_without_damage(root, tmp_path):
-    """Only the positions of damaged clips have others."""
-    whole, damaged = module(make_prepared(tmp_path / "set", lengths=(12, 9, 30, 7))), module(root)
+def test_readable_positions_keep_their_clips(root, tmp_path):
+    whole, corrupt = module(make_prepared(tmp_path / "set", lengths=(12, 9, 30, 7))), module(root)
     whole.setup()
-    damaged.setup()
+    corrupt.setup()
     for position in range(40):
-        clip, expected = damaged.train_clips[position], whole.train_clips[position]
+        clip, expected = corrupt.train_clips[position], whole.train_clips[position]
         assert torch.equal(clip.moments, expected.moments) != bool(clip.unreadable)
 
 
 @pytest.mark.parametrize("image_share", [0.0, 0.5])
-def test_they_are_listed_and_the_list_survives_a_kill(root, tmp_path, image_share):
-    """From reading processes too; in the file each once, with the counts of the straight run."""
-    words = {"image_share": image_share, "frames": 2}
-    straight, counts = run(root, tmp_path / "straight", 24, **words)
-    run(root, tmp_path / "run", 10, num_workers=2, **words)
+def test_resuming_after_a_kill_lists_each_clip_once(root, tmp_path, image_share):
+    options = {"image_share": image_share, "frames": 2}
+    straight, counts = run(root, tmp_path / "straight", 24, **options)
+    run(root, tmp_path / "run", 10, num_workers=2, **options)
     checkpoint = last(tmp_path / "run").read_bytes()
-    run(root, tmp_path / "run", 18, resume=True, **words)
-    last(tmp_path / "run").write_bytes(checkpoint)  # killed after 18 steps, taken up from 10
-    again, later = run(root, tmp_path / "run", 24, resume=True, **words)
-    assert straight.losses[10:] == pytest.approx(again.losses, rel=0, abs=0, nan_ok=True)  # of no clips, not a number
+    run(root, tmp_path / "run", 18, resume=True, **options)
+    last(tmp_path / "run").write_bytes(checkpoint)  # killed after 18 steps, resumed from 10
+    again, later = run(root, tmp_path / "run", 24, resume=True, **options)
+    assert straight.losses[10:] == pytest.approx(again.losses, rel=0, abs=0, nan_ok=True)  # NaN for a batch of no clips
     found = lines_of(tmp_path / "straight")
     assert found == lines_of(tmp_path / "run") and len(found) > 3
     assert [line["step"] for line in found] == sorted(line["step"] for line in found)
@@ -114,7 +112,7 @@ def test_they_are_listed_and_the_list_survives_a_kill(root, tmp_path, image_shar
         assert {len(line["frames"]) for line in training} == {1, 2}
 
 
-def test_a_reading_error_that_passes_is_nothing_to_speak_of(root, tmp_path, monkeypatch):
+def test_a_passing_read_error_is_retried(root, tmp_path, monkeypatch):
     failures = {"left": 2}
     preadv = os.preadv
 
@@ -131,10 +129,12 @@ def test_a_reading_error_that_passes_is_nothing_to_speak_of(root, tmp_path, monk
     assert failures["left"] == 0 and clip.unreadable == []
     failures["left"] = 3
     clip = data.train_clips[0]
-    assert [lost.reason for lost in clip.unreadable] == ["[Errno 5] Input/output error"], "a third time is too often"
+    assert [lost.reason for lost in clip.unreadable] == ["[Errno 5] Input/output error"], (
+        "two retries, then a substitute"
+    )
 
 
-def test_each_pause_is_twice_as_long(root, monkeypatch):
+def test_pauses_double(root, monkeypatch):
     pauses = []
     monkeypatch.setattr(clip_reading, "FIRST_PAUSE", 0.5)
     monkeypatch.setattr(clip_reading.time, "sleep", pauses.append)
@@ -161,7 +161,7 @@ def test_held_out_clips_are_replaced_by_the_next_and_listed_once(tmp_path):
     assert [(line["step"], line["position"], line["held_out"]) for line in lines_of(tmp_path / "run")] == [(2, 0, True)]
 
 
-def test_more_than_a_share_is_an_error_that_shows_some(root, tmp_path, caplog, monkeypatch):
+def test_too_many_are_an_error_that_shows_reasons(root, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(counting, "FEW", 20)
     message = r"at most 0.05 of the training clips.*found 2 of \d+;(.|\n)*is damaged"
     with pytest.raises(UserError, match=message) as found:
@@ -170,10 +170,10 @@ def test_more_than_a_share_is_an_error_that_shows_some(root, tmp_path, caplog, m
     assert "unreadable.jsonl lists them" in str(found.value)
     assert "raise lightning.callbacks.unreadable_clips.params.most" in str(found.value)
     assert len(lines_of(tmp_path)) == 2
-    assert any("another was taken" in message for message in caplog.messages)
+    assert any("and was substituted" in message for message in caplog.messages)
 
 
-def test_where_nothing_can_be_read_that_is_said(tmp_path):
+def test_a_set_of_which_nothing_can_be_read_is_an_error(tmp_path):
     root = make_prepared(tmp_path / "set")
     data = module(root)
     data.setup()
@@ -183,7 +183,7 @@ def test_where_nothing_can_be_read_that_is_said(tmp_path):
 
 
 @pytest.mark.parametrize("most", [-0.1, 2, "all"])
-def test_words_that_cannot_be_meant(most):
+def test_most_is_a_share(most):
     with pytest.raises(UserError, match="UnreadableClips: expected a share from 0 to 1 for most, found"):
         UnreadableClips("run", most=most)
 
