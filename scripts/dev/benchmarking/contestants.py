@@ -7,9 +7,7 @@ text conditioning of its published form. None of their code is part of this proj
 from __future__ import annotations
 
 import importlib
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -194,11 +192,11 @@ def check_peers(names: Sequence[str]) -> tuple[str, ...]:
 
 def why_missing(name: str) -> str | None:
     """Why a contestant is not available; None if it is."""
+    if name in ("ours", "per_frame"):
+        return None
     packages = {"make_a_video": "make_a_video_pytorch", "video_diffusion": "video_diffusion_pytorch"}
-    package = packages.get(name, "diffusers" if name in ("unet2d", "unet3d", "motion") else None)
     try:
-        if package is not None:
-            _import(package)
+        _import(packages.get(name, "diffusers"))
     except UserError as error:
         return str(error)
     return None
@@ -206,37 +204,10 @@ def why_missing(name: str) -> str | None:
 
 def _import(package: str) -> ModuleType:
     try:
-        with _stand_ins("torchvision" if package == "video_diffusion_pytorch" else None):
-            return importlib.import_module(package)
+        return importlib.import_module(package)
     except (ImportError, OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
             f"{package}: not installed here ({reason}); pip install --no-deps {package.replace('_', '-')} and what it "
             "imports, or leave it out with --peers"
         ) from error
-
-
-class _StandIn(ModuleType):
-    """A module whose every attribute is `object`."""
-
-    def __getattr__(self, name: str) -> type:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return object
-
-
-@contextmanager
-def _stand_ins(package: str | None) -> Iterator[None]:
-    """Stand-ins for a package that only the trainer of a module uses, not its network."""
-    if package is None or package in sys.modules:
-        yield
-        return
-    whole = _StandIn(package)
-    parts = {f"{package}.{name}": _StandIn(f"{package}.{name}") for name in ("transforms", "utils")}
-    whole.transforms, whole.utils = parts.values()
-    sys.modules.update({package: whole, **parts})
-    try:
-        yield
-    finally:
-        for name in (package, *parts):
-            del sys.modules[name]

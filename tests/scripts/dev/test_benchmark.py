@@ -232,7 +232,6 @@ def test_a_broken_peer_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "video_diffusion_pytorch", None)
     assert "pip install --no-deps video-diffusion-pytorch" in why_missing("video_diffusion")
     assert why_missing("unet3d") is None and why_missing("per_frame") is None
-    assert "torchvision" not in sys.modules
 
 
 def test_tasks_run_in_turns():
