@@ -1,9 +1,9 @@
-"""Train runs that differ in one thing, one after the other, and put what they logged side by side.
+"""Train runs that differ in one thing, one after the other, and tabulate what they logged.
 
     python scripts/compare.py configs/compare/noise-and-loss.yaml --out DIR --accelerator cpu data.params.root=prepared
 
-Words it does not know go to main.py of every run. A run that is done is not run again. DIR/table.md and
-DIR/results.json hold what there is so far.
+Unknown arguments go to main.py of every run. Finished runs are kept. DIR/table.md and DIR/results.json hold the
+results so far.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.errors import Parser, UserError, run_command
-from ldm.experiments.runs import Plan, file_name, read_logged, read_words
+from ldm.experiments.comparison import Comparison, file_name, read_logged, read_plan_file
 from ldm.experiments.tables import comparison_table
 from ldm.files import write_atomically
 
@@ -27,49 +27,45 @@ ROOT = Path(__file__).resolve().parents[1]
 Runner = Callable[[Sequence[str]], int]  # runs ["main.py", "argument", ...] and returns its exit status
 
 
-def read_plan(path: Path) -> Plan:
+def read_plan(path: Path) -> Comparison:
     """The plan in a YAML file; raises UserError."""
-    return Plan.of_words(read_words(path), str(path))
+    return Comparison.from_mapping(read_plan_file(path), str(path))
 
 
-def read_results(path: Path) -> dict[str, Any]:
-    """Runs that are done: name -> command, seconds, logged."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def compare(plan: Plan, out: Path, more: Sequence[str], run: Runner) -> dict[str, Any]:
-    """Train the runs that are not done yet; write the table after each. Raises UserError when one fails."""
+def compare(plan: Comparison, out: Path, more: Sequence[str], run: Runner) -> dict[str, Any]:
+    """Train unfinished runs and write the table after each -> name -> command, seconds, logged. Raises UserError."""
     out.mkdir(parents=True, exist_ok=True)
-    results = read_results(out / "results.json")
+    path = out / "results.json"
+    results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     for name in plan.runs:
         command = plan.command(name, out / "logs", more)
         if name in results:
             if results[name]["command"] != command:
                 raise UserError(
-                    f"{out}: holds the run '{name}' made by another command, {shlex.join(results[name]['command'])}; "
-                    "choose another --out"
+                    f"{out}: expected the run '{name}' of the same command, found that of "
+                    f"{shlex.join(results[name]['command'])}; choose another --out"
                 )
             continue
         print(f"\n{name}\n$ {shlex.join(command)}", flush=True)
         begin = time.monotonic()
         if status := run(command):
-            raise UserError(f"the run '{name}' ended with status {status}; it says why above")
+            raise UserError(f"'{name}': expected a run that succeeds, found status {status}; see its output above")
         folder = max((out / "logs").glob(f"*_{file_name(name)}"))
         seconds = round(time.monotonic() - begin, 1)
         results[name] = {"command": command, "seconds": seconds, "logged": read_logged(folder)}
-        write_atomically(out / "results.json", json.dumps(results, indent=2) + "\n")
+        write_atomically(path, json.dumps(results, indent=2) + "\n")
         logged = {done: results[done]["logged"] for done in plan.runs if done in results}
         write_atomically(out / "table.md", comparison_table(plan.columns, logged))
     return results
 
 
-def run_main(words: Sequence[str]) -> int:
-    """Run main.py with these words in a process of its own."""
-    return subprocess.run([sys.executable, str(ROOT / words[0]), *words[1:]], check=False).returncode
+def run_main(command: Sequence[str]) -> int:
+    """Run main.py in a new process."""
+    return subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]], check=False).returncode
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a comparison and print its table."""
+    """Train the runs of a plan and print the table."""
     parser = Parser(
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip

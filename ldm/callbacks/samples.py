@@ -22,8 +22,8 @@ from ldm.callbacks.steps import StepLogger
 from ldm.checkpoint import load_first_stage_of, load_text_encoder_of
 from ldm.errors import UserError
 from ldm.files import replacing
-from ldm.sampling.denoisers import KnownDenoiser, KnownLatents
-from ldm.sampling.loop import GuidedDenoiser, build_scheduler, decode_video, initial_noise, sample, set_steps
+from ldm.sampling.denoisers import GuidedDenoiser, KnownDenoiser, KnownLatents
+from ldm.sampling.loop import build_scheduler, decode_video, initial_noise, sample, set_steps
 from ldm.sharding import is_sharded
 from ldm.video import contact_sheet, to_uint8, write_gif
 

@@ -1,13 +1,12 @@
-"""Rows of clips to evaluate, made here: by a checkpoint, by its image part alone, and true ones of the drawn world.
+"""Rows of clips for an evaluation: of a checkpoint, of its image part, of its autoencoder, and of the procedural world.
 
-Clips lie as MP4 files with their settings inside, a folder for each row, and one that is there already with the same
-settings is not made again. Several are made at a time, each with its own prompt and noise; the noise depends on the
-clip's number alone, so that more clips can be added later. How rows are measured is not told here.
+A row is a folder of MP4 files with their records; clips that exist with the same settings are kept. Clips are sampled
+in batches, each with its own prompt and noise. The noise depends on the clip's number alone, so a row can grow later.
+Measuring is not here.
 """
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import re
@@ -18,11 +17,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from ldm.checkpoint import first_stage_tensors, identity
 from ldm.data.world import UnseenScene
-from ldm.diffusion.noise import NoiseFamily
 from ldm.errors import UserError
 from ldm.modules.posterior import posterior_mean
 from ldm.sampling.generator import ClipGenerator
@@ -32,19 +29,19 @@ from ldm.sampling.request import read_request
 from ldm.sampling.settings import PRECISIONS, ClipSettings
 from ldm.video import from_uint8, read_metadata, read_video, to_uint8, write_mp4
 
-FRAMES_AT_A_TIME = 40  # made as one batch on a CPU, where more are no faster
+BATCH_FRAMES = 40  # larger batches are no faster on a CPU
 DECODE_CHUNK = 4
 ALONE = "per-frame image model"
 AUTOENCODED = "true, autoencoded"
 TRUE = "true"
-WHEREABOUTS = ("command", "machine", "versions")  # of a record: clips that differ in these alone are not made again
+ORIGIN = ("command", "machine", "versions")  # keys of a record that may differ for a clip to be kept
 
-Advance = Callable[[int], object]  # called with the number of clips that are done
+Advance = Callable[[int], object]  # called with the number of clips done
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """One clip to be made: its number in the row, the seed of its noise, its prompt."""
+class WantedClip:
+    """A clip to sample: its number in the row, the seed of its noise, its prompt."""
 
     number: int
     seed: int
@@ -60,70 +57,38 @@ class MadeRow:
     is_reference: bool
 
 
-class RowGenerator(ClipGenerator):
-    """A checkpoint that makes several clips at a time, each from a prompt of its own."""
-
-    def generate_each(self, settings: ClipSettings, wanted: Sequence[Wanted]) -> list[np.ndarray]:
-        """Frames uint8 `t h w 3` of each clip, whose prompts take the place of the settings' one.
-
-        All of them, and the negative prompt, must have been read before.
-        """
-        together = "together: " + "\n".join(clip.prompt for clip in wanted)
-        self._contexts[together] = torch.cat([self._contexts[clip.prompt] for clip in wanted])
-        frames = self.generate(replace(settings, prompt=together), [clip.seed for clip in wanted], DECODE_CHUNK)
-        del self._contexts[together]
-        return frames
-
-    def without_time(self) -> RowGenerator:
-        """The same networks without the layers over time; frames have nothing in common but their prompt."""
-        alone = copy.copy(self)
-        alone._unet, alone.noise = ImagesAlone(self.unet), NoiseFamily()
-        alone._decoder_source = alone._temporal_decoder = None
-        return alone
-
-    @torch.no_grad()
-    def autoencode(self, frames: np.ndarray) -> np.ndarray:
-        """Frames uint8 `t h w 3` as the image autoencoder gives them back."""
-        pixels = from_uint8(frames).to(self.device).split(DECODE_CHUNK)
-        latents = torch.cat([posterior_mean(self.first_stage.encode(part)) for part in pixels])
-        decoded = decode_chunks(self.first_stage, latents, 1.0, DECODE_CHUNK, None, self.temporal_decoder)
-        return np.concatenate([to_uint8(part) for part in decoded])
-
-    def identity_of_autoencoder(self) -> str:
-        """The sha256 of its weights, a temporal decoder's and how it is joined among them."""
-        decoder, layers = self.temporal_decoder, {}
-        if decoder is not None:
-            layers = {**decoder.state_dict(), "brightness_area": torch.tensor(decoder.brightness_area)}
-        return identity({**first_stage_tensors(self.checkpoint), **layers})
+@torch.no_grad()
+def autoencode(generator: ClipGenerator, frames: np.ndarray) -> np.ndarray:
+    """Frames uint8 `t h w 3` reconstructed by the image autoencoder and temporal decoder."""
+    pixels = from_uint8(frames).to(generator.device).split(DECODE_CHUNK)
+    latents = torch.cat([posterior_mean(generator.first_stage.encode(part)) for part in pixels])
+    decoded = decode_chunks(generator.first_stage, latents, 1.0, DECODE_CHUNK, None, generator.temporal_decoder)
+    return np.concatenate([to_uint8(part) for part in decoded])
 
 
-class ImagesAlone(nn.Module):
-    """A network whose clips are images: time takes no part in any of them, nor does the frame rate."""
-
-    def __init__(self, unet: nn.Module) -> None:
-        super().__init__()
-        self.unet = unet
-        self.has_known_level = unet.has_known_level
-
-    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor, *, known_level: Tensor | None = None) -> Tensor:
-        return self.unet(x, timesteps, context, enable_time=False, known_level=known_level)
+def autoencoder_identity(generator: ClipGenerator) -> str:
+    """The sha256 of the weights of image autoencoder and temporal decoder, and of its settings."""
+    decoder, layers = generator.temporal_decoder, {}
+    if decoder is not None:
+        layers = {**decoder.state_dict(), "brightness_area": torch.tensor(decoder.brightness_area)}
+    return identity({**first_stage_tensors(generator.checkpoint), **layers})
 
 
 class SampledRows:
-    """The rows that one checkpoint makes.
+    """The rows of one checkpoint.
 
-    clip: settings as in `clip_requests.read_request`; what it does not name is as the checkpoint suggests.
-    folder: the rows' folders are made here.
-    words: the command line, for the records.
+    clip: options as in `request.read_request`. folder: parent of the rows' folders. command: for the records.
     """
 
-    def __init__(self, generator: RowGenerator, name: str, clip: Mapping[str, Any], folder: Path, words: str) -> None:
+    def __init__(
+        self, generator: ClipGenerator, name: str, clip: Mapping[str, Any], folder: Path, command: str
+    ) -> None:
         self.generator, self.name, self.folder, self.clip = generator, name, folder, dict(clip)
         self.settings = self.settings_at(None)
         if self.settings.frames < 2:
             raise UserError(
                 f"{generator.checkpoint.path}: expected clips of at least 2 frames, found {self.settings.frames}; set "
-                "--frames, as nothing moves in a single picture"
+                "--frames, as one frame has no motion"
             )
         self.base = {
             "checkpoint": hash_weights(generator.checkpoint.path),
@@ -134,7 +99,7 @@ class SampledRows:
             "given": {},
             "machine": device_and_threads(generator.device),
             "versions": versions(),
-            "command": words,
+            "command": command,
         }
         self._prompts_read: set[str] = set()
 
@@ -143,52 +108,47 @@ class SampledRows:
         rate = {} if fps is None else {"fps": fps}
         return read_request({**self.clip, "prompt": "", **rate}, self.generator).settings
 
-    def sampled(self, wanted: Sequence[Wanted], advance: Advance, fps: float | None = None) -> MadeRow:
+    def sampled(self, wanted: Sequence[WantedClip], advance: Advance, fps: float | None = None) -> MadeRow:
         """The checkpoint's own row, at another frame rate unless that is None."""
-        settings = self.settings_at(fps)
-        files = self._make(lambda: self.generator, settings, wanted, {}, advance)
-        return MadeRow(self.name, files, is_reference=False)
+        return MadeRow(self.name, self._make(self.settings_at(fps), wanted, advance), is_reference=False)
 
-    def alone(self, wanted: Sequence[Wanted], advance: Advance, name: str = ALONE) -> MadeRow:
-        """What the image part of the network makes of each frame by itself."""
+    def alone(self, wanted: Sequence[WantedClip], advance: Advance, name: str = ALONE) -> MadeRow:
+        """Clips of independent images from the image part of the network."""
         settings = replace(self.settings, window=self.settings.frames, motion_scale=1.0)
-        files = self._make(self.generator.without_time, settings, wanted, {"row": ALONE}, advance)
-        return MadeRow(name, files, is_reference=True)
+        return MadeRow(name, self._make(settings, wanted, advance, images_only=True), is_reference=True)
 
     def autoencoded(self, true: MadeRow, advance: Advance, name: str = AUTOENCODED) -> MadeRow:
-        """True clips as the image autoencoder of the checkpoint gives them back."""
-        which = self.generator.identity_of_autoencoder()
+        """True clips reconstructed by the autoencoder of the checkpoint."""
+        which = autoencoder_identity(self.generator)
         folder = _row_folder(self.folder, AUTOENCODED, which[:8], self.settings.frames, self.settings.fps)
         for source in true.files:
             record = {**read_metadata(source), "row": AUTOENCODED, "autoencoder": which}
-            if not _is_there(folder / source.name, record):
+            if not _exists(folder / source.name, record):
                 frames, fps = read_video(source)
-                write_mp4(folder / source.name, self.generator.autoencode(frames), fps, record)
+                write_mp4(folder / source.name, autoencode(self.generator, frames), fps, record)
             advance(1)
         return MadeRow(name, tuple(folder / source.name for source in true.files), is_reference=True)
 
     def _make(
-        self,
-        network: Callable[[], RowGenerator],
-        settings: ClipSettings,
-        wanted: Sequence[Wanted],
-        kind: Mapping[str, str],
-        advance: Advance,
+        self, settings: ClipSettings, wanted: Sequence[WantedClip], advance: Advance, images_only: bool = False
     ) -> tuple[Path, ...]:
-        """The files of the wanted clips; those that are missing are made by what `network` gives."""
+        """The files of the wanted clips; missing ones are sampled."""
+        kind = {"row": ALONE} if images_only else {}
         folder = _row_folder(self.folder, self.name, kind.get("row", ""), settings.frames, settings.fps)
         records = {clip.number: self._record(settings, clip, kind) for clip in wanted}
         files = {clip.number: folder / f"{clip.number:05}.mp4" for clip in wanted}
-        missing = [clip for clip in wanted if not _is_there(files[clip.number], records[clip.number])]
+        missing = [clip for clip in wanted if not _exists(files[clip.number], records[clip.number])]
         advance(len(wanted) - len(missing))
-        if missing:
-            self._read_prompts([*(clip.prompt for clip in missing), settings.negative_prompt])
-            made_by, at_a_time = network(), max(1, FRAMES_AT_A_TIME // settings.frames)
-            for start in range(0, len(missing), at_a_time):
-                batch = missing[start : start + at_a_time]
-                for clip, frames in zip(batch, made_by.generate_each(settings, batch), strict=True):
-                    write_mp4(files[clip.number], frames, settings.fps, records[clip.number])
-                advance(len(batch))
+        self._read_prompts([*(clip.prompt for clip in missing), settings.negative_prompt] if missing else [])
+        batch_size = max(1, BATCH_FRAMES // settings.frames)
+        for start in range(0, len(missing), batch_size):
+            batch = missing[start : start + batch_size]
+            seeds, prompts = [clip.seed for clip in batch], [clip.prompt for clip in batch]
+            options = {"prompts": prompts, "images_only": images_only}
+            clips = self.generator.generate(settings, seeds, DECODE_CHUNK, **options)
+            for clip, frames in zip(batch, clips, strict=True):
+                write_mp4(files[clip.number], frames, settings.fps, records[clip.number])
+            advance(len(batch))
         return tuple(files.values())
 
     def _read_prompts(self, prompts: Sequence[str]) -> None:
@@ -197,16 +157,16 @@ class SampledRows:
             self.generator.read_prompts(new)
             self._prompts_read.update(new)
 
-    def _record(self, settings: ClipSettings, clip: Wanted, kind: Mapping[str, str]) -> dict[str, Any]:
-        """What a clip is made from, as in `provenance`; what is made with the image part alone has `row` besides."""
-        alone = {"seed": clip.seed, "batch": {"seeds": [clip.seed], "index": 0}}
-        return {**self.base, "clip": {**asdict(settings), "prompt": clip.prompt}, **alone, **kind}
+    def _record(self, settings: ClipSettings, clip: WantedClip, kind: Mapping[str, str]) -> dict[str, Any]:
+        """A record as in `ldm.sampling.record`; clips of the image part have the key `row` too."""
+        own = {"seed": clip.seed, "batch": {"seeds": [clip.seed], "index": 0}}
+        return {**self.base, "clip": {**asdict(settings), "prompt": clip.prompt}, **own, **kind}
 
 
 def true_row(
     scenes: Sequence[UnseenScene], frames: int, size: tuple[int, int], fps: float, folder: Path, advance: Advance
 ) -> MadeRow:
-    """The scenes' clips of `frames` frames, size (h, w), drawn anew each time; a caption in each as its prompt."""
+    """The scenes' clips of `frames` frames, size (h, w), rendered every time; each has a caption as its prompt."""
     folder = _row_folder(folder, TRUE, "", frames, fps)
     files = []
     for number, scene in enumerate(scenes):
@@ -224,20 +184,20 @@ def true_row(
 
 
 def _row_folder(folder: Path, name: str, row: str, frames: int, fps: float) -> Path:
-    """Where the clips of a row lie; made if it is not there."""
-    words = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(filter(None, (name, row))))
-    found = folder / f"{words}-{frames}-at-{fps:g}"
+    """The folder of a row's clips; created if missing."""
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(filter(None, (name, row))))
+    found = folder / f"{stem}-{frames}-at-{fps:g}"
     found.mkdir(parents=True, exist_ok=True)
     return found
 
 
-def _is_there(path: Path, record: Mapping[str, Any]) -> bool:
-    """Whether the clip was made before, with this record but for when and where."""
+def _exists(path: Path, record: Mapping[str, Any]) -> bool:
+    """Whether the clip exists with this record, `ORIGIN` aside."""
     if not path.is_file():
         return False
     try:
         found = read_metadata(path)
     except UserError:
         return False
-    anywhere = dict.fromkeys(WHEREABOUTS)
-    return {**found, **anywhere} == {**json.loads(json.dumps(record)), **anywhere}  # as it comes back from a file
+    anywhere = dict.fromkeys(ORIGIN)
+    return {**found, **anywhere} == {**json.loads(json.dumps(record)), **anywhere}  # as read from a file

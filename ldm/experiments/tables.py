@@ -10,7 +10,7 @@ from html import escape
 from typing import Any
 
 from ldm.evaluation.report import number
-from ldm.experiments.runs import CLIPS, LOGGED, MINUTES, OF_TRUE
+from ldm.experiments.ablations import CLIPS, LOGGED, MINUTES, OF_TRUE
 
 NO_VALUE = "-"
 LOGGED_PLACES, RATIO_PLACES = 4, 2  # decimals of logged values and of ratios to the true clips

@@ -30,9 +30,9 @@ from ldm.models.small import HELD_OUT, SmallModelTraining, check_share
 from ldm.modules.nn import GroupNorm32
 from ldm.modules.posterior import posterior_mean
 from ldm.modules.temporal_decoder import BRIGHTNESS
-from ldm.sampling.denoisers import KnownDenoiser, KnownLatents
+from ldm.sampling.denoisers import GuidedDenoiser, KnownDenoiser, KnownLatents
 from ldm.sampling.generator import ClipGenerator
-from ldm.sampling.loop import GuidedDenoiser, build_scheduler, set_steps
+from ldm.sampling.loop import build_scheduler, set_steps
 
 SAMPLER = "ddim"
 KEPT_CAPTIONS = 256

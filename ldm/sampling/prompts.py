@@ -1,7 +1,7 @@
-"""Prompts that change along a clip: "0: a road at dawn | 40: a road at night".
+"""Prompt files, and prompts that change along a clip: "0: a road at dawn | 40: a road at night".
 
-Each part names the frame, counted from 0, where its prompt has taken over; between two such frames the embeddings are
-blended linearly, after the last one nothing changes any more. Anything not wholly of this form is a plain prompt.
+Each part of a schedule names the frame, counted from 0, at which its prompt holds alone; embeddings are interpolated
+linearly in between, and constant after the last part. Any other text is a plain prompt.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 from einops import einsum
@@ -23,13 +24,13 @@ EXAMPLE = "'0: dawn road | 40: night road'"
 
 @dataclass(frozen=True)
 class PromptSchedule:
-    """`prompts[i]` alone holds at frame `starts[i]`; `starts` begins with 0 and rises."""
+    """`prompts[i]` holds alone at frame `starts[i]`; `starts` increases from 0."""
 
     starts: tuple[int, ...]
     prompts: tuple[str, ...]
 
     def shares(self, frames: Sequence[int]) -> Tensor:
-        """How much of each prompt is in each of the frames, by number -> float32 `t p`; each frame's add up to 1."""
+        """The weight of each prompt in the frames with these indices -> float32 `t p`; rows sum to 1."""
         shares = torch.zeros(len(frames), len(self.starts))
         for row, frame in zip(shares, frames, strict=True):
             last = sum(start <= frame for start in self.starts) - 1
@@ -41,16 +42,16 @@ class PromptSchedule:
         return shares
 
     def context(self, embeddings: Mapping[str, Tensor], frames: Sequence[int]) -> Tensor:
-        """The blended embeddings `1 n d` of the frames, by number -> `t n d`."""
+        """Interpolated embeddings `1 n d` for the frames with these indices -> `t n d`."""
         stacked = torch.cat([embeddings[prompt] for prompt in self.prompts])
         return einsum(self.shares(frames).to(stacked), stacked, "t p, p n d -> t n d")
 
 
 def read_schedule(prompt: str, num_frames: int) -> PromptSchedule | None:
-    """The schedule that a prompt for a clip of `num_frames` frames spells out; None for a plain prompt.
+    """Parse a prompt for a clip of `num_frames` frames; None for a plain prompt.
 
-    Raises UserError for a schedule that does not begin at frame 0, does not rise, or goes past the end. One part alone
-    is a schedule only if it begins at 0, so that "2001: a space odyssey" stays a prompt.
+    Raises UserError for a schedule that does not begin at frame 0, does not increase, or exceeds the clip. A single
+    part is a schedule only at frame 0: "2001: a space odyssey" is a plain prompt.
     """
     parts = [_part(part) for part in prompt.split("|")]
     if not all(parts) or (len(parts) == 1 and parts[0][0] != 0):
@@ -62,13 +63,13 @@ def read_schedule(prompt: str, num_frames: int) -> PromptSchedule | None:
         )
     for before, after in pairwise(starts):
         if after == before:
-            raise UserError(f"prompt schedule: expected one prompt for a frame, found two for frame {after}")
+            raise UserError(f"prompt schedule: expected one prompt per frame, found two for frame {after}")
         if after < before:
-            raise UserError(f"prompt schedule: expected frames that rise, found {after} after {before}; reorder them")
+            raise UserError(f"prompt schedule: expected increasing frames, found {after} after {before}; reorder them")
     if starts[-1] >= num_frames:
         raise UserError(
-            f"prompt schedule: expected frames from 0 to {num_frames - 1}, as the clip has {num_frames}, found "
-            f"{starts[-1]}; ask for more --frames or an earlier frame"
+            f"prompt schedule: expected frames 0 to {num_frames - 1} of the clip, found {starts[-1]}; set more "
+            "--frames or an earlier frame"
         )
     return PromptSchedule(starts, tuple(text for _, text in parts))
 
@@ -80,7 +81,7 @@ def prompts_in(prompt: str, num_frames: int) -> tuple[str, ...]:
 
 
 def odd_part(prompt: str) -> str | None:
-    """The first part that keeps a prompt which begins like a schedule from being one; None for any other prompt."""
+    """The first malformed part of a prompt that begins like a schedule; None for other prompts."""
     parts = prompt.split("|")
     if len(parts) == 1 or not _part(parts[0]):
         return None
@@ -88,6 +89,21 @@ def odd_part(prompt: str) -> str | None:
 
 
 def _part(part: str) -> tuple[int, str] | None:
-    """Frame and prompt; None for what does not begin with a frame and a colon."""
+    """Frame and prompt; None if the part does not begin with a frame and a colon."""
     number, colon, text = part.partition(":")
     return (int(number.strip()), text.strip()) if colon and _NUMBER.fullmatch(number.strip()) else None
+
+
+def read_prompt_lines(path: Path) -> list[tuple[int, str]]:
+    """Number and text of each line of a prompt file, without empty lines and comments (#); raises UserError."""
+    if not path.is_file():
+        raise UserError(f"{path}: expected a text file with one prompt a line, found no such file")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: expected a text file in UTF-8, found other bytes ({error.reason})") from error
+    numbered = enumerate(map(str.strip, lines), start=1)
+    found = [(number, line) for number, line in numbered if line and not line.startswith("#")]
+    if not found:
+        raise UserError(f"{path}: expected one prompt a line, found none")
+    return found

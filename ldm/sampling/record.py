@@ -1,10 +1,9 @@
-"""Clips on disk with everything they were made from: the four files of a clip, its record, and what a replay needs.
+"""Clips on disk: the four files of a clip, its record, and what a replay needs.
 
 A record is a plain dict: `clip` (the settings), `given` (path and sha256 of each file of given frames), `seed`, `batch`
-(all seeds made at once, and which of them this is), `checkpoint` (path, sha256), `temporal` (those of temporal layers
-put into it, or None), `temporal_decoder` (those of one given beside it, or None), `config` (where the checkpoint has
-none), `precision`, `compiled`, `decode_chunk`, `machine`, `versions`, `command`. It holds no time of day, so that the
-same clip made again is the same file.
+(all seeds of the batch, and the index of this one), `checkpoint` (path, sha256), `temporal` and `temporal_decoder`
+(those of a separate file, or None), `config` (for a checkpoint without one), `precision`, `compiled`, `decode_chunk`,
+`machine`, `versions`, `command`. It contains no date: a replay writes identical files.
 """
 
 from __future__ import annotations
@@ -33,11 +32,11 @@ from ldm.sampling.settings import PRECISIONS, ClipSettings, GivenFiles
 from ldm.video import contact_sheet, read_metadata, write_gif, write_mp4
 
 SHEET_WIDTH = 4096  # pixels; longer clips take several rows
-SHEET_FRAMES = 64  # of longer clips as many are shown, evenly spaced
+SHEET_FRAMES = 64  # evenly spaced in longer clips
 PACKAGES = ("video-stable-diffusion", "torch", "diffusers", "transformers", "av", "pillow")
 MAX_THREADS = 4096
 FILE = {"path": str, "sha256": str}
-# Every word of a record and what it holds.
+# Every key of a record and its type.
 PARTS = {
     "": {
         "clip": Mapping, "given": Mapping, "seed": int, "batch": Mapping, "checkpoint": Mapping,
@@ -50,8 +49,8 @@ PARTS = {
     "checkpoint": FILE,
     "machine": {"device": str, "threads": int},
 }  # fmt: skip
-BESIDE = ("temporal", "temporal_decoder")  # files of weights that a clip may be made without
-# Words that records of earlier versions lack, and what was meant by that.
+BESIDE = ("temporal", "temporal_decoder")  # optional files of weights
+# Keys that records of earlier versions lack, and their meaning.
 SINCE = {
     "": {"given": {}, "temporal": None, "temporal_decoder": None, "compiled": False},
     "clip": {"window": None, "overlap": 0, "known_noise": 0, "interpolate": 1},
@@ -59,7 +58,7 @@ SINCE = {
 
 
 def open_folder(path: Path) -> None:
-    """Make the folder and see that it can be written to, before anything slow; raises UserError."""
+    """Create the output folder and check that it is writable, before anything slow; raises UserError."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=path):
@@ -69,7 +68,7 @@ def open_folder(path: Path) -> None:
 
 
 def next_number(outdir: Path) -> int:
-    """One more than the highest number of any clip's file in the folder."""
+    """One more than the highest clip number in the folder."""
     numbers = [int(path.stem) for path in outdir.glob("[0-9]*.*") if re.fullmatch(r"[0-9]{5,}", path.stem)]
     return max(numbers, default=-1) + 1
 
@@ -95,25 +94,25 @@ def _sheet(frames: np.ndarray, record: dict[str, Any]) -> Image.Image:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """The record in a JSON or MP4 written here, every word of it checked; raises UserError."""
+    """The record in a JSON or MP4 of `write_clip`, every key checked; raises UserError."""
     if path.suffix.lower() == ".json":
         if not path.is_file():
             raise UserError(f"{path}: there is no such file")
         try:
             record = parse_json(path.read_bytes())
         except ValueError as error:
-            raise UserError(f"{path}: expected the JSON of a clip, found something else ({error})") from error
+            raise UserError(f"{path}: expected the JSON of a clip, found other content ({error})") from error
     else:
         record = read_metadata(path)
     try:
-        record = _with_later_words(record)
+        record = _with_defaults(record)
         _check_record(record)
     except ConfigError as error:
         raise UserError(f"{path}: expected the record of a clip made by txt2vid.py; {error}") from None
     return record
 
 
-def _with_later_words(record: Any) -> dict[str, Any]:
+def _with_defaults(record: Any) -> dict[str, Any]:
     record = {**SINCE[""], **mapping_at("record", record)}
     if isinstance(record.get("clip"), Mapping):
         record["clip"] = {**SINCE["clip"], **record["clip"]}
@@ -121,34 +120,34 @@ def _with_later_words(record: Any) -> dict[str, Any]:
 
 
 def _check_record(record: Mapping[str, Any]) -> None:
-    for part, words in PARTS.items():
+    for part, kinds in PARTS.items():
         found = mapping_at(part or "record", record[part] if part else record)
-        if odd := set(words) ^ set(found):
-            raise ConfigError(f"{part or 'record'}: expected the keys {', '.join(words)}, not {', '.join(sorted(odd))}")
-        check_values(found, words, part or "record")
+        if odd := set(kinds) ^ set(found):
+            raise ConfigError(f"{part or 'record'}: expected the keys {', '.join(kinds)}, not {', '.join(sorted(odd))}")
+        check_values(found, kinds, part or "record")
     files = {f"given.{kind}": file for kind, file in record["given"].items()}
-    for place, file in (files | {name: record[name] for name in BESIDE}).items():
-        if place not in BESIDE and place.removeprefix("given.") not in get_type_hints(GivenFiles):
-            raise ConfigError(f"{place}: expected one of {', '.join(get_type_hints(GivenFiles))}")
-        if file is not None or place not in BESIDE:
-            if set(mapping_at(place, file)) != set(FILE):
-                raise ConfigError(f"{place}: expected path and sha256, found {file!r}")
-            check_values(file, FILE, place)
+    for key, file in (files | {name: record[name] for name in BESIDE}).items():
+        if key not in BESIDE and key.removeprefix("given.") not in get_type_hints(GivenFiles):
+            raise ConfigError(f"{key}: expected one of {', '.join(get_type_hints(GivenFiles))}")
+        if file is not None or key not in BESIDE:
+            if set(mapping_at(key, file)) != set(FILE):
+                raise ConfigError(f"{key}: expected path and sha256, found {file!r}")
+            check_values(file, FILE, key)
     seeds, index, threads = record["batch"]["seeds"], record["batch"]["index"], record["machine"]["threads"]
-    for place, value, is_sound, expected in (
+    for key, value, is_valid, expected in (
         ("batch.seeds", seeds, all(0 <= seed < 2**63 for seed in seeds), "whole numbers from 0 to 2^63"),
-        ("batch.index", index, 0 <= index < len(seeds), "a place among the seeds"),
-        ("seed", record["seed"], record["seed"] in seeds[index : index + 1], "the one of the batch at that place"),
+        ("batch.index", index, 0 <= index < len(seeds), "an index of the seeds"),
+        ("seed", record["seed"], record["seed"] in seeds[index : index + 1], "the seed at batch.index"),
         ("precision", record["precision"], record["precision"] in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),
         ("decode_chunk", record["decode_chunk"], record["decode_chunk"] >= 1, "at least 1"),
         ("machine.threads", threads, 1 <= threads <= MAX_THREADS, f"1 to {MAX_THREADS}"),
     ):
-        if not is_sound:
-            raise ConfigError(f"{place}: expected {expected}, found {value!r}")
+        if not is_valid:
+            raise ConfigError(f"{key}: expected {expected}, found {value!r}")
 
 
 def check_same_weights(record: dict[str, Any], found: Mapping[str, dict[str, str] | None]) -> None:
-    """Raise UserError unless the files of weights, `checkpoint` and those `BESIDE` it, are those of a clip's record."""
+    """Raise UserError unless the files of weights, `checkpoint` and those `BESIDE` it, are those of the record."""
     for kind, file in found.items():
         wanted = record[kind]
         if (file and file["sha256"]) != (wanted and wanted["sha256"]):
@@ -157,8 +156,8 @@ def check_same_weights(record: dict[str, Any], found: Mapping[str, dict[str, str
             was = f"sha256 {wanted['sha256']} ({wanted['path']})" if wanted else "none"
             options = "--ckpt" if record["temporal"] is None else "--base and --temporal"
             options = option if kind == "temporal_decoder" else options
-            todo = f"give the right one with {options}" if wanted else f"leave out {option}"
-            raise UserError(f"{path}: expected the {what} that the clip was made with, {was}, found {sha256}; {todo}")
+            todo = f"give it with {options}" if wanted else f"leave out {option}"
+            raise UserError(f"{path}: expected the {what} of the clip, {was}, found {sha256}; {todo}")
 
 
 def hash_given(files: GivenFiles) -> dict[str, dict[str, str]]:
@@ -166,47 +165,45 @@ def hash_given(files: GivenFiles) -> dict[str, dict[str, str]]:
     return {kind: {"path": str(path), "sha256": hash_file(path)} for kind, path in asdict(files).items() if path}
 
 
-def given_again(record: dict[str, Any]) -> GivenFiles:
-    """The files of given frames that a clip was made with; raises UserError where one is gone or has changed."""
+def given_files(record: dict[str, Any]) -> GivenFiles:
+    """The given files of a record; raises UserError for a missing or changed one."""
     for kind, file in record["given"].items():
         path, option = Path(file["path"]), f"--{kind.replace('_', '-')}"
         if not path.is_file():
-            raise UserError(
-                f"{path}: expected the file that the clip was made with ({option}), found none; put it back"
-            )
+            raise UserError(f"{path}: expected the {option} of the clip, found no such file; restore it")
         if (found := hash_file(path)) != file["sha256"]:
             raise UserError(
-                f"{path}: expected the file that the clip was made with ({option}), sha256 {file['sha256']}, found "
-                f"sha256 {found}; it has changed since, put the old one back"
+                f"{path}: expected the {option} of the clip, sha256 {file['sha256']}, found sha256 {found}; restore "
+                "the original"
             )
     return GivenFiles(**{kind: Path(file["path"]) for kind, file in record["given"].items()})
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of everything that pixels or bytes depend on."""
+    """Versions of Python and of all packages that affect pixels or bytes."""
     return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
 
 
 def device_and_threads(device: torch.device) -> dict[str, Any]:
-    """The device and, as sums depend on it, the number of threads."""
+    """The device, and the number of threads, which affects rounding."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {"device": f"{device.type}: {name}", "threads": torch.get_num_threads()}
 
 
 def replay_notes(record: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
-    """Why the bytes of a replay may differ."""
+    """Reasons why the bytes of a replay may differ."""
     for name, found in now["versions"].items():
         was = record["versions"].get(name)
         if was != found:
-            yield f"made with {name} {was}, here is {found}: the bytes may differ"
+            yield f"made with {name} {was}, replayed with {found}: the bytes may differ"
     if record["machine"] != now["machine"]:
-        yield f"made on {record['machine']}, here is {now['machine']}: the bytes may differ"
+        yield f"made on {record['machine']}, replayed on {now['machine']}: the bytes may differ"
 
 
 def hash_weights(path: Path | None) -> dict[str, str] | None:
-    """Path and sha256 of a file of weights, or of the names and bytes of all files in a folder; None for None.
+    """Path and sha256 of a file of weights, or of all names and bytes in a folder; None for None.
 
-    Of a bundle, only the files that it is made of count.
+    Other files in a bundle's folder, such as its README, do not count.
     """
     if path is None:
         return None

@@ -1,4 +1,4 @@
-"""From the words of a command line, or of a record, to clips that can be made: defaults filled in, files read."""
+"""From options or a record to a clip that can be sampled: defaults, given files, plan, notes."""
 
 from __future__ import annotations
 
@@ -8,83 +8,95 @@ from pathlib import Path
 from typing import Any
 
 from ldm.errors import UserError
-from ldm.sampling.generator import ClipGenerator, describe_plan, rates_of
+from ldm.sampling.denoisers import overlapping_windows
+from ldm.sampling.generator import ClipGenerator
 from ldm.sampling.given_frames import FACTORS, GivenFrames, space_out_video, start_from_picture, start_from_video
 from ldm.sampling.prompts import odd_part, prompts_in
-from ldm.sampling.settings import DEFAULT_FPS, DEFAULT_FRAMES, SD_V1_SIZE, ClipSettings, GivenFiles, Training
-from ldm.sampling.stages import Plan
+from ldm.sampling.settings import DEFAULT_FPS, DEFAULT_FRAMES, SD_V1_SIZE, ClipSettings, GivenFiles, TrainingClips
+from ldm.sampling.stages import ClipPlan
 
-SOURCES = ("init_image", "init_video", "interpolate")  # a clip has one of them, or none
+SOURCES = ("init_image", "init_video", "interpolate")  # a clip has at most one of them
 
 
 @dataclass(frozen=True)
 class ClipRequest:
-    """A clip that can be made: its settings, checked, what is given of it and from which files, and its plan."""
+    """Checked settings of a clip, its given frames and their files, and its plan."""
 
     settings: ClipSettings
     files: GivenFiles
     given: GivenFrames | None
-    plan: Plan | None
+    plan: ClipPlan | None
 
     @property
     def prompts(self) -> list[str]:
-        """All texts to be encoded."""
+        """All texts to encode."""
         return [*prompts_in(self.settings.prompt, self.settings.frames), self.settings.negative_prompt]
 
+    @property
+    def rates(self) -> list[float]:
+        """The distinct frame rates of all windows, highest first."""
+        spacings = {1} if self.plan is None else {stage.spacing for stage in self.plan.stages}
+        return [self.settings.fps / spacing for spacing in sorted(spacings)]
+
     def describe(self) -> list[str]:
-        """How the clip is made, a line for each stage."""
-        return describe_plan(self.plan, self.settings)
+        """How the clip is sampled, one line per stage."""
+        settings = self.settings
+        if self.plan is not None:
+            return self.plan.describe(settings.fps)
+        num = len(overlapping_windows(settings.frames, settings.window or settings.frames, settings.overlap))
+        windows = "one window" if num == 1 else f"{num} overlapping windows of {settings.window}"
+        return [f"{settings.frames} frames at {settings.fps:.3g} fps in {windows}"]
 
 
 def read_request(options: Mapping[str, Any], generator: ClipGenerator) -> ClipRequest:
-    """The clip that options ask for, those left out as the checkpoint suggests or as in training. Raises UserError."""
-    trained = generator.training
+    """The clip of some options; missing ones are as the checkpoint suggests, or as in training. Raises UserError."""
+    training = generator.training
     files, factor = _read_files(options)
     given_fps = options.get("fps")
     options = {**generator.defaults, **options}
-    for what, path in asdict(files).items():
+    for name, path in asdict(files).items():
         if path is not None:
-            generator.check_given(f"--{what.replace('_', '-')}")
-    height, width = trained.size or (SD_V1_SIZE, SD_V1_SIZE)
+            generator.check_given(flag(name))
+    height, width = training.size or (SD_V1_SIZE, SD_V1_SIZE)
     names = {field.name for field in fields(ClipSettings)} & set(options) - {"interpolate"}
-    given = {
-        "frames": trained.frames or DEFAULT_FRAMES,
-        "fps": trained.fps or DEFAULT_FPS,
+    values = {
+        "frames": training.frames or DEFAULT_FRAMES,
+        "fps": training.fps or DEFAULT_FPS,
         "height": options.get("H", height),
         "width": options.get("W", width),
         "interpolate": factor,
         **{name: options[name] for name in names},
     }
-    settings = ClipSettings(**given)
+    settings = ClipSettings(**values)
     if files.interpolate is None:
-        settings = _with_windows(settings, trained, options)
+        settings = _with_windows(settings, training, options)
         generator.check(settings)  # before files are opened
     else:
-        generator.check(replace(settings, prompt=""))  # whose length, for a schedule, is not yet known
-    frames = read_given(settings, files)
+        generator.check(replace(settings, prompt=""))  # a schedule is checked when the length is known
+    given = read_given(settings, files)
     if files.interpolate is not None:
-        settings = replace(settings, frames=len(frames.shown), fps=frames.fps if given_fps is None else given_fps)
-        settings = _with_windows(settings, trained, options)
-    return ClipRequest(settings, files, frames, generator.plan(settings, frames))
+        settings = replace(settings, frames=len(given.shown), fps=given.fps if given_fps is None else given_fps)
+        settings = _with_windows(settings, training, options)
+    return ClipRequest(settings, files, given, generator.plan(settings, given))
 
 
-def repeat_request(words: Mapping[str, Any], files: GivenFiles, generator: ClipGenerator) -> ClipRequest:
-    """The clip of a record, whose `clip` and files are given; raises UserError."""
-    settings = ClipSettings(**words)
+def repeat_request(clip: Mapping[str, Any], files: GivenFiles, generator: ClipGenerator) -> ClipRequest:
+    """The clip of a record, from its `clip` and files; raises UserError."""
+    settings = ClipSettings(**clip)
     generator.check(settings)
-    for what, path in asdict(files).items():
+    for name, path in asdict(files).items():
         if path is not None:
-            generator.check_given(what)
+            generator.check_given(name)
     given = read_given(settings, files)
     if given is not None and len(given.shown) != settings.frames:
         raise UserError(
-            f"clip.frames: expected {len(given.shown)}, as {files.interpolate} asks, found {settings.frames}"
+            f"clip.frames: expected {len(given.shown)} to match {files.interpolate}, found {settings.frames}"
         )
     return ClipRequest(settings, files, given, generator.plan(settings, given))
 
 
 def read_given(settings: ClipSettings, files: GivenFiles) -> GivenFrames | None:
-    """The frames in the files, for a clip of these settings; None where nothing is given. Raises UserError."""
+    """Read given frames for a clip; None if there are none. Raises UserError."""
     size = settings.height, settings.width
     if files.init_image is not None:
         return start_from_picture(files.init_image, files.mask, settings.frames, size)
@@ -95,70 +107,67 @@ def read_given(settings: ClipSettings, files: GivenFiles) -> GivenFrames | None:
     return None
 
 
+def flag(name: str) -> str:
+    """The command-line option of a setting."""
+    return f"--{name.replace('_', '-')}"
+
+
 def notes(request: ClipRequest, generator: ClipGenerator) -> Iterator[str]:
-    """What a user should know of a clip before waiting for it."""
-    settings, trained = request.settings, generator.training
+    """What the user should know before waiting for a clip."""
+    settings, training = request.settings, generator.training
     if request.given is not None:
         yield from request.given.notes
     if (odd := odd_part(settings.prompt)) is not None:
-        yield f"'{settings.prompt}' is taken as one plain prompt, since '{odd}' does not begin with a frame and a colon"
-    if not trained.has_time:
-        yield "this checkpoint has not been trained on time: every frame is a picture of its own"
-    elif trained.frames is not None:
-        at_once = min(settings.window or settings.frames, settings.frames)
-        if at_once != trained.frames:
-            yield f"clips of {at_once} frames: trained on {trained.frames}; any length works, far ones may drift"
-    if generator.is_told_fps and trained.rates:
-        high, low = trained.rates[0], trained.rates[-1]
-        for fps in rates_of(request.plan, settings):
+        yield f"'{settings.prompt}' is read as one plain prompt: '{odd}' does not begin with a frame and a colon"
+    if not training.has_time:
+        yield "this checkpoint has no trained temporal layers: its frames are independent images"
+    elif training.frames is not None:
+        length = min(settings.window or settings.frames, settings.frames)
+        if length != training.frames:
+            yield f"windows of {length} frames: trained on {training.frames}; motion may drift at other lengths"
+    if generator.has_fps_embedding and training.rates:
+        high, low = training.rates[0], training.rates[-1]
+        for fps in request.rates:
             if not 0.999 * low <= fps <= 1.001 * high:
                 rates = f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
-                yield f"{fps:.3g} frames a second: trained on {rates}; motion may be wrong outside of that"
-    if trained.max_known_noise is not None:
-        yield from _notes_on_noise(settings.known_noise, trained.max_known_noise, request.plan)
+                yield f"{fps:.3g} frames a second: trained on {rates}; motion may be wrong at other rates"
+    if training.max_known_noise is not None:
+        yield from _notes_on_noise(settings.known_noise, training.max_known_noise, request.plan)
 
 
-def _notes_on_noise(level: int, most: int, plan: Plan | None) -> Iterator[str]:
-    if level > most:
-        yield f"noise of step {level} on known frames: trained on none beyond step {most}"
-    if most and not level and _has_followers(plan):
-        yield f"in several windows: --known-noise, here up to {most}, makes going on from earlier ones more robust"
-
-
-def _has_followers(plan: Plan | None) -> bool:
-    """Whether windows know frames that earlier ones made."""
-    return plan is not None and any(window.known - plan.given for window in plan.windows)
+def _notes_on_noise(level: int, max_level: int, plan: ClipPlan | None) -> Iterator[str]:
+    if level > max_level:
+        yield f"noise of step {level} on known frames: trained up to step {max_level}"
+    continues = plan is not None and any(window.known - plan.given for window in plan.windows)
+    if max_level and not level and continues:
+        yield f"several windows: --known-noise, up to {max_level}, makes continuations more robust to errors"
 
 
 def _read_files(options: Mapping[str, Any]) -> tuple[GivenFiles, int]:
-    """The files of given frames and how many times the frames of a video there should be."""
+    """The files of given frames and the interpolation factor, 1 for none."""
     files = {name: options.get(name) for name in (*SOURCES, "mask")}
-    sources = [f"--{name.replace('_', '-')}" for name in SOURCES if files[name] is not None]
+    sources = [flag(name) for name in SOURCES if files[name] is not None]
     if len(sources) > 1:
-        raise UserError(f"{sources[0]}: expected one way to give frames, found {' and '.join(sources)}; choose one")
+        raise UserError(f"{sources[0]}: expected one source of given frames, found {' and '.join(sources)}; choose one")
     if files["mask"] is not None and not sources:
-        raise UserError(
-            "--mask: expected --init-image, --init-video or --interpolate beside it, from which what is black is kept, "
-            "found none of them"
-        )
+        raise UserError("--mask: expected --init-image, --init-video or --interpolate with it, found none of them")
     factor = 1
     if files["interpolate"] is not None:
         times, video = files["interpolate"]
         if not times.isdecimal() or int(times) not in FACTORS:
             raise UserError(
-                f"--interpolate: expected a number of times from {FACTORS[0]} to {FACTORS[-1]} before the video, found "
-                f"{times!r}"
+                f"--interpolate: expected a factor of {FACTORS[0]} to {FACTORS[-1]} before the video, found {times!r}"
             )
         if "frames" in options:
-            raise UserError("--frames: cannot be given beside --interpolate, where the length follows from the video")
+            raise UserError("--frames: expected no value with --interpolate, which sets the length; leave it out")
         factor, files["interpolate"] = int(times), Path(video)
     return GivenFiles(**files), factor
 
 
-def _with_windows(settings: ClipSettings, trained: Training, options: Mapping[str, Any]) -> ClipSettings:
-    """The settings with `window` and `overlap` filled in; pictures of their own need no more than one window."""
-    length = trained.frames or DEFAULT_FRAMES
-    if length == 1 or not trained.has_time:
+def _with_windows(settings: ClipSettings, training: TrainingClips, options: Mapping[str, Any]) -> ClipSettings:
+    """Fill in `window` and `overlap`; independent images need a single window."""
+    length = training.frames or DEFAULT_FRAMES
+    if length == 1 or not training.has_time:
         length = max(2, settings.frames)
     window = min(options.get("window", settings.frames if settings.frames <= 2 * length else length), settings.frames)
     third = max(2, options.get("window", length) // 3)

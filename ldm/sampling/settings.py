@@ -1,4 +1,4 @@
-"""What a clip is to be, and what its checkpoint was trained on, as plain values."""
+"""Settings of a clip, and the clips that a checkpoint was trained on, as plain values."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from ldm.config.schema import ConfigError, check_values, mapping_at
 from ldm.video import parse_size
 
 SD_V1_SIZE, DEFAULT_FRAMES, DEFAULT_FPS = 512, 5, 10.0
+MAX_FRAMES = 10_000  # of a clip
 PRECISIONS = {"full": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class ClipSettings:
-    """All that decides how a clip looks, the seed, the checkpoint and given frames aside.
+    """Everything that determines a clip, except seed, checkpoint and given frames; the `clip` of a record.
 
-    prompt: plain, or a schedule as in `prompts`. height, width: pixels. fps: playback rate, which the network is told
-    if it asks. scale: of the guidance, 1 for none; it pushes away from `negative_prompt`. motion_scale: of the guidance
-    away from frames by themselves, 1 for none. eta: noise between DDIM steps. window: frames made at once, None for
-    all. overlap: frames that windows share. known_noise: diffusion step of the noise on known frames. interpolate: how
-    many times the frames of the video given for it.
+    prompt: plain, or a schedule as in `prompts`. height, width: pixels. fps: playback rate, also an input of networks
+    with `fps_embedding`. scale: classifier-free guidance away from `negative_prompt`, 1 for none. motion_scale:
+    guidance away from independent frames, 1 for none. eta: noise between DDIM steps. window: frames sampled together,
+    None for all. overlap: frames that windows share. known_noise: diffusion step of the noise on known frames.
+    interpolate: frame rate of the clip divided by that of the given video.
     """
 
     prompt: str
@@ -44,25 +45,25 @@ class ClipSettings:
     motion_scale: float = 1.0
 
 
-# What a config may say at `sampling`: defaults of these, for people who sample from its checkpoint.
+# Keys that a config may have at `sampling`: defaults for the checkpoint's users.
 DEFAULTS = {
     "frames": int, "fps": float, "window": int, "steps": int, "sampler": str, "scale": float, "motion_scale": float,
 }  # fmt: skip
 
 
 def sampling_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a clip that a whole config gives at `sampling`, their kinds checked; raises `ConfigError`."""
+    """The checked `sampling` section of a whole config; raises `ConfigError`."""
     found = mapping_at("sampling", config.get("sampling"))
-    for word in found:
-        if word not in DEFAULTS:
-            raise ConfigError(f"sampling.{word}: nothing reads this key; accepted here: {', '.join(DEFAULTS)}")
+    for key in found:
+        if key not in DEFAULTS:
+            raise ConfigError(f"sampling.{key}: nothing reads this key; accepted here: {', '.join(DEFAULTS)}")
     check_values(found, DEFAULTS, "sampling")
     return dict(found)
 
 
 @dataclass(frozen=True)
 class GivenFiles:
-    """Where given frames come from; None where nothing is given."""
+    """Files of given frames; None where nothing is given."""
 
     init_image: Path | None = None
     init_video: Path | None = None
@@ -71,11 +72,11 @@ class GivenFiles:
 
 
 @dataclass(frozen=True)
-class Training:
-    """What a checkpoint says of the clips it was trained on; None where it says nothing.
+class TrainingClips:
+    """The clips that a checkpoint was trained on; None for what its config does not say.
 
-    rates: frames a second, one for each stride, the highest first. max_known_noise: diffusion step of the most noise on
-    known frames.
+    rates: frames a second, one for each stride, highest first. has_time: whether there are temporal layers.
+    max_known_noise: diffusion step of the strongest noise on known frames.
     """
 
     frames: int | None
@@ -90,8 +91,8 @@ class Training:
         return self.rates[0] if self.rates else None
 
     @classmethod
-    def of_config(cls, config: Mapping[str, Any], has_time: bool) -> Training:
-        """What a whole config says, its values checked; raises `ConfigError`."""
+    def from_config(cls, config: Mapping[str, Any], has_time: bool) -> TrainingClips:
+        """Read a whole config and check its values; raises `ConfigError`."""
         data, prepare = (mapping_at(name, config.get(name)) for name in ("data", "prepare"))
         params = mapping_at("data.params", data.get("params"))
         model = mapping_at("model.params", mapping_at("model", config.get("model")).get("params"))

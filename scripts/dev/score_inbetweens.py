@@ -32,9 +32,9 @@ from ldm.errors import Parser, UserError, run_command
 from ldm.experiments.tables import markdown_table
 from ldm.files import write_atomically
 from ldm.modules.posterior import posterior_mean
-from ldm.sampling.denoisers import KnownDenoiser, KnownLatents
+from ldm.sampling.denoisers import GuidedDenoiser, KnownDenoiser, KnownLatents
 from ldm.sampling.generator import ClipGenerator
-from ldm.sampling.loop import GuidedDenoiser, build_scheduler, initial_noise, sample
+from ldm.sampling.loop import build_scheduler, initial_noise, sample
 
 DATA = "ldm.data.clips.ClipDataModule"
 BATCH = 8

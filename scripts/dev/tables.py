@@ -21,7 +21,7 @@ from ldm.checkpoint.layouts import BUNDLED, bundle_files, read_bundle
 from ldm.errors import UserError
 from ldm.experiments.tables import ablation_table, estimate_cell, markdown_table
 from ldm.files import parse_json
-from ldm.sampling.settings import Training, sampling_defaults
+from ldm.sampling.settings import TrainingClips, sampling_defaults
 from scripts.dev.benchmarking.rows import goal_rows, is_record, rows_of, table_rows
 
 NETWORKS = {
@@ -96,7 +96,7 @@ def bundle_table(folder: Path = BUNDLED) -> str:
         network = NETWORKS[path.stem.partition("-")[0]]
         rows.append([f"`{path.name}`", network, f"{parameters / 1e6:.2f}", f"{size / 1e6:.1f}"])
     rows.append(["all", "", f"{total_parameters / 1e6:.2f}", f"{total_bytes / 1e6:.1f}"])
-    trained = Training.of_config(config, has_time=True)
+    trained = TrainingClips.from_config(config, has_time=True)
     settings = {
         "trained on clips of": f"{trained.frames} frames",
         "at": ", ".join(f"{rate:g}" for rate in trained.rates) + " frames a second",

@@ -177,7 +177,7 @@ def test_what_lies_beside_a_bundle_does_not_change_its_identity(folder):
         (["--sampling", "step=12"], "sampling.step: nothing reads this key; accepted here: frames, fps, window, steps"),
         (["--sampling", "steps=few"], "sampling.steps: expected a whole number, found 'few'"),
         (["--sampling", "steps=0"], "steps: expected 1 to 999, found 0"),
-        (["--sampling", "sampler=dmp"], "sampler: expected the name of one, found 'dmp'"),
+        (["--sampling", "sampler=dmp"], "sampler: expected a sampler's name, found 'dmp'"),
         (["--text", "nowhere.ckpt"], "nowhere.ckpt: expected a checkpoint"),
     ],
 )

@@ -25,7 +25,7 @@ from ldm.data.shards.index import DATASET_FILE, EMPTY_FILE, INDEX_FILE, DatasetE
 from ldm.data.stream import StreamDataModule
 from ldm.errors import UserError
 from ldm.evaluation.look_judge import METADATA_KEY, load_style_classifier
-from ldm.experiments.runs import Plan, read_words
+from ldm.experiments.comparison import Comparison, read_plan_file
 from ldm.files import parse_json
 from ldm.runs.arguments import parse_arguments
 from ldm.runs.folder import check_paths, plan_run
@@ -120,7 +120,7 @@ def test_an_override_is_yaml_too():
 def test_plans_cannot_slip_flags_into_a_command(tmp_path, words, message):
     (tmp_path / "plan.yaml").write_text(words)
     with pytest.raises(UserError, match=message):
-        Plan.of_words(read_words(tmp_path / "plan.yaml"), "plan.yaml")
+        Comparison.from_mapping(read_plan_file(tmp_path / "plan.yaml"), "plan.yaml")
 
 
 @pytest.mark.parametrize("name", ["../../x", "/etc/x", "a/b", "a/.."])

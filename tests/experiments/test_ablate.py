@@ -15,11 +15,12 @@ from torch.utils.tensorboard import SummaryWriter
 from ldm.config import check, load_config
 from ldm.errors import UserError
 from ldm.evaluation.motion import MEASURES
-from ldm.experiments.runs import CLIPS, LOGGED, MINUTES, OF_TRUE, Ablations, Sampling, gather, read_words
+from ldm.experiments.ablations import CLIPS, LOGGED, MINUTES, OF_TRUE, Ablations, Sampling
+from ldm.experiments.comparison import read_plan_file
 from ldm.experiments.tables import ablation_table
 from ldm.sampling.options import read_prompt_file
 from ldm.video import read_video
-from scripts.ablate import Laboratory, main
+from scripts.ablate import AblationRunner, main
 
 ROOT = Path(__file__).parents[2]
 PUBLISHED = [ROOT / "configs/drive/ablations.yaml", ROOT / "configs/drive/known.yaml"]
@@ -44,7 +45,7 @@ WORDS = {
 
 
 def plan(more=(), **changes) -> Ablations:
-    return Ablations.of_words({**WORDS, **changes}, "plan").with_overrides(more)
+    return Ablations.from_mapping({**WORDS, **changes}, "plan").with_overrides(more)
 
 
 def estimate(mean: float) -> dict:
@@ -98,7 +99,7 @@ def image(tmp_path) -> str:
 
 def test_each_run_is_trained_once_and_its_own_words_come_last(tmp_path, image):
     scripts = Scripts()
-    Laboratory(plan(["--accelerator", "cpu", image]), tmp_path, scripts).make_rows()
+    AblationRunner(plan(["--accelerator", "cpu", image]), tmp_path, scripts).make_rows()
     ours, scratch = scripts.of("main.py")
     common = ["lightning.trainer.max_steps=7", "--accelerator", "cpu", image]
     assert ours[5] == "ours" and ours[-4:] == common
@@ -112,7 +113,7 @@ def test_each_run_is_trained_once_and_its_own_words_come_last(tmp_path, image):
 
 def test_clips_are_as_the_plan_its_evaluation_and_the_row_say(tmp_path, image):
     scripts = Scripts()
-    Laboratory(plan([image]), tmp_path, scripts).make_rows()
+    AblationRunner(plan([image]), tmp_path, scripts).make_rows()
     evaluations = scripts.of("scripts/evaluate.py")
     assert ["--no-spoilt" in words for words in evaluations] == [False] * 2 + [True] * 5
     options = [dict(zip(words[2::2], words[3::2], strict=False)) for words in evaluations]
@@ -126,38 +127,38 @@ def test_clips_are_as_the_plan_its_evaluation_and_the_row_say(tmp_path, image):
 def test_what_is_done_is_not_done_again(tmp_path, image):
     first = {**WORDS["rows"]}
     del first["scratch"]
-    Laboratory(plan([image], rows=first), tmp_path, Scripts()).make_rows()
+    AblationRunner(plan([image], rows=first), tmp_path, Scripts()).make_rows()
     scripts = Scripts()
-    laboratory = Laboratory(plan([image]), tmp_path, scripts)
-    laboratory.make_rows()
+    runner = AblationRunner(plan([image]), tmp_path, scripts)
+    runner.make_rows()
     assert [words[0] for words in scripts.commands] == ["main.py", "scripts/evaluate.py", "scripts/evaluate.py"]
     again = Scripts()
-    Laboratory(plan([image], sampling={"clips": 3, "steps": 3}), tmp_path, again).make_rows()
+    AblationRunner(plan([image], sampling={"clips": 3, "steps": 3}), tmp_path, again).make_rows()
     assert [words[0] for words in again.commands] == ["scripts/evaluate.py"] * 7
-    with pytest.raises(UserError, match=r"holds the run 'ours' made by another command.*choose another --out"):
-        Laboratory(plan([image, "data.params.batch_size=1"]), tmp_path, Scripts()).make_rows()
+    with pytest.raises(UserError, match=r"expected the run 'ours' of the same command, found .*choose another --out"):
+        AblationRunner(plan([image, "data.params.batch_size=1"]), tmp_path, Scripts()).make_rows()
 
 
 def test_training_and_measuring_may_be_done_apart(tmp_path, image, capsys):
     measuring = Scripts()
-    Laboratory(plan([image]), tmp_path, measuring, trains=False).make_rows()
+    AblationRunner(plan([image]), tmp_path, measuring, trains=False).make_rows()
     assert [words[1] for words in measuring.commands] == [str(tmp_path / "image.ckpt")] * 2
     assert "scratch: 'from scratch' is not trained yet" in capsys.readouterr().out
     training = Scripts()
-    Laboratory(plan([image]), tmp_path, training).train()
+    AblationRunner(plan([image]), tmp_path, training).train()
     assert [words[0] for words in training.commands] == ["main.py"] * 2
 
 
 def test_a_script_that_fails_stops_the_plan(tmp_path, image):
-    with pytest.raises(UserError, match=r"'ours': main.py ended with status 1"):
-        Laboratory(plan([image]), tmp_path, Scripts(status=1)).train()
+    with pytest.raises(UserError, match=r"'ours': expected main.py to succeed, found status 1"):
+        AblationRunner(plan([image]), tmp_path, Scripts(status=1)).train()
     assert not (tmp_path / "runs.json").exists()
 
 
 def test_no_image_model(tmp_path):
-    message = r"ckpt_path: expected the checkpoint that the runs start .* found .*nowhere.ckpt"
+    message = r"ckpt_path: expected the common starting checkpoint, found .*nowhere.ckpt"
     with pytest.raises(UserError, match=message):
-        Laboratory(plan([f"model.params.ckpt_path={tmp_path}/nowhere.ckpt"]), tmp_path, Scripts()).make_rows()
+        AblationRunner(plan([f"model.params.ckpt_path={tmp_path}/nowhere.ckpt"]), tmp_path, Scripts()).make_rows()
 
 
 @pytest.mark.parametrize(
@@ -168,7 +169,7 @@ def test_rows_made_from_given_frames(tmp_path, image, words, given, length):
     """True clips of unseen scenes, some of whose frames are given with the caption."""
     scripts = Scripts()
     rows = {"known": {"run": "ours", "evaluations": ["moving"], **words}}
-    Laboratory(plan([image], rows=rows), tmp_path, scripts).make_rows()
+    AblationRunner(plan([image], rows=rows), tmp_path, scripts).make_rows()
     folder = tmp_path / "rows/known/moving"
     (sampling,) = scripts.of("scripts/txt2vid.py")
     jobs = read_prompt_file(Path(sampling[sampling.index("--from-file") + 1]))
@@ -186,13 +187,13 @@ def test_rows_made_from_given_frames(tmp_path, image, words, given, length):
     (evaluation,) = scripts.of("scripts/evaluate.py")
     assert evaluation[1:4] == [str(folder / "clips"), "--reference", str(folder / "true")]
     again = Scripts()
-    Laboratory(plan([image], rows=rows), tmp_path, again).make_rows()
+    AblationRunner(plan([image], rows=rows), tmp_path, again).make_rows()
     assert again.commands == []
 
 
 def test_the_table(tmp_path, image):
-    laboratory = Laboratory(plan([image]), tmp_path, Scripts())
-    laboratory.make_rows()
+    runner = AblationRunner(plan([image]), tmp_path, Scripts())
+    runner.make_rows()
     results = json.loads((tmp_path / "results.json").read_text())
     for run in results["runs"].values():
         run["seconds"] = 90.0
@@ -213,24 +214,24 @@ def test_the_table(tmp_path, image):
 def test_rows_of_the_start_alone_need_no_runs(tmp_path, image):
     scripts = Scripts()
     alone = plan([image], runs={}, rows={"image": {"run": "start"}, "long": {"run": "start", "frames": 16}})
-    Laboratory(alone, tmp_path / "out", scripts, trains=True).make_rows()
+    AblationRunner(alone, tmp_path / "out", scripts, trains=True).make_rows()
     assert {words[0] for words in scripts.commands} == {"scripts/evaluate.py"} and len(scripts.commands) == 4
     with pytest.raises(UserError, match=r"rows.x.run: expected one of start, found ours"):
         plan(runs={}, rows={"x": {"run": "ours"}})
 
 
 def test_a_table_of_nothing_yet():
-    assert ablation_table(gather(plan(), {}, {})).count("\n") == 2
+    assert ablation_table(plan().gather({}, {})).count("\n") == 2
 
 
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
 def test_the_published_plans_are_accepted(path):
-    found = Ablations.of_words(read_words(path), "plan")
-    for overrides in [*found.plan.runs.values(), []]:
-        check(load_config([ROOT / base for base in found.plan.base], [*found.plan.overrides, *overrides]))
+    found = Ablations.from_mapping(read_plan_file(path), "plan")
+    for overrides in [*found.comparison.runs.values(), []]:
+        check(load_config([ROOT / base for base in found.comparison.base], [*found.comparison.overrides, *overrides]))
     used = {run for run, _ in found.rows.values()}
-    assert used == {*found.plan.runs, "start"}
-    measures = {column.partition("/")[2].removesuffix(OF_TRUE) for column in found.plan.columns.values()
+    assert used == {*found.comparison.runs, "start"}
+    measures = {column.partition("/")[2].removesuffix(OF_TRUE) for column in found.comparison.columns.values()
                 if column != MINUTES and not column.startswith(LOGGED)}  # fmt: skip
     assert measures <= {*MEASURES, TEXT_AGREEMENT, CLIPS}
 
@@ -238,19 +239,22 @@ def test_the_published_plans_are_accepted(path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rows": {}}, "plan: expected rows, found none of it"),
-        ({"evaluations": {}}, "plan: expected evaluations, found none of it"),
+        ({"rows": {}}, "plan: expected rows, found none"),
+        ({"evaluations": {}}, "plan: expected evaluations, found none"),
         ({"sampling": {"frame": 5}}, r"plan: sampling: .*found frame; did you mean 'frames'"),
         ({"sampling": {"frames": "five"}}, r"plan: sampling.frames: expected a whole number"),
-        ({"sampling": {"frames": 1}}, r"frames: expected at least 2, found 1: nothing moves"),
+        ({"sampling": {"frames": 1}}, r"frames: expected at least 2, found 1: one frame has no motion"),
         ({"sampling": {"clips": 0}}, r"clips: expected at least 1, found 0"),
         ({"evaluations": {"a": {"look": "x"}}}, r"evaluations.a: .*did you mean 'looks'"),
         ({"rows": {"x": {"run": "our"}}}, r"rows.x.run: .*found our; did you mean 'ours'"),
-        ({"runs": {"start": []}}, r"plan: runs: expected other names than 'start'"),
+        ({"runs": {"start": []}}, r"plan: runs: expected names other than 'start'"),
         ({"rows": {"x": {}}}, r"rows.x.run: expected one of ours, from scratch, start, found None"),
         ({"rows": {"x": {"run": "ours", "evaluations": ["fast"]}}}, r"rows.x.evaluations: .* found fast"),
         ({"rows": {"x": {"run": "ours", "interpolate": 3}}}, r"interpolate: expected 2 or more.*found 3 and 5 frames"),
-        ({"rows": {"x": {"run": "ours", "interpolate": 2, "first_frame": True}}}, r"exclude each other"),
+        (
+            {"rows": {"x": {"run": "ours", "interpolate": 2, "first_frame": True}}},
+            r"expected first_frame or interpolate, found both",
+        ),
         ({"columns": {"a": "fast/road"}}, r"columns.a: .*found fast"),
         ({"colums": {}}, r"plan: colums: .*did you mean 'columns'"),
     ],

@@ -10,7 +10,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from ldm.config import check, load_config
 from ldm.errors import UserError
-from ldm.experiments.runs import Plan, file_name
+from ldm.experiments.comparison import Comparison, file_name
 from ldm.experiments.tables import comparison_table
 from scripts.compare import compare, main, read_plan
 
@@ -42,7 +42,7 @@ class Trainings:
 
 def test_each_run_gets_its_own_words_and_a_row(tmp_path):
     run = Trainings()
-    results = compare(Plan.of_words(WORDS, "plan"), tmp_path, ["--accelerator", "cpu"], run)
+    results = compare(Comparison.from_mapping(WORDS, "plan"), tmp_path, ["--accelerator", "cpu"], run)
     logs = str(tmp_path / "logs")
     start = ["main.py", "--base", "base.yaml", "-t", "-n"]
     assert run.commands == [
@@ -59,17 +59,17 @@ def test_each_run_gets_its_own_words_and_a_row(tmp_path):
 
 
 def test_what_is_done_is_not_run_again_unless_it_would_be_another_run(tmp_path):
-    compare(Plan.of_words({**WORDS, "runs": {"plain": []}}, "plan"), tmp_path, [], Trainings())
+    compare(Comparison.from_mapping({**WORDS, "runs": {"plain": []}}, "plan"), tmp_path, [], Trainings())
     run = Trainings()
-    compare(Plan.of_words(WORDS, "plan"), tmp_path, [], run)
+    compare(Comparison.from_mapping(WORDS, "plan"), tmp_path, [], run)
     assert [command[5] for command in run.commands] == ["more-noise-0-1"]
-    with pytest.raises(UserError, match=r"holds the run 'plain' made by another command.*choose another --out"):
-        compare(Plan.of_words(WORDS, "plan"), tmp_path, ["c=3"], run)
+    with pytest.raises(UserError, match=r"expected the run 'plain' of the same command, found .*choose another --out"):
+        compare(Comparison.from_mapping(WORDS, "plan"), tmp_path, ["c=3"], run)
 
 
 def test_a_run_that_fails_stops_the_comparison(tmp_path):
-    with pytest.raises(UserError, match="the run 'plain' ended with status 1"):
-        compare(Plan.of_words(WORDS, "plan"), tmp_path, [], Trainings(status=1))
+    with pytest.raises(UserError, match="'plain': expected a run that succeeds, found status 1"):
+        compare(Comparison.from_mapping(WORDS, "plan"), tmp_path, [], Trainings(status=1))
     assert not (tmp_path / "results.json").exists()
 
 
@@ -94,14 +94,14 @@ def test_every_run_of_the_published_plans_is_a_config_that_is_accepted(path):
     ("change", "message"),
     [
         ({"colums": {}}, "plan: colums: .*did you mean 'columns'"),
-        ({"runs": {}}, "plan: expected runs, found none of it"),
-        ({"base": None}, "plan: expected base, found none of it"),
+        ({"runs": {}}, "plan: expected runs, found none"),
+        ({"base": None}, "plan: expected base, found none"),
         ({"runs": {"a": "b=1"}}, "plan"),
     ],
 )
 def test_impossible_plans_are_refused(change, message):
     with pytest.raises(UserError, match=message):
-        Plan.of_words({**WORDS, **change}, "plan")
+        Comparison.from_mapping({**WORDS, **change}, "plan")
 
 
 @pytest.mark.parametrize(

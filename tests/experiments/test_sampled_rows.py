@@ -14,11 +14,12 @@ from ldm.data.world import FIRST_SEED, LOOKS, MOVING_LOOKS, STILL_LOOKS, choose_
 from ldm.errors import UserError
 from ldm.evaluation.clip_files import plan_rows
 from ldm.experiments.evaluation_plan import EvaluationPlan, add_making_options, read_prompts, row_names, split_given
-from ldm.experiments.sampled_rows import ALONE, RowGenerator, SampledRows, Wanted, true_row
+from ldm.experiments.sampled_rows import ALONE, SampledRows, WantedClip, autoencode, true_row
 from ldm.modules.posterior import posterior_mean
 from ldm.modules.unet import UNetModel
 from ldm.sampling.generator import ClipGenerator
 from ldm.sampling.record import read_record
+from ldm.sampling.settings import ClipSettings
 from ldm.video import from_uint8, read_metadata, read_video, to_uint8, write_mp4
 from scripts import evaluate
 from tests.conftest import fill_by_rule
@@ -26,7 +27,7 @@ from tests.scripts.test_txt2vid import training_config
 from tests.tiny_checkpoint import UNET, image_state, video_state
 
 CLIP = {"frames": 3, "fps": 4.0, "steps": 2, "scale": 1.0}
-WANTED = [Wanted(0, 0, "a snowy road"), Wanted(1, 1, "a road at night")]
+WANTED = [WantedClip(0, 0, "a snowy road"), WantedClip(1, 1, "a road at night")]
 
 
 def save(path: Path, state: dict, **words: object) -> Path:
@@ -42,25 +43,30 @@ def checkpoint(tmp_path_factory) -> Path:
     return save(tmp_path_factory.mktemp("rows") / "tiny.ckpt", video_state())
 
 
+def generate(generator: ClipGenerator, settings, wanted: list[WantedClip], **options):
+    seeds, prompts = [clip.seed for clip in wanted], [clip.prompt for clip in wanted]
+    return generator.generate(settings, seeds, prompts=prompts, **options)
+
+
 def count(total: list[int]):
     return lambda number=1: total.append(number)
 
 
 def test_each_clip_of_a_batch_has_its_own_prompt_and_noise(checkpoint):
-    generator, alone = RowGenerator(checkpoint), ClipGenerator(checkpoint)
+    generator, alone = ClipGenerator(checkpoint), ClipGenerator(checkpoint)
     settings = SampledRows(generator, "tiny", CLIP, Path("unused"), "").settings
     for one in (generator, alone):
         one.read_prompts([*(clip.prompt for clip in WANTED), ""])
-    together = generator.generate_each(settings, WANTED)
+    together = generate(generator, settings, WANTED)
     for clip, frames in zip(WANTED, together, strict=True):
         (same,) = alone.generate(type(settings)(**{**vars(settings), "prompt": clip.prompt}), [clip.seed])
         assert np.abs(frames.astype(int) - same).max() <= 1
-    other = generator.generate_each(settings, [Wanted(0, 0, "a road at night"), WANTED[1]])
+    other = generate(generator, settings, [WantedClip(0, 0, "a road at night"), WANTED[1]])
     assert not np.array_equal(other[0], together[0])
 
 
 def test_a_row_on_disk_is_not_made_again_unless_something_changed(checkpoint, tmp_path, monkeypatch):
-    maker = SampledRows(RowGenerator(checkpoint), "tiny", CLIP, tmp_path, "python evaluate.py")
+    maker = SampledRows(ClipGenerator(checkpoint), "tiny", CLIP, tmp_path, "python evaluate.py")
     row = maker.sampled(WANTED, count([]))
     assert [path.name for path in row.files] == ["00000.mp4", "00001.mp4"] and not row.is_reference
     record = read_record(row.files[1])  # as txt2vid.py writes them: it can replay the clip
@@ -68,36 +74,36 @@ def test_a_row_on_disk_is_not_made_again_unless_something_changed(checkpoint, tm
     frames, fps = read_video(row.files[1])
     assert frames.shape == (3, 32, 48, 3) and fps == 4
 
-    made = []
-    real = RowGenerator.generate_each
-    monkeypatch.setattr(RowGenerator, "generate_each", lambda self, s, w: made.append(list(w)) or real(self, s, w))
+    made, real = [], ClipGenerator.generate
+
+    def generate_and_note(self, settings, seeds, chunk, prompts, images_only):
+        made.append(list(zip(seeds, prompts, strict=True)))
+        return real(self, settings, seeds, chunk, prompts=prompts, images_only=images_only)
+
+    monkeypatch.setattr(ClipGenerator, "generate", generate_and_note)
     done: list[int] = []
-    more = [*WANTED, Wanted(2, 2, "a third road")]
-    SampledRows(RowGenerator(checkpoint), "tiny", CLIP, tmp_path, "another command").sampled(more, count(done))
-    assert made == [[more[2]]] and done == [2, 1]
+    more = [*WANTED, WantedClip(2, 2, "a third road")]
+    SampledRows(ClipGenerator(checkpoint), "tiny", CLIP, tmp_path, "another command").sampled(more, count(done))
+    assert made == [[(2, "a third road")]] and done == [2, 1]
     row.files[0].write_bytes(b"damaged")
-    SampledRows(RowGenerator(checkpoint), "tiny", CLIP | {"steps": 3}, tmp_path, "").sampled(more, count([]))
-    assert made[1] == more
-    SampledRows(RowGenerator(checkpoint), "tiny", CLIP | {"steps": 3}, tmp_path, "").sampled(more, count([]))
+    SampledRows(ClipGenerator(checkpoint), "tiny", CLIP | {"steps": 3}, tmp_path, "").sampled(more, count([]))
+    assert made[1] == [(clip.seed, clip.prompt) for clip in more]
+    SampledRows(ClipGenerator(checkpoint), "tiny", CLIP | {"steps": 3}, tmp_path, "").sampled(more, count([]))
     assert len(made) == 2
 
 
-def test_the_image_part_alone_knows_nothing_of_other_frames(checkpoint, tmp_path):
-    generator = RowGenerator(checkpoint)
+def test_images_only_frames_do_not_depend_on_each_other(checkpoint):
+    generator = ClipGenerator(checkpoint)
     generator.read_prompts(["a road"])
-    settings = SampledRows(generator, "tiny", CLIP, tmp_path, "").settings
-    latents = torch.randn(1, 3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    context, step = generator._contexts["a road"], torch.tensor([500])
-    network = generator.without_time().unet
-    changed = latents.clone()
-    changed[:, 2] += 1
-    first, second = network(latents, step, context), network(changed, step, context)
-    assert torch.equal(first[:, :2], second[:, :2]) and not torch.equal(first[:, 2], second[:, 2])
-    with_time = generator.unet(latents, step, context), generator.unet(changed, step, context)
-    assert not torch.allclose(with_time[0][:, 1], with_time[1][:, 1])
-    one = generator.without_time().generate_each(settings, [Wanted(0, 3, "a road")])[0]
-    two = generator.generate_each(settings, [Wanted(0, 3, "a road")])[0]
-    assert not np.array_equal(one, two)
+    latents, options = {}, {"height": 32, "width": 48, "fps": 4.0, "steps": 2, "scale": 1.0}
+    for frames in (2, 3):
+        settings = ClipSettings("a road", frames=frames, **options)
+        for images_only in (False, True):
+            made = generator.make_latents(settings, [3], prompts=["a road"], images_only=images_only)
+            latents[frames, images_only] = made[:, :2]
+    torch.testing.assert_close(latents[2, True], latents[3, True], rtol=0, atol=1e-4)
+    assert not torch.allclose(latents[2, False], latents[3, False], atol=1e-2)
+    assert not torch.allclose(latents[2, True], latents[2, False], atol=1e-2)
 
 
 def test_true_clips_and_what_the_autoencoder_makes_of_them(checkpoint, tmp_path):
@@ -107,14 +113,14 @@ def test_true_clips_and_what_the_autoencoder_makes_of_them(checkpoint, tmp_path)
     assert np.abs(read_video(true.files[1])[0].astype(int) - clip.frames).mean() < 4  # an MP4 of them
     record = read_metadata(true.files[1])
     assert record["clip"]["look"] == "night" and record["clip"]["prompt"] in clip.captions
-    maker = SampledRows(RowGenerator(checkpoint), "tiny", CLIP, tmp_path, "")
+    maker = SampledRows(ClipGenerator(checkpoint), "tiny", CLIP, tmp_path, "")
     row = maker.autoencoded(true, count([]))
     frames = read_video(row.files[1])[0]
     assert frames.shape == clip.frames.shape and row.is_reference
     first_stage, source = maker.generator.first_stage, read_video(true.files[1])[0]
     with torch.no_grad():
         decoded = to_uint8(first_stage.decode(posterior_mean(first_stage.encode(from_uint8(source)))))
-    assert np.abs(maker.generator.autoencode(source).astype(int) - decoded).max() <= 1
+    assert np.abs(autoencode(maker.generator, source).astype(int) - decoded).max() <= 1
     assert np.corrcoef(decoded.mean(axis=3).flat, frames.mean(axis=3).flat)[0, 1] > 0.8  # an MP4 of its wild colours
     before = row.files[1].stat().st_mtime_ns
     maker.autoencoded(true, count([]))
@@ -213,17 +219,17 @@ def test_rows_are_called_by_their_runs():
     ("words", "message"),
     [
         (["--looks", "snwo"], r"--looks: expected all, moving, still or looks, found 'snwo'; did you mean 'snow'"),
-        (["--clips", "1"], "--clips: expected at least 2, found 1; a mean and its interval need more"),
+        (["--clips", "1"], "--clips: expected at least 2, found 1; use 30 or more"),
         (["--alone", "1"], "--alone: expected 0, or 2 to the 64 of --clips, found 1"),
         (["--alone", "65"], "--alone: expected 0, or 2 to the 64 of --clips, found 65"),
         (["--seed", "-1"], "--seed: expected a whole number from 0 to 4,294,967,296, found -1"),
-        (["--rates", "4,8"], "--rates: expected 3 different frame rates or more, such as 4,6,12, found '4,8'"),
-        (["--rates", "4,8,fast"], "--rates: expected 3 different frame rates or more"),
-        (["--rates", "4,8,12"], r"--rates: expected a network that is told the frame rate .* leave out --rates"),
+        (["--rates", "4,8"], "--rates: expected 3 or more different frame rates such as 4,6,12, found '4,8'"),
+        (["--rates", "4,8,fast"], "--rates: expected 3 or more different frame rates"),
+        (["--rates", "4,8,12"], r"--rates: expected a network conditioned on the frame rate .* leave out --rates"),
         (["--prompts", "missing.txt"], "missing.txt: expected a text file with one prompt a line, found no such file"),
         (["--device", "abacus"], "--device: expected cpu or a device this machine has, found 'abacus'"),
         (["--steps", "0"], "steps: expected 1 to 999, found 0"),
-        (["--sampler", "ddmi"], "sampler: expected the name of one, found 'ddmi'"),
+        (["--sampler", "ddmi"], "sampler: expected a sampler's name, found 'ddmi'"),
         (["--frames", "1"], "tiny.ckpt: expected clips of at least 2 frames, found 1; set --frames"),
         (["--fps", "0"], "fps: expected more than 0"),
         (["--H", "33"], "height: expected a multiple of 4 pixels, found 33; the nearest is 32"),
@@ -241,10 +247,10 @@ def test_mistakes(checkpoint, tmp_path, words, message, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--steps", "5"], "--steps: expected a checkpoint to make clips, found none"),
-        (["--alone", "0"], "--alone: expected a checkpoint to make clips, found none"),
+        (["--steps", "5"], "--steps: expected a checkpoint to sample from, found none"),
+        (["--alone", "0"], "--alone: expected a checkpoint to sample from, found none"),
         (["--looks", "all"], "--looks: expected a checkpoint, or --reference world, found none"),
-        (["--no-spoilt"], "--no-spoilt: expected --reference, whose clips are spoilt, found none"),
+        (["--no-spoilt"], "--no-controls: expected --reference with it, found none"),
     ],
 )
 def test_options_that_nothing_would_read(tmp_path, words, message):
@@ -258,7 +264,7 @@ def test_checkpoints_and_videos_of_another_form(checkpoint, tmp_path):
         write_mp4(tmp_path / "videos" / f"{number}.mp4", np.zeros((3, 32, 64, 3), np.uint8), 4)
     _, form = plan_rows([tmp_path / "videos"], None)
     with pytest.raises(
-        UserError, match=r"tiny: expected 3 frames of 64x32, 4 a second as the videos, found 3 frames of 48x32"
+        UserError, match=r"tiny: expected 3 frames of 64x32, 4 a second like the videos, found 3 frames of 48x32"
     ):
         EvaluationPlan(options(tmp_path, *QUICK, frames=3), [checkpoint], form, "")
 
@@ -268,7 +274,7 @@ def test_files_of_prompts(tmp_path):
     for content, message in (
         (b"\n# none\n", "expected one prompt a line, found none"),
         (b"\xff\xfe\x00", "expected a text file in UTF-8"),
-        (b"0: dawn | 2: night\n", "expected plain prompts, found one that changes along the clip"),
+        (b"0: dawn | 2: night\n", "expected plain prompts, found a prompt schedule"),
     ):
         path.write_bytes(content)
         with pytest.raises(UserError, match=message):

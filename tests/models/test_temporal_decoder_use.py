@@ -16,7 +16,7 @@ from ldm.checkpoint.diffusers import write_diffusers
 from ldm.checkpoint.encoders import digest_of
 from ldm.checkpoint.names import FIRST_STAGE_PREFIX, TEMPORAL_DECODER_PREFIX
 from ldm.errors import UserError
-from ldm.experiments.sampled_rows import RowGenerator
+from ldm.experiments.sampled_rows import autoencode, autoencoder_identity
 from ldm.modules.temporal_decoder import FramesBlock, TemporalDecoder
 from ldm.sampling.generator import ClipGenerator
 from ldm.sampling.settings import ClipSettings
@@ -94,18 +94,22 @@ def test_chunks_and_clips_beside_it_change_nothing_and_pictures_pass_it_by(files
 
 
 def test_rows_of_an_evaluation_use_it_but_for_the_image_model(files):
-    row, alone = RowGenerator(files / "drive"), RowGenerator(files / "drive", temporal_decoder=False)
+    row, alone = ClipGenerator(files / "drive"), ClipGenerator(files / "drive", temporal_decoder=False)
     frames = np.random.default_rng(0).integers(0, 255, (6, 32, 32, 3), dtype=np.uint8)
     moments = row.first_stage.encode(from_uint8(frames))
     latents = moments.chunk(2, dim=1)[0]
     expected = torch.cat(list(row.temporal_decoder.decode(row.first_stage.decoder_parts(), [latents])))
-    assert np.abs(row.autoencode(frames).astype(int) - to_uint8(expected)).max() <= 1
-    assert np.abs(row.autoencode(frames).astype(int) - alone.autoencode(frames)).max() > 10
-    assert row.identity_of_autoencoder() != alone.identity_of_autoencoder()
-    as_joined = row.identity_of_autoencoder()
+    assert np.abs(autoencode(row, frames).astype(int) - to_uint8(expected)).max() <= 1
+    assert np.abs(autoencode(row, frames).astype(int) - autoencode(alone, frames)).max() > 10
+    assert autoencoder_identity(row) != autoencoder_identity(alone)
+    as_joined = autoencoder_identity(row)
     row.temporal_decoder.brightness_area = 0
-    assert row.identity_of_autoencoder() != as_joined
-    assert row.without_time().temporal_decoder is None
+    assert autoencoder_identity(row) != as_joined
+    row.read_prompts(["a road"])
+    alone.read_prompts(["a road"])
+    settings = ClipSettings("a road", frames=2, height=32, width=32, fps=4, steps=1, scale=1)
+    of_images = [generator.generate(settings, [1], images_only=True)[0] for generator in (row, alone)]
+    assert np.array_equal(*of_images)
 
 
 def test_a_clip_made_with_one_is_made_again(files, tmp_path, monkeypatch):
@@ -117,11 +121,11 @@ def test_a_clip_made_with_one_is_made_again(files, tmp_path, monkeypatch):
     assert record["temporal_decoder"]["path"] == "decoder.ckpt" and len(record["temporal_decoder"]["sha256"]) == 64
     main(["--replay", "00000.mp4", "--outdir", "."])
     assert Path("00000.mp4").read_bytes() == Path("00001.mp4").read_bytes()
-    with pytest.raises(UserError, match=r"other.ckpt: expected the temporal decoder .* give the right one with --temp"):
+    with pytest.raises(UserError, match=r"other.ckpt: expected the temporal decoder .* give it with --temp"):
         main(["--replay", "00000.mp4", "--outdir", ".", "--temporal-decoder", "other.ckpt"])
     main(["--prompt", "a road", *QUICK, "--ckpt", "last.ckpt", "--outdir", "."])
     assert json.loads(Path("00002.json").read_text())["temporal_decoder"] is None
-    with pytest.raises(UserError, match=r"made with, none, found sha256 .*; leave out --temporal-decoder"):
+    with pytest.raises(UserError, match=r"of the clip, none, found sha256 .*; leave out --temporal-decoder"):
         main(["--replay", "00002.mp4", "--outdir", ".", "--temporal-decoder", "decoder.ckpt"])
 
 

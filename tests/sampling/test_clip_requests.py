@@ -42,7 +42,7 @@ def test_a_schedule_goes_with_a_clip_whose_length_follows_from_a_video(told, tmp
     words = {"interpolate": ("4", tmp_path / "a.mp4")}
     request = ask(told, prompt="0: a | 20: b", **words)
     assert request.settings.frames == 33 and request.prompts == ["a", "b", ""]
-    with pytest.raises(UserError, match=r"prompt schedule: expected frames from 0 to 32, as the clip has 33, found 33"):
+    with pytest.raises(UserError, match=r"prompt schedule: expected frames 0 to 32 of the clip, found 33"):
         ask(told, prompt="0: a | 33: b", **words)
 
 
@@ -52,7 +52,7 @@ def test_a_network_of_pictures_makes_any_number_in_one_window(tmp_path, frames):
     request = ask(generator, frames=frames)
     assert request.settings.window == frames
     assert request.describe() == [f"{frames} frames at 8 fps in one window"]
-    assert any("every frame is a picture of its own" in note for note in notes(request, generator))
+    assert any("its frames are independent images" in note for note in notes(request, generator))
     assert ask(generator, frames=40, window=10).settings.window == 10
 
 
@@ -60,7 +60,7 @@ def test_layers_over_time_that_saw_single_frames_get_the_whole_clip_too(tmp_path
     generator = of_images(tmp_path / "video.ckpt", video_state())
     request = ask(generator, frames=9)
     assert request.settings.window == 9
-    assert list(notes(request, generator)) == ["clips of 9 frames: trained on 1; any length works, far ones may drift"]
+    assert list(notes(request, generator)) == ["windows of 9 frames: trained on 1; motion may drift at other lengths"]
 
 
 def test_channels_for_known_pixels_are_not_time(tmp_path):
@@ -68,7 +68,7 @@ def test_channels_for_known_pixels_are_not_time(tmp_path):
     unet = save_told(tmp_path / "whole.ckpt", words)
     generator = of_images(tmp_path / "inpainting.ckpt", torch.load(unet, weights_only=True)["state_dict"], words)
     assert generator.takes_known_frames and not generator.training.has_time
-    assert any("every frame is a picture of its own" in note for note in notes(ask(generator), generator))
+    assert any("its frames are independent images" in note for note in notes(ask(generator), generator))
 
 
 def test_a_network_that_is_not_told_the_rate_goes_on_at_its_own(told, tmp_path):
@@ -83,7 +83,7 @@ def test_noise_on_known_frames_is_suggested_once_where_windows_follow_each_other
         return [note for note in notes(ask(generator, **words), generator) if "--known-noise" in note]
 
     assert suggestions(told, frames=40) == [
-        "in several windows: --known-noise, here up to 300, makes going on from earlier ones more robust"
+        "several windows: --known-noise, up to 300, makes continuations more robust to errors"
     ]
     assert ask(told, frames=40).settings.known_noise == 0
     Image.new("RGB", (24, 16)).save(tmp_path / "a.png")
@@ -106,11 +106,11 @@ def test_guidance_of_no_number_is_refused(told, scale):
 @pytest.mark.parametrize("window", [1, 0, -3])
 def test_every_window_too_small_is_told_the_same_minimum(told, window):
     for frames in (5, 13):
-        with pytest.raises(UserError, match=f"window: expected at least 2 frames, .* belong together, found {window}"):
+        with pytest.raises(UserError, match=f"window: expected at least 2 frames to sample together, found {window}"):
             ask(told, frames=frames, window=window)
 
 
 def test_a_continuation_without_overlap_is_refused(told, tmp_path):
     write_mp4(tmp_path / "a.mp4", draw_drive(9, 32, seed=0), 8)
-    with pytest.raises(UserError, match="--overlap: expected at least 1, since that many of the last frames"):
+    with pytest.raises(UserError, match=r"--overlap: expected at least 1 frame of .*a.mp4 to begin the clip, found 0"):
         ask(told, init_video=tmp_path / "a.mp4", overlap=0)

@@ -74,10 +74,10 @@ def test_the_middle_is_taken_and_it_is_said():
     picture = Image.fromarray(np.arange(96, dtype=np.uint8)[None].repeat(32, 0))
     fitted = fit_picture(picture, (32, 32))
     assert np.array_equal(fitted[0], np.arange(32, 64))
-    assert describe_fit(picture, (32, 32)) == "of its 96x32 pixels the middle 32x32 are taken"
+    assert describe_fit(picture, (32, 32)) == "cropped from 96x32 to the central 32x32 pixels"
     assert describe_fit(picture, (16, 48)) is None
-    assert describe_fit(picture, (128, 384)) == "it is enlarged 4 times and will look soft"
-    assert describe_fit(picture, (96, 96)).endswith("middle 32x32 are taken, it is enlarged 3 times and will look soft")
+    assert describe_fit(picture, (128, 384)) == "enlarged 4 times, which looks soft"
+    assert describe_fit(picture, (96, 96)).endswith("central 32x32 pixels, enlarged 3 times, which looks soft")
 
 
 def test_last_first_and_every_frame(tmp_path):
@@ -139,7 +139,7 @@ def test_a_picture_begins_a_clip_or_is_kept_where_the_mask_is_black(tmp_path):
     Image.new("RGB", (96, 32), (9, 9, 9)).save(tmp_path / "a.png")
     given = start_from_picture(tmp_path / "a.png", None, 4, (16, 16))
     assert given.pictures.shape == (1, 16, 16, 3) and given.shown == [0, None, None, None]
-    assert given.notes == (f"{tmp_path / 'a.png'}: of its 96x32 pixels the middle 32x32 are taken",)
+    assert given.notes == (f"{tmp_path / 'a.png'}: cropped from 96x32 to the central 32x32 pixels",)
     half = np.zeros((16, 16), np.uint8)
     half[8:] = 255
     Image.fromarray(half).save(tmp_path / "m.png")
@@ -182,15 +182,18 @@ def write_bad_pictures(folder):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("missing.png", "expected a picture, found no such file"),
-        ("short.png", r"expected a picture, found a damaged one \(.+\); copy or download it again"),
-        ("short.jpg", r"expected a picture, found a damaged one \(.+\); copy or download it again"),
-        ("text.png", r"expected a picture \(PNG, JPEG, WebP, TIFF, ...\), found something else; videos go to --init-"),
-        ("empty.png", r"expected a picture \(PNG, JPEG, WebP, TIFF, ...\), found something else"),
-        ("folder.png", r"expected a picture, found what cannot be opened \(Is a directory\)"),
-        ("float.tif", r"expected levels of grey from 0 to 65535, found numbers of 32 bits from 0.5 to 0.5; store it"),
-        ("wide.tif", "expected levels of grey from 0 to 65535, found numbers of 32 bits from 70000 to 70000; store it"),
-        ("film.mp4", "found something else; videos go to --init-video and --interpolate"),
+        ("missing.png", "expected an image, found no such file"),
+        ("short.png", r"expected an image, found a corrupt one \(.+\); copy or download it again"),
+        ("short.jpg", r"expected an image, found a corrupt one \(.+\); copy or download it again"),
+        (
+            "text.png",
+            r"expected an image \(PNG, JPEG, WebP, TIFF, ...\), found another format; for a video use --init-",
+        ),
+        ("empty.png", r"expected an image \(PNG, JPEG, WebP, TIFF, ...\), found another format"),
+        ("folder.png", r"expected an image, found a file that cannot be opened \(Is a directory\)"),
+        ("float.tif", r"expected grey levels from 0 to 65535, found 32-bit values from 0.5 to 0.5; store it"),
+        ("wide.tif", "expected grey levels from 0 to 65535, found 32-bit values from 70000 to 70000; store it"),
+        ("film.mp4", "found another format; for a video use --init-video or --interpolate"),
     ],
 )
 def test_what_is_no_picture_gets_one_message(tmp_path, name, message):
@@ -218,7 +221,7 @@ def test_bad_videos_get_one_message(tmp_path):
         read_last_frames(tmp_path / "short.mp4", 10, (64, 64), 2)
     Image.new("RGB", (64, 64)).save(tmp_path / "one.png")
     for name in ("one.mp4", "one.png"):
-        message = rf"{name}: expected a video.* found a single frame; a picture can begin .* give it to --init-image"
+        message = rf"{name}: expected a video.* found a single frame; for an image use --init-image"
         with pytest.raises(UserError, match=message):
             read_every_frame(tmp_path / name, (64, 64), 4)
         with pytest.raises(UserError, match=message):
@@ -232,21 +235,23 @@ def test_a_video_is_not_multiplied_beyond_ten_thousand_frames(tmp_path, monkeypa
     monkeypatch.setattr("ldm.sampling.given_frames.MAX_FRAMES", 9)
     write_mp4(tmp_path / "a.mp4", draw_drive(5, 64, seed=0), 10)
     assert len(read_every_frame(tmp_path / "a.mp4", (64, 64), 2)[0]) == 5  # 9 frames
-    with pytest.raises(UserError, match=r"a.mp4: expected at most 3 frames, of which 3 times .*, found more; cut it"):
+    with pytest.raises(
+        UserError, match=r"a.mp4: expected at most 3 frames, 9 after interpolation by 3, found more; cut the"
+    ):
         read_every_frame(tmp_path / "a.mp4", (64, 64), 3)
 
 
 def test_masks_of_another_size_or_length_are_refused(tmp_path):
     Image.new("L", (64, 32)).save(tmp_path / "m.png")
-    with pytest.raises(UserError, match=r"m.png: expected a mask of 32x64 pixels, as the clip has, found 64x32"):
+    with pytest.raises(UserError, match=r"m.png: expected a mask of 32x64 pixels like the clip, found 64x32"):
         read_mask(tmp_path / "m.png", 5, (64, 32))
-    with pytest.raises(UserError, match=r"of 32x64 pixels, as the clip has, or 9x8, as the picture, found 64x32"):
+    with pytest.raises(UserError, match=r"of 32x64 pixels like the clip or 9x8 like the image, found 64x32"):
         read_mask(tmp_path / "m.png", 5, (64, 32), source=(8, 9))
     write_mp4(tmp_path / "m.mp4", draw_drive(4, 64, seed=0), 10)
     for num_frames, found in ((5, "4"), (3, "more")):
-        with pytest.raises(UserError, match=f"m.mp4: expected a picture or a video of {num_frames} .*found {found}"):
+        with pytest.raises(UserError, match=f"m.mp4: expected an image or a video of {num_frames} .*found {found}"):
             read_mask(tmp_path / "m.mp4", num_frames, (64, 64))
-    with pytest.raises(UserError, match=r"missing.png: expected a picture, found no such file"):
+    with pytest.raises(UserError, match=r"missing.png: expected an image, found no such file"):
         read_mask(tmp_path / "missing.png", 5, (64, 64))
     (tmp_path / "text.png").write_text("no mask")
     with pytest.raises(FootageError, match=r"text.png: expected a video, found 7 bytes that ffmpeg cannot read"):
@@ -256,11 +261,13 @@ def test_masks_of_another_size_or_length_are_refused(tmp_path):
 def test_a_clip_of_which_everything_is_given_is_refused(tmp_path):
     write_mp4(tmp_path / "a.mp4", draw_drive(5, 64, seed=0), 10)
     Image.new("L", (64, 64)).save(tmp_path / "black.png")
-    with pytest.raises(UserError, match=r"--frames: expected more than 3, since that many .*\(--overlap\), found 3"):
+    with pytest.raises(
+        UserError, match=r"--frames: expected more than the 3 frames of .*a.mp4 .*\(--overlap\), found 3"
+    ):
         start_from_video(tmp_path / "a.mp4", None, 3, 10, (64, 64), 3)
-    with pytest.raises(UserError, match=r"--overlap: expected at least 1, .* last frames of .*a.mp4 begin .* found 0"):
+    with pytest.raises(UserError, match=r"--overlap: expected at least 1 frame of .*a.mp4 to begin the clip, found 0"):
         start_from_video(tmp_path / "a.mp4", None, 5, 10, (64, 64), 0)
-    with pytest.raises(UserError, match="expected something to make, found all 5 frames of the clip given; ask for"):
+    with pytest.raises(UserError, match="expected at least one frame to sample, found all 5 given; set more"):
         start_from_video(tmp_path / "a.mp4", tmp_path / "black.png", 5, 10, (64, 64), 3)
-    with pytest.raises(UserError, match="expected something to make, found all 1 frames of the clip given"):
+    with pytest.raises(UserError, match="expected at least one frame to sample, found all 1 given"):
         start_from_picture(tmp_path / "black.png", None, 1, (64, 64))

@@ -12,8 +12,14 @@ from torch import Generator
 from ldm.diffusion.known_frames import fill_unknown
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
-from ldm.sampling.denoisers import KnownDenoiser, KnownLatents, check_known_level, check_takes_known_frames
-from ldm.sampling.loop import SAMPLERS, GuidedDenoiser, build_scheduler, initial_noise, sample
+from ldm.sampling.denoisers import (
+    GuidedDenoiser,
+    KnownDenoiser,
+    KnownLatents,
+    check_known_level,
+    check_takes_known_frames,
+)
+from ldm.sampling.loop import SAMPLERS, build_scheduler, initial_noise, sample
 
 PARAMETERIZATIONS = ("eps", "x0", "v")
 

@@ -9,8 +9,8 @@ from torch import Generator
 from ldm.diffusion.noise import NoiseFamily
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.modules.unet import UNetModel
-from ldm.sampling.denoisers import KnownDenoiser, KnownLatents
-from ldm.sampling.loop import GuidedDenoiser, build_scheduler, initial_noise, sample
+from ldm.sampling.denoisers import GuidedDenoiser, KnownDenoiser, KnownLatents
+from ldm.sampling.loop import build_scheduler, initial_noise, sample
 from ldm.sampling.stages import plan_stages, sample_plan
 
 

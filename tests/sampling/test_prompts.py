@@ -50,11 +50,11 @@ def test_what_keeps_a_prompt_from_being_a_schedule_is_named():
     ("prompt", "message"),
     [
         ("3: a | 4: b", "expected the first prompt at frame 0, as in '0: dawn road .*found frame 3"),
-        ("0: a | 4: b | 2: c", "expected frames that rise, found 2 after 4; reorder them"),
-        ("0: a | 4: b | 4: c", "expected one prompt for a frame, found two for frame 4"),
-        ("0: a | 0: b", "expected one prompt for a frame, found two for frame 0"),
-        ("0: a | 5: b", "expected frames from 0 to 4, as the clip has 5, found 5; ask for more --frames"),
-        ("0: a | 999999999999999999: b", "expected frames from 0 to 4"),
+        ("0: a | 4: b | 2: c", "expected increasing frames, found 2 after 4; reorder them"),
+        ("0: a | 4: b | 4: c", "expected one prompt per frame, found two for frame 4"),
+        ("0: a | 0: b", "expected one prompt per frame, found two for frame 0"),
+        ("0: a | 5: b", "expected frames 0 to 4 of the clip, found 5; set more --frames"),
+        ("0: a | 999999999999999999: b", "expected frames 0 to 4 of the clip"),
     ],
 )
 def test_bad_schedules_get_one_message(prompt, message):

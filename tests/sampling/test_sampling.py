@@ -12,9 +12,9 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
+from ldm.sampling.denoisers import GuidedDenoiser
 from ldm.sampling.loop import (
     SAMPLERS,
-    GuidedDenoiser,
     build_scheduler,
     check_size,
     decode_chunks,

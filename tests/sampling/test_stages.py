@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ldm.errors import UserError
-from ldm.sampling.stages import Plan, count_levels, plan_interpolation, plan_stages
+from ldm.sampling.stages import ClipPlan, count_levels, plan_interpolation, plan_stages
 
 SETTINGS = [
     (window, overlap, levels)
@@ -18,7 +18,7 @@ SETTINGS = [
 ]
 
 
-def check(plan: Plan, window: int) -> None:
+def check(plan: ClipPlan, window: int) -> None:
     """What has to be true of every plan."""
     there, before = set(plan.given), None
     for stage in plan.stages:
@@ -78,7 +78,7 @@ def test_five_frames_become_seventeen_and_sixty_five():
         "keyframes: 5 frames at 0.625 fps in 1 window",
         "in between: 5 -> 17 frames at 2.5 fps in 4 windows",
         "in between: 17 -> 65 frames at 10 fps in 16 windows",
-        "together: 21 windows, 1.62 frames of them for each one made",
+        "total: 21 windows, 1.62 frames evaluated per new frame",
     ]
 
 
@@ -174,17 +174,17 @@ def test_interpolation_under_a_mask_makes_the_given_frames_first():
         (lambda: plan_stages(0, 5, 1), "frames: expected 1 to 10000, found 0"),
         (lambda: plan_stages(-1, 5, 1), "frames: expected 1 to 10000, found -1"),
         (lambda: plan_stages(10_001, 5, 1), "frames: expected 1 to 10000, found 10001"),
-        (lambda: plan_stages(2, 1, 1), "window: expected at least 2 frames, .* found 1"),
-        (lambda: plan_stages(2, 0, 1), "window: expected at least 2 frames, .* found 0"),
+        (lambda: plan_stages(2, 1, 1), "window: expected at least 2 frames to sample together, found 1"),
+        (lambda: plan_stages(2, 0, 1), "window: expected at least 2 frames to sample together, found 0"),
         (lambda: plan_stages(9, 5, 5), "overlap: expected 1 to 4 frames, fewer than the 5 of a window, found 5"),
         (lambda: plan_stages(9, 5, 0), "overlap: expected 1 to 4 frames, .* found 0"),
-        (lambda: plan_stages(9, 5, 1, given=[9]), "given frames: expected numbers from 0 to 8, found 9"),
-        (lambda: plan_interpolation(1, 4, 5, 1), "interpolate: expected at least 2 frames .* found 1"),
-        (lambda: plan_interpolation(5, 1, 5, 1), "interpolate: expected a number of times from 2, found 1"),
-        (lambda: plan_interpolation(4, 3, 2, 1), "window: expected at least 3 frames to put frames .* found 2"),
+        (lambda: plan_stages(9, 5, 1, given=[9]), "given frames: expected indices from 0 to 8, found 9"),
+        (lambda: plan_interpolation(1, 4, 5, 1), "interpolate: expected at least 2 given frames, each 4 .* found 1"),
+        (lambda: plan_interpolation(5, 1, 5, 1), "interpolate: expected a factor of at least 2, found 1"),
+        (lambda: plan_interpolation(4, 3, 2, 1), "window: expected at least 3 frames for interpolation, found 2"),
         (
             lambda: plan_interpolation(15, 14, 5, 1),
-            "a product of numbers up to 4, .* found 14; the nearest: 12, 16. A window of 8 allows 14",
+            "a product of factors up to 4, .* found 14; use 12 or 16, or a window of at least 8",
         ),
     ],
 )  # fmt: skip

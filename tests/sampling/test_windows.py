@@ -10,8 +10,8 @@ from torch import Generator
 
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
-from ldm.sampling.denoisers import KnownDenoiser, KnownLatents, WindowedDenoiser, overlapping_windows
-from ldm.sampling.loop import GuidedDenoiser, build_scheduler, sample
+from ldm.sampling.denoisers import GuidedDenoiser, KnownDenoiser, KnownLatents, WindowedDenoiser, overlapping_windows
+from ldm.sampling.loop import build_scheduler, sample
 
 
 def randn(*shape, seed=0):
@@ -105,7 +105,7 @@ def test_known_frames_and_windows_go_together():
     [
         (5, 5, "overlap: expected 1 to 4 frames, .* found 5"),
         (5, 0, "overlap: expected 1 to 4 frames, .* found 0"),
-        (1, 1, "window: expected at least 2 frames, .* found 1"),
+        (1, 1, "window: expected at least 2 frames to sample together, found 1"),
     ],
 )
 def test_windows_that_cannot_be(window, overlap, message):

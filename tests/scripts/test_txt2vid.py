@@ -73,7 +73,7 @@ def test_a_clip_becomes_four_files_that_agree(run, tmp_path):
     }  # fmt: skip
     assert record["seed"] == 42 and len(record["checkpoint"]["sha256"]) == 64
     assert record["versions"]["torch"] == torch.__version__ and "--frames 6" in record["command"]
-    assert "clips of 6 frames: trained on 5" in out and "00000.mp4" in out
+    assert "windows of 6 frames: trained on 5" in out and "00000.mp4" in out
 
 
 def test_defaults_are_those_of_the_training(run, tmp_path):
@@ -122,7 +122,7 @@ def test_a_public_image_checkpoint_works_and_says_that_time_is_untrained(run, tm
     words = config_for(tmp_path / "scaled.ckpt", scale_factor=None)  # to be measured: the record holds the number
     OmegaConf.save(OmegaConf.create(words), config)
     out = run("--prompt", "a road", "--ckpt", str(public), "--config", str(config), *QUICK, "--frames", "2")
-    assert "has not been trained on time" in out
+    assert "has no trained temporal layers" in out
     assert records(tmp_path)[0]["config"]["model"]["params"]["scale_factor"] == 0.25
     (tmp_path / "scaled.ckpt").unlink()
     run("--replay", str(tmp_path / "00000.mp4"))  # the config travels in the record
@@ -200,7 +200,7 @@ def test_replay_refuses_another_checkpoint_and_other_settings(run, tmp_path, che
     expected = records(tmp_path)[0]["checkpoint"]["sha256"]
     with pytest.raises(UserError, match=rf"sha256 {expected}.*found sha256 [0-9a-f]{{64}}"):
         run("--replay", str(tmp_path / "00000.json"), "--ckpt", str(other))
-    with pytest.raises(UserError, match=r"takes every setting of the clip from .*so --steps cannot"):
+    with pytest.raises(UserError, match=r"--steps: expected no setting of the clip with --replay"):
         run("--replay", str(tmp_path / "00000.json"), "--steps", "3")
 
 
@@ -217,7 +217,7 @@ def test_replay_says_why_bytes_may_differ(run, tmp_path):
     record = records(tmp_path)[0]
     record["versions"]["torch"] = "1.0"
     (tmp_path / "old.json").write_text(json.dumps(record))
-    assert "note: made with torch 1.0, here is" in run("--replay", str(tmp_path / "old.json"))
+    assert "note: made with torch 1.0, replayed with" in run("--replay", str(tmp_path / "old.json"))
 
 
 def evil(place: str, folder: Path) -> dict:
@@ -249,9 +249,9 @@ def test_a_strangers_checkpoint_and_record_start_nothing(run, tmp_path, place):
         ("clip.prompt", None, "clip.prompt: expected a string, found None"),
         ("checkpoint", "last.ckpt", "checkpoint: expected a mapping, found 'last.ckpt'"),
         ("checkpoint.sha256", 5, "checkpoint.sha256: expected a string, found 5"),
-        ("batch.index", 4, "batch.index: expected a place among the seeds, found 4"),
+        ("batch.index", 4, "batch.index: expected an index of the seeds, found 4"),
         ("batch.seeds", [2**64], r"batch.seeds: expected whole numbers from 0 to 2\^63"),
-        ("seed", 41, "seed: expected the one of the batch at that place, found 41"),
+        ("seed", 41, "seed: expected the seed at batch.index, found 41"),
         ("precision", "fp8", "precision: expected one of full, bf16, fp16, found 'fp8'"),
         ("decode_chunk", 0, "decode_chunk: expected at least 1, found 0"),
         ("machine.threads", 0, "machine.threads: expected 1 to 4096, found 0"),
@@ -283,7 +283,7 @@ def test_replay_sets_the_pieces_that_are_decoded_too(tmp_path, checkpoint):
     (tmp_path / "clip.json").write_text(json.dumps(a_record(checkpoint)))
     for word, value in (("decode-chunk", "7"), ("precision", "bf16"), ("config", "x.yaml"), ("frames", "2")):
         with pytest.raises(
-            UserError, match=f"so --{word} cannot be given beside it; only --ckpt, .* --temporal-decoder"
+            UserError, match=f"--{word}: expected no setting of the clip .*use only --ckpt, .* --temporal-decoder"
         ):
             main(["--replay", str(tmp_path / "clip.json"), f"--{word}", value])
 

@@ -67,7 +67,7 @@ def test_without_a_run_and_without_weights_it_says_where_it_looked(tmp_path, mon
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("scripts.txt2vid.BUNDLED", tmp_path / "models" / "drive")
     with pytest.raises(
-        UserError, match=r"no logs/\*/checkpoints/last.ckpt of .*, and no bundled model in .*models/drive. Give --ckpt"
+        UserError, match=r"no logs/\*/checkpoints/last.ckpt of .*, and no bundled model in .*models/drive; give --ckpt"
     ):
         main(["--prompt", "a road", "--device", "cpu"])
     assert not list(tmp_path.iterdir())

@@ -16,7 +16,8 @@ from ldm.modules.compiled import use_cuda_graphs
 from ldm.modules.nn import join_projections
 from ldm.planning.count import count_step, shape_of
 from ldm.planning.proposals import needed, propose
-from ldm.sampling.loop import GuidedDenoiser, build_scheduler, sample
+from ldm.sampling.denoisers import GuidedDenoiser
+from ldm.sampling.loop import build_scheduler, sample
 from scripts.dev.benchmarking.child import ask_child
 from scripts.dev.benchmarking.contestants import (
     CONTESTANTS,
