@@ -1,7 +1,7 @@
-"""Pixels: the one place where they are scaled, and where videos are written, read back and laid out as sheets.
+"""Pixels: scaling, writing and reading of video files, contact sheets.
 
-`video` is a float tensor `t c h w` in [-1, 1]; `frames` are uint8 RGB arrays `t h w 3`. Files depend on their input
-alone: the same frames and metadata give the same bytes.
+`video` is a float tensor `t c h w` in [-1, 1]; `frames` are uint8 RGB arrays `t h w 3`. The same frames and metadata
+give the same bytes.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from PIL import Image, ImageDraw, ImageFont
 from ldm.errors import UserError
 from ldm.files import parse_json, replacing
 
-# What may be read as a video: films in one file. Playlists and scripts, which open other files and addresses, may not.
+# Formats that may be read: single files, no playlists or scripts, which open other files and addresses.
 FORMATS = (
     "mov,matroska,webm,avi,flv,gif,mpegts,mpeg,mjpeg,ogg,asf,yuv4mpegpipe,mpegvideo,h264,hevc,m4v,3gp,wtv,"
-    "png_pipe,jpeg_pipe,webp_pipe,bmp_pipe,tiff_pipe"  # one picture, of which that can be said
+    "png_pipe,jpeg_pipe,webp_pipe,bmp_pipe,tiff_pipe"  # images, for a clear error message
 )
 OPEN_OPTIONS = {"protocol_whitelist": "file", "format_whitelist": FORMATS}
-MAX_HELD = 2**33  # bytes of the frames of a film that is read as a whole
-MAX_PIXELS = 2**26  # of a picture or a frame; 8192x8192
-CRF = "10"  # of libx264: not to be told from the original by eye
-BT709 = 1  # the number of this colour matrix, transfer and primaries in a video's header
+MAX_HELD = 2**33  # bytes of the frames of a video that is read whole
+MAX_PIXELS = 2**26  # of an image or a frame; 8192x8192
+CRF = "10"  # of libx264: visually lossless
+BT709 = 1  # code of this colour matrix, transfer and primaries in the header
 
 
 def to_uint8(video: torch.Tensor) -> np.ndarray:
-    """Pixels in [-1, 1] (what lies outside is clipped), `t c h w` -> uint8 `t h w c`, rounded."""
+    """Pixels in [-1, 1], clipped, `t c h w` -> uint8 `t h w c`, rounded."""
     pixels = (video.detach().float().clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
     return rearrange(pixels, "t c h w -> t h w c").cpu().numpy()
 
 
 def from_uint8(frames: np.ndarray | Sequence[np.ndarray]) -> torch.Tensor:
-    """uint8 `t h w c` -> float32 `t c h w` in [-1, 1]; `to_uint8` gives the same frames back."""
+    """uint8 `t h w c` -> float32 `t c h w` in [-1, 1], inverted exactly by `to_uint8`."""
     pixels = torch.from_numpy(np.array(frames))
     return rearrange(pixels, "t h w c -> t c h w").float() / 127.5 - 1
 
@@ -53,17 +53,16 @@ def parse_size(size: int | str | Sequence[int], where: str) -> tuple[int, int]:
     Raises UserError that starts with `where` for anything else.
     """
     is_list = isinstance(size, Sequence) and not isinstance(size, str)
-    words = list(size) if is_list else str(size).lower().split("x")
-    if len(words) not in (1, 2) or not all(str(word).isdecimal() and int(word) > 0 for word in words):
+    sides = list(size) if is_list else str(size).lower().split("x")
+    if len(sides) not in (1, 2) or not all(str(side).isdecimal() and int(side) > 0 for side in sides):
         raise UserError(f"{where}: expected a number of pixels or HEIGHTxWIDTH, found {size!r}")
-    return int(words[0]), int(words[-1])
+    return int(sides[0]), int(sides[-1])
 
 
 def write_mp4(path: Path | str, frames: np.ndarray, fps: float, metadata: Mapping[str, Any] | None = None) -> None:
-    """Write uint8 RGB `t h w 3` as H.264 that plays everywhere (yuv420p, BT.709) and looks like the original.
+    """Write uint8 RGB `t h w 3` with even sides as widely playable H.264 (yuv420p, BT.709), atomically.
 
-    `metadata` is kept as JSON in the file's `comment` tag; `read_metadata` gives it back. Height and width must be
-    even. The file appears whole or not at all.
+    `metadata` is stored as JSON in the `comment` tag; see `read_metadata`.
     """
     _check_frames(frames, fps)
     if frames.shape[1] % 2 or frames.shape[2] % 2:
@@ -90,10 +89,7 @@ def write_mp4(path: Path | str, frames: np.ndarray, fps: float, metadata: Mappin
 
 
 def read_video(path: Path | str) -> tuple[np.ndarray, float]:
-    """All frames of a video file, uint8 RGB `t h w 3`, and its frames a second; for films of our own size, not footage.
-
-    Raises UserError when the file is missing or is no video.
-    """
+    """All frames of a short video file, uint8 RGB `t h w 3`, and its frames a second; raises UserError."""
     with _open(path) as container:
         if not container.streams.video:
             raise UserError(f"{path}: expected a video, found no video stream in it")
@@ -105,21 +101,21 @@ def read_video(path: Path | str) -> tuple[np.ndarray, float]:
                 room -= 3 * frame.width * frame.height
                 if room < 0:
                     raise UserError(
-                        f"{path}: expected a short film, found more than {MAX_HELD:,} bytes of frames; cut it"
+                        f"{path}: expected a short video, found more than {MAX_HELD:,} bytes of frames; cut it"
                     )
                 frames.append(_rgb(frame))
         except av.error.FFmpegError as error:
-            raise UserError(f"{path}: expected a video, found a damaged one ({error.strerror})") from error
+            raise UserError(f"{path}: expected a video, found a corrupt one ({error.strerror})") from error
         if not frames:
             raise UserError(f"{path}: expected a video, found no frame in it")
         return np.stack(frames), float(stream.average_rate or stream.guessed_rate)
 
 
 def check_pixels(width: int, height: int, path: Path | str) -> None:
-    """Raise UserError for a picture, or frames, of more than `MAX_PIXELS`."""
+    """Raise UserError for an image or frame of more than `MAX_PIXELS`."""
     if width * height > MAX_PIXELS:
         raise UserError(
-            f"{path}: expected at most {MAX_PIXELS:,} pixels in a picture, found {width}x{height}; make it smaller"
+            f"{path}: expected an image of at most {MAX_PIXELS:,} pixels, found {width}x{height}; make it smaller"
         )
 
 
@@ -130,7 +126,7 @@ def _rgb(frame: av.VideoFrame) -> np.ndarray:
 
 
 def read_metadata(path: Path | str) -> dict[str, Any]:
-    """The metadata that `write_mp4` put into a file. Raises UserError when the file has none of ours."""
+    """The metadata that `write_mp4` stored in a file; raises UserError without any."""
     with _open(path) as container:
         comment = container.metadata.get("comment", "")
     try:
@@ -138,13 +134,13 @@ def read_metadata(path: Path | str) -> dict[str, Any]:
     except ValueError:
         metadata = None
     if not isinstance(metadata, dict):
-        raise UserError(f"{path}: expected the settings it was made with in its `comment` tag, found {comment[:60]!r}")
+        raise UserError(f"{path}: expected settings in its `comment` tag, found {comment[:60]!r}")
     return metadata
 
 
 def _open(path: Path | str) -> av.container.InputContainer:
     try:
-        return av.open(f"file:{path}", options=OPEN_OPTIONS)  # a name is no address, whatever it looks like
+        return av.open(f"file:{path}", options=OPEN_OPTIONS)  # never a network address
     except av.error.FileNotFoundError as error:
         raise UserError(f"{path}: there is no such file") from error
     except av.error.FFmpegError as error:
@@ -152,7 +148,7 @@ def _open(path: Path | str) -> av.container.InputContainer:
 
 
 def write_gif(path: Path | str, frames: np.ndarray, fps: float) -> None:
-    """Write uint8 RGB `t h w 3` as an endless GIF with one palette for all frames, so that still things stand still."""
+    """Write uint8 RGB `t h w 3` as an endless GIF; one palette for all frames avoids flicker."""
     _check_frames(frames, fps)
     num_samples = min(len(frames), 16)
     samples = frames[np.linspace(0, len(frames) - 1, num_samples).round().astype(int)]
@@ -167,7 +163,7 @@ def write_gif(path: Path | str, frames: np.ndarray, fps: float) -> None:
             format="GIF",
             save_all=True,
             append_images=pictures,
-            duration=max(20, round(100 / fps) * 10),  # GIF counts hundredths; players ignore anything below 2 of them
+            duration=max(20, round(100 / fps) * 10),  # in units of 10 ms; players ignore values below 20
             loop=0,
             optimize=False,
             disposal=1,
@@ -175,7 +171,7 @@ def write_gif(path: Path | str, frames: np.ndarray, fps: float) -> None:
 
 
 def contact_sheet(rows: Sequence[np.ndarray], labels: Sequence[str] | None = None, gap: int = 4) -> Image.Image:
-    """Lay out clips on a sheet: one row for each uint8 RGB `t h w 3`, its label above it, frames from left to right."""
+    """One row per clip, uint8 RGB `t h w 3`, its label above it, frames from left to right."""
     if not rows:
         raise ValueError("a contact sheet needs at least one row")
     if labels is not None and len(labels) != len(rows):
@@ -197,7 +193,7 @@ def contact_sheet(rows: Sequence[np.ndarray], labels: Sequence[str] | None = Non
 
 
 def _shorten(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    text = " ".join(text[: 8 * width].split())  # more letters never fit
+    text = " ".join(text[: 8 * width].split())  # longer text never fits
     if font.getlength(text) <= width:
         return text
     fit = bisect(range(1, len(text) + 1), width, key=lambda count: font.getlength(text[:count] + "..."))

@@ -19,7 +19,7 @@ BANNED = {
     r"in vain": "without effect",
     r"reckon\w*": "compute",
     r"foretold|foretells?": "predicted",
-    r"spoilt": "control (clips)",
+    r"(?<!--no-)spoilt": "control (clips)",
     r"strangers?": "untrusted (files)",
     r"laid over|lays? over": "merged onto",
     r"taken up again|gone on with": "resumed",

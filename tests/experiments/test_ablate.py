@@ -111,7 +111,7 @@ def test_each_run_is_trained_once_and_its_own_words_come_last(tmp_path, image):
     ]  # fmt: skip
 
 
-def test_clips_are_as_the_plan_its_evaluation_and_the_row_say(tmp_path, image):
+def test_row_settings_override_evaluation_and_plan(tmp_path, image):
     scripts = Scripts()
     AblationRunner(plan([image]), tmp_path, scripts).make_rows()
     evaluations = scripts.of("scripts/evaluate.py")
@@ -124,7 +124,7 @@ def test_clips_are_as_the_plan_its_evaluation_and_the_row_say(tmp_path, image):
     assert len({found["--out"] for found in options}) == 7
 
 
-def test_what_is_done_is_not_done_again(tmp_path, image):
+def test_finished_work_is_kept(tmp_path, image):
     first = {**WORDS["rows"]}
     del first["scratch"]
     AblationRunner(plan([image], rows=first), tmp_path, Scripts()).make_rows()
@@ -259,7 +259,7 @@ def test_the_published_plans_are_accepted(path):
         ({"colums": {}}, r"plan: colums: .*did you mean 'columns'"),
     ],
 )
-def test_impossible_plans_are_refused(change, message):
+def test_impossible_plan_is_an_error(change, message):
     with pytest.raises(UserError, match=message):
         plan(**change)
 

@@ -58,7 +58,7 @@ def test_each_run_gets_its_own_words_and_a_row(tmp_path):
     )
 
 
-def test_what_is_done_is_not_run_again_unless_it_would_be_another_run(tmp_path):
+def test_finished_runs_are_kept_and_another_command_is_an_error(tmp_path):
     compare(Comparison.from_mapping({**WORDS, "runs": {"plain": []}}, "plan"), tmp_path, [], Trainings())
     run = Trainings()
     compare(Comparison.from_mapping(WORDS, "plan"), tmp_path, [], run)
@@ -99,7 +99,7 @@ def test_every_run_of_the_published_plans_is_a_config_that_is_accepted(path):
         ({"runs": {"a": "b=1"}}, "plan"),
     ],
 )
-def test_impossible_plans_are_refused(change, message):
+def test_impossible_plan_is_an_error(change, message):
     with pytest.raises(UserError, match=message):
         Comparison.from_mapping({**WORDS, **change}, "plan")
 

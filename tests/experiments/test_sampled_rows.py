@@ -147,7 +147,7 @@ def options(tmp_path: Path, *words: str, reference: tuple[str, ...] = (), frames
 QUICK = ["--clips", "2", "--steps", "1", "--scale", "1", "--device", "cpu"]
 
 
-def test_the_rows_of_a_checkpoint_and_the_drawn_world(checkpoint, tmp_path):
+def test_rows_of_a_checkpoint_and_the_procedural_world(checkpoint, tmp_path):
     words = options(tmp_path, *QUICK, "--looks", "snow", reference=("world",), frames=3)
     plan = EvaluationPlan(words, [checkpoint], None, "")
     done: list[int] = []
@@ -170,7 +170,7 @@ def test_a_network_of_images_has_no_second_row(tmp_path):
     assert plan.true is None
 
 
-def test_prompts_of_ones_own_need_no_drawing(checkpoint, tmp_path):
+def test_given_prompts_need_no_rendering(checkpoint, tmp_path):
     (tmp_path / "prompts.txt").write_text("# mine\nfirst road\n\nsecond road\n")
     words = ["--prompts", str(tmp_path / "prompts.txt"), "--alone", "0", "--clips", "3"]
     plan = EvaluationPlan(options(tmp_path, *QUICK, *words, frames=2), [checkpoint], None, "")
@@ -253,7 +253,7 @@ def test_mistakes(checkpoint, tmp_path, words, message, monkeypatch):
         (["--no-spoilt"], "--no-controls: expected --reference with it, found none"),
     ],
 )
-def test_options_that_nothing_would_read(tmp_path, words, message):
+def test_options_without_effect_are_an_error(tmp_path, words, message):
     with pytest.raises(UserError, match=message):
         evaluate.main([str(tmp_path), *words, "--out", str(tmp_path / "out")])
 

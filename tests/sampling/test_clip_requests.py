@@ -71,7 +71,7 @@ def test_channels_for_known_pixels_are_not_time(tmp_path):
     assert any("its frames are independent images" in note for note in notes(ask(generator), generator))
 
 
-def test_a_network_that_is_not_told_the_rate_goes_on_at_its_own(told, tmp_path):
+def test_network_without_fps_embedding_has_no_keyframes(told, tmp_path):
     assert {stage.spacing for stage in ask(told, frames=40).plan.stages} == {1, 4}
     untold = ClipGenerator(save_told(tmp_path / "untold.ckpt", TOLD | {"fps_embedding": False}))
     request = ask(untold, frames=40)
@@ -92,11 +92,8 @@ def test_noise_on_known_frames_is_suggested_once_where_windows_follow_each_other
     assert suggestions(ClipGenerator(save_told(tmp_path / "clean.ckpt")), frames=40) == []
 
 
-# bad input
-
-
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), -float("inf")])
-def test_guidance_of_no_number_is_refused(told, scale):
+def test_guidance_must_be_finite(told, scale):
     with pytest.raises(UserError, match=rf"scale: expected a finite number, found {scale}; set --scale"):
         ask(told, scale=scale)
     with pytest.raises(UserError, match=rf"motion scale: expected a finite number, found {scale}; set --motion-scale"):
@@ -104,7 +101,7 @@ def test_guidance_of_no_number_is_refused(told, scale):
 
 
 @pytest.mark.parametrize("window", [1, 0, -3])
-def test_every_window_too_small_is_told_the_same_minimum(told, window):
+def test_window_below_two_frames_is_an_error(told, window):
     for frames in (5, 13):
         with pytest.raises(UserError, match=f"window: expected at least 2 frames to sample together, found {window}"):
             ask(told, frames=frames, window=window)

@@ -50,7 +50,7 @@ def test_a_picture_of_any_mode_looks_the_same(tmp_path, name, picture):
     assert np.abs(np.asarray(found).astype(int) - RAMP[..., None]).max() <= 4
 
 
-def test_what_is_transparent_lies_on_black(tmp_path):
+def test_transparency_becomes_black(tmp_path):
     pixels = np.full((4, 4, 4), 200, np.uint8)
     pixels[..., 3] = [0, 255, 255, 128]
     Image.fromarray(pixels).save(tmp_path / "a.png")
@@ -70,7 +70,7 @@ def test_a_rotated_picture_is_turned_upright(tmp_path):
     assert found[0].mean() < 20 and found[-1].mean() > 230
 
 
-def test_the_middle_is_taken_and_it_is_said():
+def test_centre_crop_and_its_note():
     picture = Image.fromarray(np.arange(96, dtype=np.uint8)[None].repeat(32, 0))
     fitted = fit_picture(picture, (32, 32))
     assert np.array_equal(fitted[0], np.arange(32, 64))
@@ -161,9 +161,6 @@ def test_a_video_is_continued_kept_in_part_or_spaced_out(tmp_path):
     assert given.fps == 30 and given.wholly_known() == [0, 3, 6, 9, 12, 15]
 
 
-# bad input
-
-
 def write_bad_pictures(folder):
     Image.effect_noise((64, 64), 50).save(folder / "whole.png")
     content = (folder / "whole.png").read_bytes()
@@ -196,7 +193,7 @@ def write_bad_pictures(folder):
         ("film.mp4", "found another format; for a video use --init-video or --interpolate"),
     ],
 )
-def test_what_is_no_picture_gets_one_message(tmp_path, name, message):
+def test_bad_image_is_an_error(tmp_path, name, message):
     write_bad_pictures(tmp_path)
     with pytest.raises(UserError, match=f"{name}: .*{message}"):
         read_picture(tmp_path / name)
@@ -205,11 +202,11 @@ def test_what_is_no_picture_gets_one_message(tmp_path, name, message):
 def test_a_picture_too_large_to_be_true_is_refused(tmp_path, monkeypatch):
     Image.new("L", (64, 64)).save(tmp_path / "a.png")
     monkeypatch.setattr("ldm.video.MAX_PIXELS", 200)
-    with pytest.raises(UserError, match=r"a.png: expected at most 200 pixels in a picture, found 64x64; make"):
+    with pytest.raises(UserError, match=r"a.png: expected an image of at most 200 pixels, found 64x64; make"):
         read_picture(tmp_path / "a.png")
 
 
-def test_bad_videos_get_one_message(tmp_path):
+def test_bad_video_is_an_error(tmp_path):
     write_mp4(tmp_path / "a.mp4", draw_drive(5, 64, seed=0), 10)
     write_mp4(tmp_path / "one.mp4", draw_drive(1, 64, seed=0), 10)
     write_truncated(tmp_path / "short.mp4")
@@ -258,7 +255,7 @@ def test_masks_of_another_size_or_length_are_refused(tmp_path):
         read_mask(tmp_path / "text.png", 5, (64, 64))
 
 
-def test_a_clip_of_which_everything_is_given_is_refused(tmp_path):
+def test_clip_with_all_frames_given_is_an_error(tmp_path):
     write_mp4(tmp_path / "a.mp4", draw_drive(5, 64, seed=0), 10)
     Image.new("L", (64, 64)).save(tmp_path / "black.png")
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""Known frames when sampling: what the network is told, what it makes of it, and what comes back untouched."""
+"""Known frames in sampling: inputs of the network, its samples, and known latents returned bit for bit."""
 
 from __future__ import annotations
 
@@ -58,9 +58,6 @@ def noisy_known():
     return replace(some_known(), level=5)
 
 
-# what comes back
-
-
 @pytest.mark.parametrize("parameterization", PARAMETERIZATIONS)
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_known_latents_come_back_bit_for_bit(name, parameterization):
@@ -73,7 +70,7 @@ def test_known_latents_come_back_bit_for_bit(name, parameterization):
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_nothing_known_is_said_so_and_changes_nothing(name):
+def test_nothing_known_changes_nothing(name):
     schedule, noise, network = NoiseSchedule(), randn(2, 5, 4, 4, 4), Listener()
     denoiser = KnownDenoiser(
         GuidedDenoiser(network, torch.zeros(2, 1, 1)), schedule, KnownLatents.nothing(noise), noise
@@ -85,11 +82,8 @@ def test_nothing_known_is_said_so_and_changes_nothing(name):
         assert (call["mask"] == 1).all() and not call["known"].any() and call["level"].tolist() == [0, 0]
 
 
-# what the network is told
-
-
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_what_the_network_is_told(name):
+def test_inputs_of_the_network(name):
     schedule, known, noise, network = NoiseSchedule(), some_known(), randn(2, 5, 4, 4, 4), Listener()
     guided = GuidedDenoiser(network, torch.zeros(2, 1, 1), torch.ones(1, 1, 1), 2.0, fps=torch.tensor([5.0, 20.0]))
     sample(KnownDenoiser(guided, schedule, known, noise), build_scheduler(name, schedule), noise, 6)
@@ -167,12 +161,9 @@ def test_a_single_frame_has_no_rate():
     assert network.calls[0]["fps"] is None and network.calls[1]["fps"].tolist() == [10]
 
 
-def test_a_network_without_embeddings_is_not_told():
+def test_network_without_embeddings_gets_no_conditions():
     guided = GuidedDenoiser(lambda latents, timesteps, context: latents, torch.zeros(1, 1, 1), fps=torch.ones(1))
     guided(torch.zeros(1, 2, 9, 4, 4), torch.tensor([5]), torch.tensor([0]))
-
-
-# what comes of it
 
 
 class GaussianNetwork:
@@ -217,7 +208,7 @@ COVARIANCE = 0.9 ** (torch.arange(5)[:, None] - torch.arange(5)[None]).abs().dou
 
 @pytest.mark.parametrize(("parameterization", "places"), [("eps", [0]), ("x0", [0, 4]), ("v", [0, 2, 4])])
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_the_best_denoiser_samples_what_fits_to_the_known_frames(name, parameterization, places):
+def test_exact_denoiser_samples_the_conditional_distribution(name, parameterization, places):
     """In-betweening, first frame and continuation of frames that are Gaussian, so that the right answer is known."""
     schedule = NoiseSchedule(parameterization=parameterization)
     network, b, size = GaussianNetwork(schedule, COVARIANCE), 2, 32
@@ -235,7 +226,7 @@ def test_the_best_denoiser_samples_what_fits_to_the_known_frames(name, parameter
     assert torch.allclose(rest @ rest.T / rest.shape[1], covariance, atol=0.06)
 
 
-def test_noise_on_known_frames_is_reckoned_with():
+def test_noise_on_known_frames_is_taken_into_account():
     """The frames made fit to the noisy frames that the network was shown, as far as noisy frames say anything."""
     schedule, level, size = NoiseSchedule(parameterization="v", zero_terminal_snr=True), 300, 48
     network = GaussianNetwork(schedule, COVARIANCE)
@@ -270,9 +261,6 @@ def test_a_sample_does_not_depend_on_its_batch():
     assert torch.equal(make([3, 4], clip)[1:], make([4], clip[1:]))
 
 
-# the material itself
-
-
 def test_latents_are_placed_in_a_clip():
     frames = randn(1, 2, 4, 4, 4)
     known = KnownLatents.placed(frames, [0, 3], 5)
@@ -300,7 +288,7 @@ def test_latents_are_placed_in_a_clip():
         ),
     ],
 )  # fmt: skip
-def test_bad_input_is_told_apart(call, message):
+def test_bad_input_is_an_error(call, message):
     with pytest.raises(UserError, match=message):
         call()
     check_takes_known_frames(True, "--init-image")

@@ -1,4 +1,4 @@
-"""Clips made as planned: what each window is told, what comes back, and that a sample depends on its seed alone."""
+"""Clips made as planned: conditions of each window, results, and samples that depend on their seed alone."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class NumberedWindows:
         return task.known.restore(made)
 
 
-def test_windows_are_told_what_was_made_before_and_nothing_made_is_changed():
+def test_windows_know_earlier_frames_and_change_none():
     plan, windows, shown = plan_stages(50, 5, 2, 2), NumberedWindows(), []
     clip = sample_plan(plan, windows, noise_of(1, 2), known_noise=7, progress=lambda *state: shown.append(state))
     assert clip.shape == (2, 50, 4, 4, 4)
@@ -56,7 +56,7 @@ def test_windows_are_told_what_was_made_before_and_nothing_made_is_changed():
     assert shown == [(done, 2 * len(plan.windows)) for done in range(1, 2 * len(plan.windows) + 1)]
 
 
-def test_given_frames_come_back_bit_for_bit_and_alone_stay_clean():
+def test_given_frames_are_returned_bit_for_bit():
     frames = torch.arange(3.0).view(1, 3, 1, 1, 1) / 3 + 0.1
     given = KnownLatents.placed(frames.expand(1, 3, 4, 4, 4), [0, 1, 20], 33)
     windows = NumberedWindows({frame: value.item() for frame, value in zip([0, 1, 20], frames.flatten(), strict=True)})

@@ -140,9 +140,6 @@ def test_agrees_with_the_pipeline_of_diffusers(pipeline_parts, name, steps, scal
     assert relative_error(latents[0], expected) < 1e-4
 
 
-# guidance
-
-
 def test_guidance_puts_the_batch_without_caption_first():
     seen = {}
 
@@ -157,7 +154,7 @@ def test_guidance_puts_the_batch_without_caption_first():
 
 
 @pytest.mark.parametrize("scale", [1.0, 4.0])
-def test_motion_guidance_goes_on_from_frames_by_themselves_to_the_clip_and_beyond(scale: float):
+def test_motion_guidance_extrapolates_from_independent_frames(scale: float):
     seen = []
 
     def unet(latents, timesteps, context, enable_time=True, known_level=None):
@@ -256,9 +253,6 @@ def test_eta_adds_noise_and_progress_counts():
     assert not torch.equal(still, noisy)
 
 
-# decoding
-
-
 class Doubling(nn.Module):
     """A decoder that repeats every latent pixel twice and notes how many frames it was given."""
 
@@ -298,9 +292,6 @@ def test_decoding_keeps_no_gradients():
     assert not next(decode_chunks(first_stage, torch.zeros(1, 4, 8, 8), 1.0)).requires_grad
 
 
-# bad input
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -326,6 +317,6 @@ def test_decoding_keeps_no_gradients():
         ),
     ],
 )  # fmt: skip
-def test_bad_input_is_told_apart(call, message):
+def test_bad_input_is_an_error(call, message):
     with pytest.raises(UserError, match=message):
         call()

@@ -41,7 +41,7 @@ def test_every_window_is_full_and_the_last_one_ends_with_the_clip():
 
 @pytest.mark.parametrize(("frames", "window", "overlap"), [(11, 5, 2), (12, 5, 4), (13, 4, 1)])
 @pytest.mark.parametrize("per_frame", [False, True])
-def test_the_mean_of_what_overlapping_windows_predict(frames, window, overlap, per_frame):
+def test_overlapping_predictions_are_averaged(frames, window, overlap, per_frame):
     latents, timesteps = randn(2, frames, 4, 3, 3), torch.tensor([5, 5])
     context, uncond = randn(*((2, frames) if per_frame else (2,)), 6, 8, seed=1), randn(1, 6, 8, seed=2)
     guided = GuidedDenoiser(mixing_network, context, uncond, 3.0)
@@ -80,7 +80,7 @@ def test_the_network_never_sees_more_than_a_window():
     assert seen == [5] * 30  # ten windows in each of three steps
 
 
-def test_known_frames_and_windows_go_together():
+def test_known_frames_in_overlapping_windows():
     """A network with channels for known frames, in overlapping windows: they are cut like the noisy latents."""
     levels = []
 
@@ -108,6 +108,6 @@ def test_known_frames_and_windows_go_together():
         (1, 1, "window: expected at least 2 frames to sample together, found 1"),
     ],
 )
-def test_windows_that_cannot_be(window, overlap, message):
+def test_impossible_windows_are_an_error(window, overlap, message):
     with pytest.raises(UserError, match=message):
         overlapping_windows(9, window, overlap)

@@ -1,4 +1,4 @@
-"""The sampling command: one file in, clips with their records out, and the same bytes again from a record."""
+"""scripts/txt2vid.py: clips and records from one checkpoint, and identical bytes from a record."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_prompt_file_has_options_on_each_line(run, tmp_path):
     assert (second["clip"]["sampler"], second["clip"]["negative_prompt"]) == ("dpm++", "rain, fog")
 
 
-def test_a_public_image_checkpoint_works_and_says_that_time_is_untrained(run, tmp_path):
+def test_public_image_checkpoint_samples_independent_images(run, tmp_path):
     public, config = tmp_path / "sd.ckpt", tmp_path / "config.yaml"
     save_as_public(image_state(), public)
     torch.save({"state_dict": image_state(), "scale_factor": 0.25}, tmp_path / "scaled.ckpt")
@@ -138,9 +138,6 @@ def test_the_newest_run_is_taken_and_named(run, tmp_path, checkpoint, monkeypatc
     monkeypatch.chdir(checkpoint.parents[3])
     main(["--prompt", "a road", *QUICK, "--frames", "1", "--outdir", str(tmp_path)])
     assert records(tmp_path)[0]["checkpoint"]["path"] == str(checkpoint.relative_to(checkpoint.parents[3]))
-
-
-# bad input
 
 
 @pytest.mark.parametrize(
@@ -205,14 +202,14 @@ def test_replay_refuses_another_checkpoint_and_other_settings(run, tmp_path, che
 
 
 @pytest.mark.parametrize("text", ["no json", "[]", '{"clip": {}}'])
-def test_replay_refuses_what_is_no_record(run, tmp_path, text):
+def test_replay_of_another_file_is_an_error(run, tmp_path, text):
     path = tmp_path / "clip.json"
     path.write_text(text)
     with pytest.raises(UserError, match=r"clip.json: expected the (JSON|record) of a clip"):
         run("--replay", str(path))
 
 
-def test_replay_says_why_bytes_may_differ(run, tmp_path):
+def test_replay_notes_why_bytes_may_differ(run, tmp_path):
     run("--prompt", "a road", *QUICK, "--frames", "1")
     record = records(tmp_path)[0]
     record["versions"]["torch"] = "1.0"
@@ -228,7 +225,7 @@ def evil(place: str, folder: Path) -> dict:
 
 
 @pytest.mark.parametrize("place", ["unet_config", "first_stage_config", "cond_stage_config"])
-def test_a_strangers_checkpoint_and_record_start_nothing(run, tmp_path, place):
+def test_untrusted_checkpoint_and_record_run_nothing(run, tmp_path, place):
     torch.save({"state_dict": video_state(), "config": evil(place, tmp_path)}, tmp_path / "evil.ckpt")
     with pytest.raises(UserError, match=rf"evil.ckpt, model.params.{place}.target: expected ldm"):
         run("--prompt", "a road", *QUICK, "--ckpt", str(tmp_path / "evil.ckpt"))
@@ -279,7 +276,7 @@ def a_record(checkpoint: Path) -> dict:
     }  # fmt: skip
 
 
-def test_replay_sets_the_pieces_that_are_decoded_too(tmp_path, checkpoint):
+def test_settings_beside_replay_are_an_error(tmp_path, checkpoint):
     (tmp_path / "clip.json").write_text(json.dumps(a_record(checkpoint)))
     for word, value in (("decode-chunk", "7"), ("precision", "bf16"), ("config", "x.yaml"), ("frames", "2")):
         with pytest.raises(

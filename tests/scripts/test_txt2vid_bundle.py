@@ -1,4 +1,4 @@
-"""Sampling without a checkpoint: from the newest run, or else from the bundled model, as that suggests."""
+"""Sampling without --ckpt: from the newest run, otherwise from the bundled model with its suggested settings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from ldm.errors import UserError
 from ldm.sampling.record import read_record
 from scripts import convert
 from scripts.txt2vid import main
-from tests.tiny_checkpoint import CONFIG, video_state
+from tests.scripts.test_txt2vid import training_config
+from tests.tiny_checkpoint import video_state
 
 QUICK = ["--steps", "1", "--frames", "1"]
 
@@ -22,9 +23,7 @@ def checkpoint(tmp_path_factory) -> Path:
     """What a training run leaves."""
     path = tmp_path_factory.mktemp("run") / "logs" / "2026-01-01T00-00-00_tiny" / "checkpoints" / "last.ckpt"
     path.parent.mkdir(parents=True)
-    data = {"target": "ldm.data.clips.ClipDataModule", "params": {"root": "prepared", "frames": 5, "strides": [2]}}
-    config = {**CONFIG, "data": data, "prepare": {"fps": 8, "size": [32, 48]}}
-    torch.save({"state_dict": video_state(), "config": config}, path)
+    torch.save({"state_dict": video_state(), "config": training_config()}, path)
     return path
 
 

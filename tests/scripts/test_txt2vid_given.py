@@ -1,4 +1,4 @@
-"""Sampling from given frames, in stages and in windows: every way of the command, with small networks."""
+"""scripts/txt2vid.py with given frames, stages and windows: every use, with small networks."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ WAYS = [
 ]
 
 
-def test_every_way_makes_a_clip_and_makes_it_again(run, tmp_path):
+def test_every_use_and_its_replay(run, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("".join(f"a road {options}\n" for options, _, _ in WAYS))
     out = run("--from-file", str(prompts))
@@ -221,7 +221,7 @@ def test_temporal_layers_are_put_into_any_base(run, tmp_path, place):
             run(word, "told.ckpt")
 
 
-def test_what_may_surprise_is_said(run, tmp_path):
+def test_notes_on_unusual_settings(run, tmp_path):
     (tmp_path / "prompts.txt").write_text("a road --fps 20\na road --known-noise 400\n0: a | 3 b\n")
     out = run("--from-file", str(tmp_path / "prompts.txt"))
     assert "note: 20 frames a second: trained on 2 to 8; motion may be wrong at other rates" in out
@@ -242,9 +242,6 @@ def test_the_uses_shown_by_help_are_understood(capsys):
     shown = [line.split()[0] for line in text.splitlines() if line.startswith("  --")]
     options = {option for action in clip_parser()._actions for option in action.option_strings}
     assert options <= set(shown)
-
-
-# bad input
 
 
 @pytest.mark.parametrize("words", [["--init-image", "road.png"], ["--init-video", "drive.mp4"],
@@ -296,7 +293,7 @@ def test_bad_options_are_refused_before_anything_is_written(run, tmp_path, words
     assert not list(tmp_path.iterdir())
 
 
-def test_a_replay_asks_for_the_very_files_that_were_given(run, tmp_path, place):
+def test_replay_needs_the_same_given_files(run, tmp_path, place):
     Image.open(place / "road.png").save(tmp_path / "a.png")
     run("--init-image", str(tmp_path / "a.png"))
     replay = ["--replay", str(tmp_path / "00000.json")]

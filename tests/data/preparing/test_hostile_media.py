@@ -57,11 +57,11 @@ GIF_BOMB = bytes.fromhex(  # found by scripts/dev/fuzz.py; 97 MB
         (png(60_000, 60_000), "expected (at most 67,108,864 pixels|a picture of at most)"),
         (png(2**31 - 1, 2**31 - 1), "expected an image"),
         (png(0, 5), "expected an image"),
-        (BOMB, "expected at most 67,108,864 pixels in a picture, found 9000x9000"),
+        (BOMB, "expected an image of at most 67,108,864 pixels, found 9000x9000"),
         (GIF_BOMB, "expected a byte for every 128 pixels of a large picture, found 1801x32768 in 47 bytes"),
         (b"BM" + struct.pack("<LLLLllHH", 90, 0, 54, 40, 50_000, 50_000, 1, 24) + bytes(40), "expected .*a picture"),
-        (saved("PNG")[:60], "found a damaged one"),
-        (saved("JPEG")[:300], "found a damaged one"),
+        (saved("PNG")[:60], "found a corrupt one"),
+        (saved("JPEG")[:300], "found a corrupt one"),
         (saved("TIFF")[:9], "expected an image"),
         (saved("WEBP")[:30], "expected an image"),
         (saved("EPS"), "found something else"),
@@ -131,11 +131,11 @@ def test_videos_are_bounded_in_pixels_and_frames(tmp_path, monkeypatch):
         with pytest.raises(FootageError, match="expected at most 3 frames in a file of its size, found more: its time"):
             read(tmp_path / "a.mp4")
     monkeypatch.setattr("ldm.video.MAX_HELD", 5 * 64 * 64 * 3)
-    with pytest.raises(UserError, match="expected a short film, found more than 61,440 bytes of frames"):
+    with pytest.raises(UserError, match="expected a short video, found more than 61,440 bytes of frames"):
         read_video(tmp_path / "a.mp4")
     monkeypatch.setattr("ldm.video.MAX_PIXELS", 1000)
     for read in (probe, read_video):
-        with pytest.raises(UserError, match="expected at most 1,000 pixels in a picture, found 64x64"):
+        with pytest.raises(UserError, match="expected an image of at most 1,000 pixels, found 64x64"):
             read(tmp_path / "a.mp4")
     monkeypatch.setattr("ldm.video.MAX_PIXELS", 2**26)
     monkeypatch.setattr("ldm.data.preparing.footage.MAX_RATE", 5)
@@ -149,7 +149,7 @@ def test_videos_are_bounded_in_pixels_and_frames(tmp_path, monkeypatch):
 def test_settings_in_a_film(tmp_path, monkeypatch, comment):
     monkeypatch.setattr("ldm.video.json.dumps", lambda *_, **__: comment)
     write_mp4(tmp_path / "a.mp4", FRAMES, 10, {})
-    with pytest.raises(UserError, match="expected the settings it was made with in its `comment` tag"):
+    with pytest.raises(UserError, match="expected settings in its `comment` tag"):
         read_metadata(tmp_path / "a.mp4")
 
 
