@@ -1,4 +1,4 @@
-"""How the libraries of a process are set: memory that is kept on a processor."""
+"""Memory that a process keeps on a CPU."""
 
 import os
 import subprocess
@@ -26,7 +26,7 @@ PAGES = 5 * 60 * 2**20 // 4096
 
 
 def faults(environment: dict[str, str]) -> tuple[bool, int]:
-    """Whether memory is kept in a process of its own, and how many pages five steps of 60 MiB were given anew."""
+    """In a new process: whether memory is kept, and the page faults of five steps of 60 MiB."""
     others = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
     run = subprocess.run(
         [sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True, env=others | environment
@@ -42,7 +42,7 @@ def test_kept_memory_is_not_cleared_again():
     assert number < PAGES / 20
 
 
-def test_what_the_environment_says_of_memory_holds(monkeypatch):
+def test_allocator_settings_of_the_environment_take_precedence(monkeypatch):
     is_kept, number = faults(GIVEN_BACK)
     assert not is_kept and number > PAGES / 20
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "0")

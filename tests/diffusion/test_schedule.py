@@ -1,4 +1,4 @@
-"""The schedule against recorded numbers, and what it makes of an exact prediction."""
+"""The schedule against recorded numbers and diffusers; conversions of targets."""
 
 import pytest
 import torch
@@ -7,6 +7,8 @@ from diffusers import DDIMScheduler
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
 from tests.conftest import relative_error
+
+pytestmark = pytest.mark.numeric
 
 
 def test_buffers_are_those_of_the_public_code(goldens):
@@ -29,7 +31,7 @@ def test_alphas_cumprod_at_the_published_steps():
 
 
 @pytest.mark.parametrize("parameterization", ["eps", "x0", "v"])
-def test_the_exact_output_gives_back_the_noise(parameterization):
+def test_noise_follows_from_the_target(parameterization):
     schedule = NoiseSchedule(parameterization=parameterization)
     generator = torch.Generator().manual_seed(0)
     clean, noise = torch.randn(2, 3, 5, 4, 8, 8, generator=generator).unbind(0)
@@ -54,7 +56,7 @@ def test_impossible_schedules_are_refused(arguments, message):
         NoiseSchedule(**arguments)
 
 
-def test_the_last_step_of_a_zero_terminal_snr_schedule_is_noise_alone():
+def test_the_last_step_of_a_zero_terminal_snr_schedule_is_pure_noise():
     """And the betas are those of the paper's algorithm, as diffusers has it."""
     schedule = NoiseSchedule(parameterization="v", zero_terminal_snr=True)
     assert schedule.alphas_cumprod[-1] == 0 and schedule.noise_scale[-1] == 1
@@ -72,7 +74,7 @@ def test_the_last_step_of_a_zero_terminal_snr_schedule_is_noise_alone():
 
 @pytest.mark.parametrize("gamma", [1.0, 5.0])
 @pytest.mark.parametrize("parameterization", ["eps", "x0", "v"])
-def test_min_snr_counts_an_error_in_the_clean_latents_alike_whatever_is_predicted(parameterization, gamma):
+def test_min_snr_weights_errors_of_clean_latents_equally_for_each_target(parameterization, gamma):
     schedule = NoiseSchedule(parameterization=parameterization)
     timesteps = torch.tensor([0, 300, 999])
     clean, noise = torch.randn(2, 3, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0)).double().unbind(0)
@@ -90,7 +92,7 @@ def test_min_snr_counts_an_error_in_the_clean_latents_alike_whatever_is_predicte
     assert (weight < 1.0001 * max(gamma, 1)).all()
 
 
-def test_scales_between_steps_lie_on_eulers_line():
+def test_scales_between_steps_are_linear_in_the_ratio():
     schedule = NoiseSchedule()
     signal, noise = schedule.scales_at(torch.tensor([0.0, 500.0, 500.25, 999.0, 1200.0]))
     whole = torch.tensor([0, 500, 999, 999])
@@ -101,7 +103,7 @@ def test_scales_between_steps_lie_on_eulers_line():
     assert torch.isclose(noise[2] ** 2 + signal[2] ** 2, torch.tensor(1.0))
 
 
-def test_level_zero_leaves_known_latents_as_they_are():
+def test_level_zero_leaves_known_latents_unchanged():
     schedule = NoiseSchedule()
     known, noise = torch.randn(2, 2, 5, 4, 8, 8).unbind(0)
     out = schedule.with_level(known, noise, torch.tensor([0, 200]))
@@ -110,7 +112,7 @@ def test_level_zero_leaves_known_latents_as_they_are():
 
 
 @pytest.mark.parametrize("parameterization", ["eps", "x0", "v"])
-def test_an_error_of_any_output_as_an_error_of_the_velocity(parameterization):
+def test_velocity_factor_converts_errors(parameterization):
     schedule = NoiseSchedule(parameterization=parameterization)
     steps = torch.tensor([0, 500, 999])
     clean, noise = torch.randn(2, 3, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0)).double().unbind(0)

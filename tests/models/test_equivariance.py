@@ -12,6 +12,8 @@ from ldm.models import autoencoder
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.autoencoder_loss import draw_windows, look_through
 
+pytestmark = pytest.mark.numeric
+
 
 def test_the_whole_picture_is_left_as_it_is():
     pictures = torch.randn(3, 2, 16, 16, generator=torch.Generator().manual_seed(0))

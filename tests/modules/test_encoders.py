@@ -20,6 +20,8 @@ from ldm.modules.posterior import kl, posterior_mean, sample_posterior, split_mo
 from ldm.modules.tokenizer import find_tokenizer
 from tests.conftest import fill_by_rule, relative_error
 
+pytestmark = pytest.mark.numeric
+
 TOLERANCE = 2e-5
 TINY_TEXT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 

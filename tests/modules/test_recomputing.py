@@ -1,4 +1,7 @@
-"""Blocks computed again, a feed-forward by frames and inputs on the host: the same numbers, and less that is kept."""
+"""Checkpointing, a feed-forward in chunks and inputs in host memory: the same numbers with less memory.
+
+Runs are compared with each other on the same machine, to the bit.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ from ldm.modules.unet import Downsample, ResBlock, UNetModel, Upsample
 from ldm.optim.parameter_groups import ParameterGroups
 from ldm.planning.count import Shape, count_step
 
+pytestmark = pytest.mark.numeric
 SMALL = {
     "in_channels": 4,
     "out_channels": 4,
@@ -29,9 +33,9 @@ SMALL = {
     "num_heads": 2,
     "context_dim": 16,
 }
+STEPS = 6
 NUM_BLOCKS = 14
-NUM_TRANSFORMERS = 4  # where bytes are counted
-NUM_FRAMES = 12  # where bytes are counted
+NUM_TRANSFORMERS, NUM_FRAMES = 4, 12  # where bytes are counted
 REFERENCE = {"temporal": True, "time_embed": True, "convolutions": True}
 EVERYTHING = REFERENCE | {"spatial_attention": True}
 HALF = torch.bfloat16
@@ -44,18 +48,18 @@ SWITCHES = [
 ]
 
 
-def small_unet(trained: dict[str, bool] = REFERENCE, device: str = "cpu", **words) -> UNetModel:
+def small_unet(trained: dict[str, bool] = REFERENCE, device: str = "cpu", **options) -> UNetModel:
     torch.manual_seed(0)
-    unet = UNetModel(**SMALL | words)
+    unet = UNetModel(**SMALL | options)
     generator = torch.Generator().manual_seed(0)
-    for weight in unet.parameters():  # away from zero start, where some gradients are zero for a good reason
+    for weight in unet.parameters():  # away from the zeros of the initialisation, where some gradients are 0
         weight.data += 0.02 * torch.randn(weight.shape, generator=generator)
     ParameterGroups(unet, trained).freeze_the_rest()
     return unet.to(device)
 
 
 def steps(unet: UNetModel, num: int, precision: torch.dtype | None = None, adam: bool = True) -> list[torch.Tensor]:
-    """Losses of so many steps, of AdamW or plain descent, on made-up clips of 3 frames, and then the weights."""
+    """Losses of `num` steps of AdamW or SGD on random clips of 3 frames, then the weights."""
     device = next(unet.parameters()).device
     kind, rate = (torch.optim.AdamW, 1e-3) if adam else (torch.optim.SGD, 0.03)
     optimizer = kind([weight for weight in unet.parameters() if weight.requires_grad], lr=rate, fused=True)
@@ -73,7 +77,7 @@ def steps(unet: UNetModel, num: int, precision: torch.dtype | None = None, adam:
     return [*found, *(weight.detach() for weight in unet.parameters())]
 
 
-def are_alike(found: list[torch.Tensor], expected: list[torch.Tensor], tolerance: float) -> bool:
+def are_close(found: list[torch.Tensor], expected: list[torch.Tensor], tolerance: float) -> bool:
     return all(
         torch.equal(one, other) or (tolerance and (one - other).norm() <= tolerance * other.norm())
         for one, other in zip(found, expected, strict=True)
@@ -82,46 +86,47 @@ def are_alike(found: list[torch.Tensor], expected: list[torch.Tensor], tolerance
 
 @pytest.fixture(scope="module")
 def plain() -> dict[torch.dtype | None, list[torch.Tensor]]:
-    return {precision: steps(small_unet(), 20, precision) for precision in (None, HALF)}
+    return {precision: steps(small_unet(), STEPS, precision) for precision in (None, HALF)}
 
 
-def sums_rows_alike() -> bool:
-    """Whether products of some rows in bfloat16 have the bits of those rows in products of more.
-
-    Processors with matrix units for bfloat16 (AMX) sum in another order where there are fewer rows.
-    """
+def rows_have_the_same_bits() -> bool:
+    """Whether a bfloat16 product has the same bits for a row whatever the number of rows; not on CPUs with AMX."""
     return not torch.cpu._is_amx_tile_supported()
 
 
-@pytest.mark.parametrize(("words", "precision"), [*((words, None) for words in SWITCHES), (SWITCHES[4], HALF)], ids=str)
-def test_twenty_steps_are_those_of_the_plain_run(plain, words, precision):
-    found = steps(small_unet(**words), 20, precision)
-    if precision is HALF and not sums_rows_alike():
-        assert are_alike(found[:20], plain[HALF][:20], 1e-2)  # the losses; bits are not to be had here
-        words = {word: value for word, value in words.items() if word != "feed_forward_frames"}
-        found = steps(small_unet(**words), 20, precision)
-    assert are_alike(found, plain[precision], 0)
+@pytest.mark.parametrize(
+    ("options", "precision"), [*((options, None) for options in SWITCHES), (SWITCHES[4], HALF)], ids=str
+)
+def test_steps_are_those_of_the_plain_run(plain, options, precision):
+    found = steps(small_unet(**options), STEPS, precision)
+    if precision is HALF and not rows_have_the_same_bits():
+        assert are_close(found[:STEPS], plain[HALF][:STEPS], 1e-2)  # the losses
+        options = {key: value for key, value in options.items() if key != "feed_forward_frames"}
+        found = steps(small_unet(**options), STEPS, precision)
+    assert are_close(found, plain[precision], 0)
 
 
-def test_twenty_steps_with_everything_trained():
-    """Then the weights' gradients are sums over parts, in another order. Adam would blow up what is zero but for it."""
+def test_steps_with_everything_trained():
+    """Gradients of weights are sums in another order; SGD, as Adam amplifies gradients that are 0 but for rounding."""
     start = steps(small_unet(EVERYTHING), 0)
-    expected = steps(small_unet(EVERYTHING), 20, adam=False)
-    found = steps(small_unet(EVERYTHING, feed_forward_frames=2, use_checkpoint=True), 20, adam=False)
-    assert are_alike(found, expected, 1e-6)
-    assert not are_alike(start, expected[20:], 1e-3)
+    expected = steps(small_unet(EVERYTHING), STEPS, adam=False)
+    found = steps(small_unet(EVERYTHING, feed_forward_frames=2, use_checkpoint=True), STEPS, adam=False)
+    assert are_close(found, expected, 1e-6)
+    assert not are_close(start, expected[STEPS:], 1e-3)
 
 
-@pytest.mark.parametrize("words", [{"use_checkpoint": True}, {"use_checkpoint": True, "inputs_on_host": True}], ids=str)
-def test_dropout_drops_the_same_when_computed_again(words):
+@pytest.mark.parametrize(
+    "options", [{"use_checkpoint": True}, {"use_checkpoint": True, "inputs_on_host": True}], ids=str
+)
+def test_dropout_is_repeated_when_computed_again(options):
     runs = []
-    for more in ({}, words):
+    for more in ({}, options):
         unet = small_unet(dropout=0.5, **more)
         torch.manual_seed(3)
         runs.append(steps(unet, 2))
-    assert are_alike(runs[1], runs[0], 0)
+    assert are_close(runs[1], runs[0], 0)
     torch.manual_seed(4)
-    assert not are_alike(steps(small_unet(dropout=0.5), 2), runs[0], 1e-3)
+    assert not are_close(steps(small_unet(dropout=0.5), 2), runs[0], 1e-3)
 
 
 @pytest.mark.parametrize("on_host", [False, True])
@@ -144,12 +149,9 @@ def test_the_first_blocks_are_computed_again(use_checkpoint, num_again, on_host)
     assert calls == [2] * num_again + [1] * (NUM_BLOCKS - num_again)
 
 
-def bytes_of_a_frame(**words) -> SimpleNamespace:
-    """What each frame takes on a card: kept between the passes, at the backward's peak, and as inputs of blocks.
-
-    Counted on tensors without values; weights and their gradients are left out.
-    """
-    unet = {"target": "ldm.modules.unet.UNetModel", "params": SMALL | {"attention_resolutions": [1]} | words}
+def bytes_of_a_frame(**options) -> SimpleNamespace:
+    """Bytes of a frame on a GPU: kept between the passes, at the backward's peak, as inputs of blocks; no weights."""
+    unet = {"target": "ldm.modules.unet.UNetModel", "params": SMALL | {"attention_resolutions": [1]} | options}
     encoder = {"target": "ldm.modules.encoders.KLFirstStage", "params": {}}
     params = {"unet_config": unet, "first_stage_config": encoder, "cond_stage_config": encoder, "trainable": REFERENCE}
     params["memory"] = {"weights": "bfloat16", "frozen": "bfloat16"}
@@ -176,23 +178,23 @@ def frames() -> dict[str, SimpleNamespace]:
     again = {"use_checkpoint": True}
     kinds = {"plain": {}, "again": again, "chunks": again | {"feed_forward_frames": 1}}
     kinds["host"] = again | {"feed_forward_frames": 1, "inputs_on_host": True}
-    return {kind: bytes_of_a_frame(**words) for kind, words in kinds.items()}
+    return {kind: bytes_of_a_frame(**options) for kind, options in kinds.items()}
 
 
-def test_with_checkpointing_the_inputs_of_the_blocks_are_all_that_is_kept(frames):
-    """Beside them what the first convolution and the last layers keep, latents, and numbers of the step."""
+def test_checkpointing_keeps_only_the_inputs_of_blocks(frames):
+    """Besides them, what the first convolution and the last layers keep, and latents."""
     again, features, latents = frames["again"], 32 * 32 * 32, 32 * 32 * 4
     ends = features * 2 + features * (4 + 2 + 2)  # convolution over frames; norm in float32, SiLU, convolution
     assert again.inputs <= again.kept <= again.inputs + ends + 14 * latents * 4
     assert again.kept < 0.15 * frames["plain"].kept
 
 
-def test_chunks_take_the_feed_forward_off_the_peak(frames):
+def test_chunks_remove_the_feed_forward_from_the_peak(frames):
     hidden = 32 * 32 * 4 * 32 * 2  # one of its wide buffers for a frame, of which the two halves make the widest
     assert frames["again"].peak - frames["chunks"].peak > 2 * hidden
 
 
-def test_on_the_host_no_input_stays_on_the_card(frames):
+def test_inputs_on_the_host_leave_the_gpu(frames):
     host, chunks = frames["host"], frames["chunks"]
     assert chunks.kept - host.kept == pytest.approx(chunks.inputs, rel=0.02)
     assert host.on_host == pytest.approx(chunks.inputs + 5 * chunks.parts, rel=0.01)  # transformers in six parts
@@ -200,7 +202,7 @@ def test_on_the_host_no_input_stays_on_the_card(frames):
     assert chunks.on_host == 0
 
 
-def test_on_the_host_inputs_are_copies_and_the_originals_go():
+def test_inputs_on_the_host_are_copies_and_the_originals_are_freed():
     unet = small_unet(use_checkpoint=True, inputs_on_host=True)
     seen = []
     unet.output_blocks[0][0].register_forward_pre_hook(lambda _, given: seen.append(weakref.ref(given[0])))
@@ -212,7 +214,7 @@ def test_on_the_host_inputs_are_copies_and_the_originals_go():
 
 
 class NotedMemory(HostMemory):
-    """Notes which sizes go and come."""
+    """Records the sizes of copies."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -227,14 +229,14 @@ class NotedMemory(HostMemory):
         return super().bring(host, device)
 
 
-def test_the_input_before_is_called_back_ahead_of_its_turn():
+def test_the_input_before_is_prefetched():
     memory, inputs = NotedMemory(), [torch.randn(size, requires_grad=True) for size in (1, 2, 3)]
-    waiting = [memory.keep(x) for x in inputs]
-    assert all(one.take() is x for one, x in zip(waiting, inputs, strict=True))
+    copies = [memory.keep(x) for x in inputs]
+    assert all(one.take() is x for one, x in zip(copies, inputs, strict=True))
     assert memory.notes == [("send", 1), ("send", 2), ("send", 3)]
     memory.notes.clear()
     for number, expected in ((2, [("bring", 3), ("bring", 2)]), (1, [("bring", 1)]), (0, [])):
-        x = waiting[number].take()
+        x = copies[number].take()
         assert torch.equal(x, inputs[number]) and x is not inputs[number] and x.requires_grad
         assert memory.notes == expected
         memory.notes.clear()
@@ -246,7 +248,7 @@ def test_a_copy_of_the_network_keeps_inputs_of_its_own():
     memories = [network.middle_block.runs[0].keywords["memory"] for network in (unet, other)]
     assert memories[0] is unet.output_blocks[0].runs[0].keywords["memory"]
     assert memories[0] is not memories[1]
-    assert are_alike(steps(other, 2), steps(unet, 2), 0)
+    assert are_close(steps(other, 2), steps(unet, 2), 0)
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 5, 7])
@@ -259,7 +261,7 @@ def test_chunks_have_the_gradients_of_the_whole(num_rows, trained):
         weight.requires_grad_(trained in ("all", "weights") or (trained == "first" and number == 0))
     x = torch.randn(5, 3, 16, dtype=torch.float64, requires_grad=trained in ("all", "input"))
     wanted = [tensor for tensor in (x, *weights) if tensor.requires_grad]
-    whole, parts = block._feed_forward_at_once(x), in_chunks(block._feed_forward_at_once, weights, x, num_rows)
+    whole, parts = block._feed_forward_whole(x), in_chunks(block._feed_forward_whole, weights, x, num_rows)
     assert torch.allclose(parts, whole, rtol=1e-13, atol=1e-13)
     slope = torch.randn(whole.shape, dtype=torch.float64)
     found, expected = (torch.autograd.grad(out, wanted, slope) for out in (parts, whole))
@@ -274,7 +276,7 @@ def test_chunks_sum_half_precision_gradients_in_single():
     assert weight.grad.item() == 320
 
 
-def test_images_and_no_gradients_take_the_same_way():
+def test_images_and_inference_give_the_same():
     plain, chunked = small_unet(), small_unet(feed_forward_frames=2, use_checkpoint=True, inputs_on_host=True)
     x, context = torch.randn(3, 4, 8, 8), torch.randn(3, 7, 16)
     expected = plain(x, torch.tensor([1, 2, 3]), context)
@@ -284,7 +286,7 @@ def test_images_and_no_gradients_take_the_same_way():
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("options", "message"),
     [
         ({"use_checkpoint": 0}, r"use_checkpoint: expected true .* how many of the network's 14 blocks.*found 0"),
         ({"use_checkpoint": 15}, r"use_checkpoint: .* 14 blocks, the first ones, found 15"),
@@ -297,25 +299,25 @@ def test_images_and_no_gradients_take_the_same_way():
         ({"inputs_on_host": True}, r"inputs_on_host: .* use_checkpoint: false.* set use_checkpoint: true, or"),
     ],
 )
-def test_impossible_words_are_refused(words, message):
+def test_impossible_options_are_refused(options, message):
     with pytest.raises(UserError, match=message), torch.device("meta"):
-        UNetModel(**SMALL | words)
+        UNetModel(**SMALL | options)
 
 
-def test_a_config_with_a_word_of_the_wrong_kind_is_refused():
-    words = "model.params.unet_config.params"
-    check(load_config(["configs/video-sd.yaml"], [f"{words}.use_checkpoint=12", f"{words}.feed_forward_frames=1"]))
-    for word, value in (("use_checkpoint", "most"), ("feed_forward_frames", "0.5"), ("inputs_on_host", "3")):
-        with pytest.raises(ConfigError, match=f"{words}.{word}: expected"):
-            check(load_config(["configs/video-sd.yaml"], [f"{words}.{word}={value}"]))
+def test_options_of_the_wrong_type_are_refused_in_configs():
+    options = "model.params.unet_config.params"
+    check(load_config(["configs/video-sd.yaml"], [f"{options}.use_checkpoint=12", f"{options}.feed_forward_frames=1"]))
+    for key, value in (("use_checkpoint", "most"), ("feed_forward_frames", "0.5"), ("inputs_on_host", "3")):
+        with pytest.raises(ConfigError, match=f"{options}.{key}: expected"):
+            check(load_config(["configs/video-sd.yaml"], [f"{options}.{key}={value}"]))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-@pytest.mark.parametrize("words", SWITCHES, ids=str)
-def test_on_a_card_the_numbers_are_the_same_and_the_host_never_waits(words):
+@pytest.mark.parametrize("options", SWITCHES, ids=str)
+def test_on_a_gpu_the_numbers_are_the_same_and_the_host_never_waits(options):
     expected = steps(small_unet(device="cuda"), 3)
-    unet = small_unet(device="cuda", **words)
-    assert are_alike(steps(unet, 3), expected, 1e-5)
+    unet = small_unet(device="cuda", **options)
+    assert are_close(steps(unet, 3), expected, 1e-5)
     x, context = torch.randn(1, 5, 4, 8, 8, device="cuda"), torch.randn(1, 7, 16, device="cuda")
     timesteps = torch.tensor([3], device="cuda")
     torch.cuda.set_sync_debug_mode("error")

@@ -21,6 +21,8 @@ from ldm.sampling.denoisers import (
 )
 from ldm.sampling.loop import SAMPLERS, build_scheduler, initial_noise, sample
 
+pytestmark = pytest.mark.numeric
+
 PARAMETERIZATIONS = ("eps", "x0", "v")
 
 

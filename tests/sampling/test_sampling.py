@@ -25,6 +25,8 @@ from ldm.sampling.loop import (
 )
 from tests.conftest import relative_error
 
+pytestmark = pytest.mark.numeric
+
 SHAPE = (2, 3, 4, 8, 8)
 
 

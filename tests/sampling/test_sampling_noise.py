@@ -16,6 +16,8 @@ from ldm.sampling.loop import SAMPLERS, build_scheduler, initial_noise, sample, 
 from tests.conftest import relative_error
 from tests.sampling.test_sampling import SHAPE, ExactDenoiser, seeded
 
+pytestmark = pytest.mark.numeric
+
 # zero terminal SNR
 
 ZERO_SNR_SAMPLERS = [name for name in SAMPLERS if name != "plms"]

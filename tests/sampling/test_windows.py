@@ -13,6 +13,8 @@ from ldm.errors import UserError
 from ldm.sampling.denoisers import GuidedDenoiser, KnownDenoiser, KnownLatents, WindowedDenoiser, overlapping_windows
 from ldm.sampling.loop import build_scheduler, sample
 
+pytestmark = pytest.mark.numeric
+
 
 def randn(*shape, seed=0):
     return torch.randn(*shape, generator=Generator().manual_seed(seed))

@@ -1,10 +1,12 @@
-"""What of a training clip is known: each kind as its name says, in the shares that were set."""
+"""Masks of known frames: what each kind draws and how often; unknown latents filled from known ones."""
 
 import pytest
 import torch
 
-from ldm.diffusion.known_frames import KINDS, KnownFrameMixture
+from ldm.diffusion.known_frames import KINDS, KnownFrameMixture, fill_unknown
 from ldm.errors import UserError
+
+pytestmark = pytest.mark.numeric
 
 
 def draws(mixture: KnownFrameMixture, num: int = 300, frames: int = 7, h: int = 8, w: int = 12):
@@ -21,7 +23,7 @@ def known_sets(kind: str, frames: int = 7) -> set[tuple[int, ...]]:
     return {tuple((mask[:, 0, 0, 0] == 0).nonzero().flatten().tolist()) for mask in masks}
 
 
-def test_each_kind_knows_the_frames_its_name_says():
+def test_known_frames_of_each_kind():
     assert known_sets("nothing") == {()}
     assert known_sets("first") == {(0,)}
     assert known_sets("ends") == {(0, 6)}
@@ -33,7 +35,7 @@ def test_each_kind_knows_the_frames_its_name_says():
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("frames", [1, 2, 3, 5])
-def test_something_is_always_left_to_be_made(kind, frames):
+def test_something_is_always_unknown(kind, frames):
     for mask, _ in draws(KnownFrameMixture({kind: 1}), num=50, frames=frames):
         assert mask.sum() > 0
         if kind != "nothing" and (frames > 1 or kind == "pixels"):
@@ -57,13 +59,13 @@ def test_pixels_are_a_rectangle_or_all_but_one_in_every_frame():
     assert min(fractions) < 0.2 and max(fractions) > 0.8
 
 
-def test_kinds_come_in_the_shares_that_were_set():
+def test_kinds_occur_by_their_weights():
     mixture = KnownFrameMixture({"nothing": 1, "first": 3, "ends": 0})
     firsts = sum(bool(mask[0, 0, 0, 0] == 0) for mask, _ in draws(mixture, num=2000))
     assert abs(firsts / 2000 - 0.75) < 0.03
 
 
-def test_half_of_the_clips_get_noise_up_to_the_greatest_step():
+def test_half_of_the_clips_get_noise_up_to_max_noise():
     levels = torch.tensor([level for _, level in draws(KnownFrameMixture({"first": 1}, max_noise=200), num=2000)])
     assert abs((levels == 0).float().mean() - 0.5) < 0.04
     noisy = levels[levels > 0]
@@ -72,7 +74,7 @@ def test_half_of_the_clips_get_noise_up_to_the_greatest_step():
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("options", "message"),
     [
         ({"mixture": {"last": 1}}, "known_frames.mixture.last: expected one of nothing, first, ends"),
         ({"mixture": {"first": -1}}, "mixture.first: expected a weight from 0, found -1"),
@@ -84,6 +86,47 @@ def test_half_of_the_clips_get_noise_up_to_the_greatest_step():
         ({"mixture": {"first": 1}, "fill": "noise"}, "fill: expected one of blend, zeros, found 'noise'"),
     ],
 )
-def test_impossible_mixtures_are_refused(words, message):
+def test_impossible_mixtures_are_refused(options, message):
     with pytest.raises(UserError, match=message):
-        KnownFrameMixture.from_config(words)
+        KnownFrameMixture.from_config(options)
+
+
+def frames(*values: float) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1, 1)
+
+
+def fill(values, unknown) -> list[float]:
+    return fill_unknown(frames(*values), frames(*unknown)).flatten().tolist()
+
+
+def test_between_known_frames_is_their_linear_blend():
+    assert fill([2, 99, 99, 99, 10], [0, 1, 1, 1, 0]) == [2, 4, 6, 8, 10]
+    assert fill([0, 99, 3, 99, 99, 9], [0, 1, 0, 1, 1, 0]) == [0, 1.5, 3, 5, 7, 9]
+
+
+def test_beyond_known_frames_is_the_nearest():
+    assert fill([99, 99, 5, 7, 99], [1, 1, 0, 0, 1]) == [5, 5, 5, 7, 7]
+
+
+def test_unknown_everywhere_is_zero():
+    assert fill([1, 2, 3], [1, 1, 1]) == [0, 0, 0]
+    images = torch.randn(2, 4, 3, 3)
+    mask = torch.zeros(2, 1, 3, 3)
+    mask[:, :, 1] = 1
+    assert torch.equal(fill_unknown(images, mask), images * (1 - mask))
+
+
+def test_each_pixel_is_filled_from_its_own_frames():
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, 6, 4, 5, 3, generator=generator)
+    mask = (torch.rand(2, 6, 1, 5, 3, generator=generator) < 0.6).float()
+    whole = fill_unknown(latents, mask)
+    for b, y, x in ((0, 0, 0), (1, 4, 2), (0, 2, 1), (1, 3, 0)):
+        alone = fill_unknown(
+            latents[b : b + 1, :, :, y : y + 1, x : x + 1], mask[b : b + 1, :, :, y : y + 1, x : x + 1]
+        )
+        assert torch.equal(alone[0, :, :, 0, 0], whole[b, :, :, y, x])
+    is_known = (mask == 0).expand_as(latents)
+    assert torch.equal(whole[is_known], latents[is_known])  # bit for bit
+    changed = torch.where(is_known, latents, 99)
+    assert torch.equal(fill_unknown(changed, mask), whole)
