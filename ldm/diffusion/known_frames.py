@@ -66,7 +66,7 @@ def _nearest(known: Tensor, is_known: Tensor, order: range) -> tuple[Tensor, Ten
 
 
 @dataclass(frozen=True)
-class KnownLatents:
+class KnownFrames:
     """Known latents of a batch: mask `b t 1 h w`, latents `b t c h w` and the diffusion step of their noise.
 
     level: `b`, 0 for no noise. Images have no t.
@@ -77,7 +77,7 @@ class KnownLatents:
     level: Tensor
 
     @classmethod
-    def nothing(cls, like: Tensor) -> KnownLatents:
+    def nothing(cls, like: Tensor) -> KnownFrames:
         """All latents of the shape of `like` are unknown."""
         mask = torch.ones_like(like[..., :1, :, :])
         return cls(mask, torch.zeros_like(like), torch.zeros(len(like), dtype=torch.long, device=like.device))

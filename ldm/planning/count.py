@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ldm.config import build, to_container
 from ldm.data.shards import DATASET_FILE, read_info
-from ldm.diffusion.known_frames import KnownLatents
+from ldm.diffusion.known_frames import KnownFrames
 from ldm.errors import UserError
 from ldm.modules.backends import choosing_for_gpu
 from ldm.optim import build_optimizer
@@ -308,7 +308,7 @@ def _batch(model: nn.Module, shape: Shape, device: torch.device) -> tuple[Any, .
     steps = torch.zeros(b, dtype=torch.long, device=device)
     known = None
     if model.mixture is not None and t > 1:
-        known = KnownLatents(empty(b, t, 1, shape.height, shape.width), torch.empty_like(clean), steps)
+        known = KnownFrames(empty(b, t, 1, shape.height, shape.width), torch.empty_like(clean), steps)
     return clean, noise, steps, empty(b, NUM_TOKENS, model.unet.context_dim), empty(b), known
 
 

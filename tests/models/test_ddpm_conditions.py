@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ldm.data.batch import Batch, Clips
-from ldm.diffusion.known_frames import KINDS, KnownLatents, fill_unknown
+from ldm.diffusion.known_frames import KINDS, KnownFrames, fill_unknown
 from ldm.errors import UserError
 from ldm.models.diffusion.ddpm import LatentVideoDiffusion
 from tests.conftest import relative_error
@@ -232,6 +232,6 @@ def test_of_a_clip_of_one_frame_nothing_is_known():
 
 def test_nothing_known_is_said_of_images_and_of_clips():
     for shape in ((2, 5, 4, 8, 8), (2, 4, 8, 8)):
-        nothing = KnownLatents.nothing(torch.randn(shape))
+        nothing = KnownFrames.nothing(torch.randn(shape))
         assert nothing.mask.shape == (*shape[:-3], 1, 8, 8) and nothing.mask.min() == 1
         assert not nothing.latents.any() and not nothing.level.any()

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldm.callbacks import ProgressBar, SkipBadSteps, WeightAverage
 from ldm.callbacks import bad_steps as guard
-from ldm.diffusion.known_frames import KnownLatents
+from ldm.diffusion.known_frames import KnownFrames
 from tests.models.test_ddpm import make_batch, make_model
 
 READS = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "masked_select", "_unique2", "equal", "allclose"}
@@ -63,7 +63,7 @@ def test_the_network_the_loss_and_the_optimiser_read_nothing(is_known):
     model.unet.takes_known_frames = False
     optimizer = model.configure_optimizers()["optimizer"]
     clean, noise = on_meta(2, 5, 4, 8, 8), on_meta(2, 5, 4, 8, 8)
-    known = KnownLatents(on_meta(2, 5, 1, 8, 8), clean, on_meta(2, dtype=torch.long)) if is_known else None
+    known = KnownFrames(on_meta(2, 5, 1, 8, 8), clean, on_meta(2, dtype=torch.long)) if is_known else None
     with Watch() as watch:
         errors = model.error(clean, noise, on_meta(2, dtype=torch.long), on_meta(2, 7, 16), known=known)
         (errors * model.schedule.loss_weight(on_meta(2, dtype=torch.long), None)).sum().backward()

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ldm.callbacks.reports import PlanReport
 from ldm.config import build
 from ldm.data.shards import read_info
-from ldm.diffusion.known_frames import KnownLatents
+from ldm.diffusion.known_frames import KnownFrames
 from ldm.errors import UserError
 from ldm.planning import count as training_step
 from ldm.planning.count import CARD, PROCESSOR, Count, Shape, count_step, measure_optimizer, shape_of
@@ -73,7 +73,7 @@ def real_model(settings: dict) -> nn.Module:
 def real_loss(model: nn.Module, shape: Shape = SHAPE) -> torch.Tensor:
     sizes = (shape.clips, shape.frames, 4, shape.height, shape.width)
     steps = torch.zeros(shape.clips, dtype=torch.long)
-    known = KnownLatents(torch.ones(*sizes[:2], 1, *sizes[3:]), torch.randn(sizes), steps)
+    known = KnownFrames(torch.ones(*sizes[:2], 1, *sizes[3:]), torch.randn(sizes), steps)
     return model.error(torch.randn(sizes), torch.randn(sizes), steps, torch.randn(shape.clips, 77, 32),
                        torch.ones(shape.clips), known).sum()  # fmt: skip
 

@@ -22,7 +22,7 @@ from ldm.checkpoint.names import FIRST_STAGE_PREFIX, TEXT_PREFIX, UNET_PREFIX
 from ldm.config import build
 from ldm.data.clips import Batch, check_prepared
 from ldm.data.stream import num_real
-from ldm.diffusion.known_frames import KnownFrameMixture, KnownLatents, fill_unknown
+from ldm.diffusion.known_frames import KnownFrameMixture, KnownFrames, fill_unknown
 from ldm.diffusion.noise import NoiseFamily, mix_seed
 from ldm.diffusion.schedule import NoiseSchedule, checked_gamma
 from ldm.errors import UserError
@@ -166,13 +166,13 @@ class LatentVideoDiffusion(ClipsByKnownNorm, pl.LightningModule):
         timesteps: Tensor,
         context: Tensor,
         fps: Tensor | None = None,
-        known: KnownLatents | None = None,
+        known: KnownFrames | None = None,
     ) -> Tensor:
         """The network's prediction: `b t c h w`, `b`, `b n d`, `b` -> `b t c h w`; for images without t."""
         if not self.unet.takes_known_frames:
             return self.unet(noisy, timesteps, context, fps=fps)
         if known is None:
-            known = KnownLatents.nothing(noisy)
+            known = KnownFrames.nothing(noisy)
         fill = "zeros" if self.mixture is None else self.mixture.fill
         inputs = torch.cat([noisy, known.mask, fill_unknown(known.latents, known.mask, fill)], dim=-3)
         return self.unet(inputs, timesteps, context, fps=fps, known_level=known.level)
@@ -184,7 +184,7 @@ class LatentVideoDiffusion(ClipsByKnownNorm, pl.LightningModule):
         timesteps: Tensor,
         context: Tensor,
         fps: Tensor | None = None,
-        known: KnownLatents | None = None,
+        known: KnownFrames | None = None,
     ) -> Tensor:
         """Mean squared error of each clip's prediction (DDPM eq. 14) where latents are not known.
 
@@ -271,7 +271,7 @@ class LatentVideoDiffusion(ClipsByKnownNorm, pl.LightningModule):
             timesteps.append(torch.randint(first, after, (), generator=generator, device=device))
         return torch.stack(clean), torch.stack(noise), torch.stack(timesteps)
 
-    def draw_known(self, batch: Batch, clean: Tensor, stream: int = KNOWN_STREAM) -> KnownLatents | None:
+    def draw_known(self, batch: Batch, clean: Tensor, stream: int = KNOWN_STREAM) -> KnownFrames | None:
         """The known frames of each clip, drawn from the mixture; None without a mixture. `clean`: `b t c h w`."""
         if self.mixture is None:
             return None
@@ -286,7 +286,7 @@ class LatentVideoDiffusion(ClipsByKnownNorm, pl.LightningModule):
             noise.append(_normal_like(latents, on_device.manual_seed(seed)))
         mask = torch.stack(masks).to(clean.device, non_blocking=True)
         level = torch.tensor(levels).to(clean.device, non_blocking=True)
-        return KnownLatents(mask, self.schedule.with_level(clean, torch.stack(noise), level), level)
+        return KnownFrames(mask, self.schedule.with_level(clean, torch.stack(noise), level), level)
 
     def configure_model(self) -> None:
         """Shard the trained weights over the processes where the strategy does; the groups then hold the shards."""
