@@ -57,9 +57,6 @@ TORCH_ONLY = {
 }
 # Of the evaluation, what looks at clips with a network; the rest measures without torch.
 EVALUATES_WITH_TORCH = ("ldm.evaluation.look_judge", "ldm.evaluation.features", "ldm.evaluation.text_alignment")
-KNOWN_BREACHES = {
-    ("ldm.checkpoint.writing", "ldm.sampling.settings"),
-}
 
 
 def dotted(path: Path) -> str:
@@ -99,7 +96,7 @@ def mistakes(module: str, source: str) -> list[str]:
         if top in ("scripts", "main", "tests"):
             found.append(f"imports {name}")
         elif top == "ldm":
-            if package_of(name) not in allowed and (module, name) not in KNOWN_BREACHES:
+            if package_of(name) not in allowed:
                 found.append(f"imports {name}: {here} may import {ALLOWED.get(here, '')}")
         else:
             owner = "pytorch_lightning" if top in LIGHTNING else top

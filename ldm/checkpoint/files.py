@@ -1,22 +1,22 @@
-"""Checkpoint files of every kind -> their contents, without running anything that a file names.
+"""Checkpoint files -> their contents, without running anything that a file names.
 
-Headers are compared with the file's size first (`checkpoint_header`). Pickles are opened with `weights_only=True`, the
-few harmless classes that public checkpoints mention are replaced by stand-ins that do nothing, and anything else is
-refused by its name. Tensors stay mapped to the file until they are used, so that opening 4 GB costs neither time nor
-memory.
+A file of N bytes takes at most N + 64 MB of memory: before `torch.load(weights_only=True, mmap=True)`, the zip
+directory is compared with the file's size and the pickle is scanned without being executed. Harmless classes that
+public checkpoints name become stand-ins; any other class is refused by name.
 """
 
 from __future__ import annotations
 
-import _compat_pickle
 import io
 import mmap
 import pickle
+import pickletools
 import re
 import struct
-from collections.abc import Callable, Mapping
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,46 +25,46 @@ from safetensors.torch import load_file
 from ldm.errors import CheckpointError
 from ldm.modules.state_dicts import few
 
-MAX_RECORDS = 200_000
-SLACK = 2**20
-OBJECTS = 24 * 2**20  # bytes of Python objects that any file may unpickle to, and six times its size more
-END, DIRECTORY, LOCAL = b"PK\x05\x06", b"PK\x01\x02", b"PK\x03\x04"
-END64_LOCATOR, END64 = b"PK\x06\x07", b"PK\x06\x06"
-WORD = 0xFFFFFFFF
-
-# Bytes of one value of each kind of storage.
-STORAGES = {
-    **dict.fromkeys(("Double", "Long", "ComplexFloat"), 8), **dict.fromkeys(("Float", "Int", "QInt32"), 4),
-    **dict.fromkeys(("Half", "BFloat16", "Short"), 2), "ComplexDouble": 16,
-    **dict.fromkeys(("Char", "Byte", "Bool", "Untyped", "QInt8", "QUInt8", "QUInt4x2", "QUInt2x4"), 1),
-}  # fmt: skip
-# What `weights_only` would call though it allocates as many bytes as it is told to.
-ALLOCATORS = ("builtins.bytearray", "torch.Tensor")
-# The operations that PyTorch's own reader knows.
-OPERATIONS = (
-    pickle.PROTO, pickle.STOP, pickle.GLOBAL, pickle.NEWOBJ, pickle.REDUCE, pickle.BUILD, pickle.APPEND, pickle.APPENDS,
-    pickle.SETITEM, pickle.SETITEMS, pickle.MARK, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3,
-    pickle.NONE, pickle.NEWFALSE, pickle.NEWTRUE, pickle.EMPTY_TUPLE, pickle.EMPTY_LIST, pickle.EMPTY_DICT,
-    pickle.EMPTY_SET, pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.BINFLOAT, pickle.BINUNICODE,
-    pickle.SHORT_BINSTRING, pickle.BINPERSID, pickle.BINGET, pickle.LONG_BINGET, pickle.BINPUT, pickle.LONG_BINPUT,
-    pickle.LONG1,
-)  # fmt: skip
-# About the bytes that an operation takes, here or when the pickle is loaded: an object and its place in a list.
+MAX_DIRECTORY = 2**22  # bytes of a zip directory, enough for 30,000 records
+OBJECTS = 24 * 2**20  # bytes of Python objects that any pickle may create, plus six times the file size
+# Allowed by `weights_only`, but allocate as many bytes as their argument says.
+ALLOCATORS = re.compile(r"(builtins|__builtin__) bytearray|torch(\.\w+)? \w*Tensor|torch.storage TypedStorage")
+# Approximate bytes that an operation of torch's restricted unpickler creates.
 COSTS = {
-    **dict.fromkeys(OPERATIONS, 40), pickle.EMPTY_SET: 224, pickle.EMPTY_DICT: 72, pickle.EMPTY_LIST: 64,
-    pickle.MARK: 72, pickle.TUPLE: 64, pickle.TUPLE1: 64, pickle.TUPLE2: 64, pickle.TUPLE3: 72, pickle.LONG_BINPUT: 110,
-    pickle.SETITEM: 110, pickle.REDUCE: 500, pickle.NEWOBJ: 500,
-}  # fmt: skip
+    **dict.fromkeys(
+        "PROTO STOP GLOBAL APPEND APPENDS SETITEMS NONE NEWFALSE NEWTRUE EMPTY_TUPLE BININT BININT1 BININT2 BINFLOAT "
+        "BINUNICODE SHORT_BINSTRING BINPERSID BINGET LONG_BINGET BINPUT LONG1 BUILD".split(),
+        40,
+    ),
+    **dict.fromkeys("MARK TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST EMPTY_DICT".split(), 72),
+    **dict.fromkeys("LONG_BINPUT SETITEM".split(), 110),
+    **{"EMPTY_SET": 224, "REDUCE": 500, "NEWOBJ": 500},
+}
+GROWING = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD")
 
 
 class HeaderError(ValueError):
-    """A file that claims what its size does not bear out."""
+    """A file that claims more than its size allows."""
 
 
-def check_zip(path: Path) -> set[str]:
-    """The foreign names in the pickle of a zip that may be loaded. Raises HeaderError."""
-    with path.open("rb") as file:
-        records = _records(file)
+def check_header(path: Path) -> bool:
+    """Raise `CheckpointError` unless a PyTorch file has the records and storages it claims; whether it is a zip."""
+    try:
+        with path.open("rb") as file:
+            is_zip = file.read(1) == b"P"
+            (_check_zip if is_zip else _check_legacy)(file, path.stat().st_size)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, EOFError, OverflowError) as error:
+        reason = error if isinstance(error, HeaderError) else f"{type(error).__name__}: {str(error)[:80]}"
+        raise _corrupt(path, "PyTorch", reason) from None
+    except (OSError, zipfile.BadZipFile, NotImplementedError, struct.error) as error:
+        raise _corrupt(path, "PyTorch", error) from None
+    return is_zip
+
+
+def _check_zip(file: BinaryIO, size: int) -> None:
+    directory = _directory_size(file, size)
+    with zipfile.ZipFile(file) as archive:
+        records = _record_sizes(archive, size - directory - 22)
         folders = {name.partition("/")[0] for name in records}
         if len(folders) != 1:
             raise HeaderError(f"expected one folder in the zip, found {len(folders)}")
@@ -73,272 +73,160 @@ def check_zip(path: Path) -> set[str]:
             raise HeaderError("a TorchScript program, not weights")
         if f"{folder}/data.pkl" not in records:
             raise HeaderError(f"no {folder[:80]}/data.pkl in the zip")
-        content = _content(file, *records[f"{folder}/data.pkl"])
-    machine = _Machine(io.BytesIO(content), len(content), OBJECTS + 6 * path.stat().st_size)
-    machine.run()
-    for key, size in machine.storages.items():
-        place = records.get(f"{folder}/data/{key}")
-        if place is None or size > place[1]:
-            found = "no such record" if place is None else f"{place[1]:,} bytes"
-            raise HeaderError(f"storage {key[:80]} is said to have {size:,} bytes, found {found}")
-    return machine.names
+        scan = _Scan(OBJECTS + 6 * size)
+        scan.read(io.BytesIO(archive.read(f"{folder}/data.pkl")))
+    for key, claimed in scan.storages.items():
+        found = records.get(f"{folder}/data/{key}")
+        if found is None or claimed > found:
+            there = "no such record" if found is None else f"{found:,} bytes"
+            raise HeaderError(f"storage {key[:80]} claims {claimed:,} bytes, found {there}")
 
 
-def check_old(path: Path) -> set[str]:
-    """As `check_zip`, for a file from before PyTorch 1.6."""
-    names: set[str] = set()
-    size = path.stat().st_size
-    with path.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as file:
-        needed, room = 0, OBJECTS + 6 * size
-        for _ in range(5):  # a number, the protocol, the machine, the contents, the names of the storages
-            machine = _Machine(file, size, room)
-            machine.run()
-            room = machine.room
-            names |= machine.names
-            needed += sum(machine.storages.values())
-        if needed > size - file.tell():
-            raise HeaderError(f"its storages are said to have {needed:,} bytes, found {size - file.tell():,}")
-    return names
+def _directory_size(file: BinaryIO, size: int) -> int:
+    file.seek(max(0, size - 98))
+    tail = file.read()
+    if tail[-22:-18] != b"PK\x05\x06" or tail[-2:] != b"\0\0":
+        raise HeaderError("no zip directory at its end")
+    has_64 = tail[-42:-38] == b"PK\x06\x07" and tail[-98:-94] == b"PK\x06\x06"
+    directory = struct.unpack("<Q", tail[-58:-50])[0] if has_64 else struct.unpack("<L", tail[-10:-6])[0]
+    if directory > min(size, MAX_DIRECTORY):
+        raise HeaderError(f"a zip directory of {directory:,} bytes")
+    return directory
 
 
-def _records(file: io.BufferedReader) -> dict[str, tuple[int, int]]:
-    """Name -> where its local header is and how many bytes it has; all of it laid out as PyTorch writes it."""
-    total = file.seek(0, io.SEEK_END)
-    first, length, count = _directory_place(file, total)
-    if first + length > total or count > min(MAX_RECORDS, length // 46):
-        raise HeaderError("the directory of the zip does not fit into the file")
-    file.seek(first)
-    directory = file.read(length)
-    records: dict[str, tuple[int, int]] = {}
-    position = 0
-    for _ in range(count):
-        name, record, position = _record(directory, position)
-        if name in records:
-            raise HeaderError(f"the record {name[:80]!r} is there twice")
-        records[name] = record
-    if position != length:
-        raise HeaderError("the directory of the zip has an end of its own")
-    end = 0
-    for name, (offset, size) in sorted(records.items(), key=lambda item: item[1]):
-        if offset < end or offset + size + 30 > first:
-            raise HeaderError(f"the record {name[:80]!r} lies over another or beyond the file")
-        end = offset + size + 30
+def _record_sizes(archive: zipfile.ZipFile, stop: int) -> dict[str, int]:
+    """Names and bytes of the records, which must be stored one after the other, uncompressed, before `stop`."""
+    found = sorted(archive.infolist(), key=lambda record: record.header_offset)
+    for record in found:
+        if record.compress_type != zipfile.ZIP_STORED or record.flag_bits & 1:
+            raise HeaderError(f"the record {record.filename[:80]!r} is compressed")
+        if record.compress_size != record.file_size:
+            raise HeaderError(f"the record {record.filename[:80]!r} has two sizes")
+    records = {record.filename: record.file_size for record in found}
+    starts = [*(record.header_offset for record in found), stop]
+    ends = [record.header_offset + 30 + record.file_size for record in found]
+    overlap = any(end > start for end, start in zip(ends, starts[1:], strict=True))
+    if len(records) < len(found) or starts[0] != 0 or overlap:
+        raise HeaderError("the records of the zip overlap")
     return records
 
 
-def _directory_place(file: io.BufferedReader, total: int) -> tuple[int, int, int]:
-    """Where the directory is, its bytes and records."""
-    if total < 22:
-        raise HeaderError("no end of a zip")
-    file.seek(total - 22)
-    tail = file.read(22)
-    if tail[:4] != END or tail[20:] != b"\0\0":
-        raise HeaderError("no end of a zip")
-    disks, count, length, first = tail[4:8], *struct.unpack("<HLL", tail[10:20])
-    if disks not in (b"\0\0\0\0", b"\xff\xff\xff\xff"):
-        raise HeaderError("a zip of several parts")
-    stop = total - 22
-    if total >= 22 + 20 + 56:
-        file.seek(total - 22 - 20)
-        locator = file.read(20)
-        if locator[:4] == END64_LOCATOR:
-            stop = struct.unpack("<Q", locator[8:16])[0]
-            if stop != total - 22 - 20 - 56:
-                raise HeaderError("the end of the zip does not fit together")
-            file.seek(stop)
-            wide = file.read(56)
-            if wide[:4] != END64:
-                raise HeaderError("the end of the zip does not fit together")
-            count, length, first = struct.unpack("<QQQ", wide[32:56])
-    if first + length != stop:
-        raise HeaderError("something lies between the directory of the zip and its end")
-    return first, length, count
+def _check_legacy(opened: BinaryIO, size: int) -> None:
+    """A file from before PyTorch 1.6: five pickles (magic, protocol, system, contents, keys), then the storages."""
+    with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as file:
+        claimed, scan = 0, _Scan(OBJECTS + 6 * size)
+        for _ in range(5):
+            scan.read(file)
+            claimed += sum(scan.storages.values())
+        if claimed > size - file.tell():
+            raise HeaderError(f"its storages claim {claimed:,} bytes, found {size - file.tell():,}")
 
 
-def _record(directory: bytes, position: int) -> tuple[str, tuple[int, int], int]:
-    """An entry of the directory: name, where and how long the record is; and where the next entry begins."""
-    entry = directory[position : position + 46]
-    if len(entry) < 46 or entry[:4] != DIRECTORY:
-        raise HeaderError("the directory of the zip is damaged")
-    flags, method = struct.unpack("<HH", entry[8:12])
-    packed, size, len_name, len_extra, len_comment = struct.unpack("<LLHHH", entry[20:34])
-    offset = struct.unpack("<L", entry[42:46])[0]
-    raw = directory[position + 46 : position + 46 + len_name]
-    extra = directory[position + 46 + len_name : position + 46 + len_name + len_extra]
-    try:
-        name = raw.decode("utf-8")
-    except UnicodeDecodeError:
-        raise HeaderError("a record whose name is no text") from None
-    if method != 0 or flags & 1:
-        raise HeaderError(f"the record {name[:80]!r} is packed, so that nobody knows what it grows to")
-    size, packed, offset = _wide(extra, size, packed, offset)
-    if packed != size:
-        raise HeaderError(f"the record {name[:80]!r} is said to have {size:,} bytes and {packed:,} at once")
-    return name, (offset, size), position + 46 + len_name + len_extra + len_comment
+class _Value:
+    """A value of a scanned pickle. weight: bytes of a copy of it. content: a scalar, or the values in a tuple."""
+
+    __slots__ = ("content", "is_inside", "weight")
+
+    def __init__(self, weight: int, content: Any = None) -> None:
+        self.weight, self.content, self.is_inside = min(weight, 2**62), content, False
 
 
-def _wide(extra: bytes, *values: int) -> list[int]:
-    """The numbers of an entry, those that do not fit there from its field of 64-bit numbers."""
-    found, position = list(values), 0
-    while position + 4 <= len(extra):
-        kind, length = struct.unpack("<HH", extra[position : position + 4])
-        field = extra[position + 4 : position + 4 + length]
-        position += 4 + length
-        if kind == 1:
-            wide = [number for (number,) in struct.iter_unpack("<Q", field[: len(field) // 8 * 8])]
-            found = [wide.pop(0) if value == WORD and wide else value for value in found]
-    return found
+class _Scan:
+    """Reads pickles without executing them: `storages` are the bytes that each storage of the last one claims.
 
-
-def _content(file: io.BufferedReader, offset: int, size: int) -> bytes:
-    file.seek(offset)
-    header = file.read(30)
-    if len(header) < 30 or header[:4] != LOCAL:
-        raise HeaderError("a record without its header")
-    len_name, len_extra = struct.unpack("<HH", header[26:30])
-    file.seek(len_name + len_extra, io.SEEK_CUR)
-    return file.read(size)
-
-
-class _Stand(dict):
-    """What a call or a new object would have given; takes items, as an OrderedDict does."""
-
-    __slots__ = ()
-
-
-class _Machine(pickle._Unpickler):  # the one in Python: the one in C allocates before it looks
-    """Reads one pickle; `names` are those it wants to call, `storages` the bytes of each of its storages.
-
-    room: bytes of objects that it may make; a pickle is a program, and one byte of it makes a set of 200.
+    room: bytes of objects that all of them may create. Calls and dict keys are charged the size of their argument, with
+    shared parts counted each time: a short pickle can copy or hash the same list again and again.
     """
 
-    dispatch = {code[0]: pickle._Unpickler.dispatch[code[0]] for code in OPERATIONS}  # noqa: RUF012 - as its parent's
-
-    def __init__(self, file: Any, size: int, room: int) -> None:
-        super().__init__(file, encoding="bytes")
+    def __init__(self, room: int) -> None:
         self.room = room
-        self.names: set[str] = set()
         self.storages: dict[str, int] = {}
-        self._budget = 16 * size + SLACK  # values that calls may copy, all together
 
-    def run(self) -> None:
-        try:
-            self.load()
-        except HeaderError:
-            raise
-        except (pickle.UnpicklingError, struct.error, RecursionError) as error:
-            raise HeaderError(f"a damaged pickle ({error})") from None
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError, EOFError, OverflowError) as error:
-            raise HeaderError(f"a damaged pickle ({type(error).__name__}: {str(error)[:80]})") from None
+    def read(self, file: Any) -> None:
+        """Scan one pickle; raises `HeaderError`, or what `pickletools` raises for a malformed one."""
+        self.stack: list[_Value | None] = []
+        self.memo: dict[int, _Value] = {}
+        self.storages = {}
+        for code, argument, _ in pickletools.genops(file):
+            name = code.name
+            if name not in COSTS:
+                raise HeaderError(f"a pickle with the operation {name}")
+            self.charge(COSTS[name])
+            if name == "MARK":
+                self.stack.append(None)
+            elif name.endswith("BINPUT"):
+                self.memo[argument] = self.stack[-1]
+            elif name.endswith("BINGET"):
+                self.stack.append(self.memo[argument])
+            elif name in GROWING:
+                self.grow(name, self.pop(code))
+            elif name not in ("PROTO", "STOP"):
+                self.stack.append(self.create(name, argument, self.pop(code)))
 
-    def find_class(self, module: str, name: str) -> str:
-        if (module, name) in _compat_pickle.NAME_MAPPING:
-            module, name = _compat_pickle.NAME_MAPPING[module, name]
-        full = f"{_compat_pickle.IMPORT_MAPPING.get(module, module)}.{name}"
-        if full in ALLOCATORS or (full.startswith("torch.") and full.endswith("Tensor") and full.count(".") < 4):
-            raise HeaderError(f"{full[:80]}, which allocates whatever it is told to")
-        self.names.add(full)
-        return full
-
-    def persistent_load(self, pid: Any) -> _Stand:
-        """A storage: "storage", its kind, name, device and number of values."""
-        if not isinstance(pid, tuple) or len(pid) not in (5, 6) or pid[0] not in ("storage", b"storage"):
-            raise HeaderError("a reference to something that is no storage")
-        kind, key, count = pid[1], pid[2], pid[4]
-        each = STORAGES.get(kind.rpartition(".")[2].removesuffix("Storage")) if isinstance(kind, str) else None
-        if each is None:
-            raise HeaderError(f"a storage of the kind {str(kind)[:80]}")
-        if not isinstance(key, str | bytes) or type(count) is not int or count < 0:
-            raise HeaderError(f"a storage of {str(count)[:40]} values")
-        key = key if isinstance(key, str) else key.decode("latin-1")
-        self.storages[key] = max(self.storages.get(key, 0), count * each)
-        return _Stand()
-
-    def load_reduce(self) -> None:
-        arguments = self.stack.pop()
-        self._call(self.stack[-1], arguments)
-        self.stack[-1] = _Stand()
-
-    def load_newobj(self) -> None:
-        arguments = self.stack.pop()
-        self._call(self.stack.pop(), arguments)
-        self.append(_Stand())
-
-    def load_build(self) -> None:
-        self._spend(self.stack.pop())
-
-    def load_setitem(self) -> None:
-        self._check_keys(self.stack[-2:-1])
-        super().load_setitem()
-
-    def load_setitems(self) -> None:
-        self._check_keys(self.stack[::2])
-        self.take(len(self.stack) // 2 * COSTS[pickle.SETITEM])
-        super().load_setitems()
-
-    def take(self, num_bytes: int) -> None:
-        """Count the bytes of objects that are about to be made."""
+    def charge(self, num_bytes: int) -> None:
         self.room -= num_bytes
         if self.room < 0:
-            raise HeaderError("a pickle of more objects than a file of this size has any use for")
+            raise HeaderError("a pickle that creates more objects than a checkpoint of this size holds")
 
-    def _call(self, function: Any, arguments: Any) -> None:
-        if not isinstance(function, str | _Stand) or not isinstance(arguments, tuple):
-            raise HeaderError("a call of something that is no function")
-        self._spend(arguments)
-        if isinstance(function, _Stand):  # of what a call gave, as foreign code does; its names will be refused
-            return
-        if function.endswith("Storage"):
-            raise HeaderError(f"a call of {function[:80]}, which allocates whatever it is told to")
-        if function in ("builtins.set", "collections.OrderedDict", "collections.Counter") and arguments:
-            self._check_keys(arguments[0] if isinstance(arguments[0], list | tuple) else ())
-            if function != "builtins.set":
-                raise HeaderError(f"{function} made of a list, which only copies")
+    def pop(self, code: pickletools.OpcodeInfo) -> list[_Value]:
+        """What an operation takes off the stack, the top first."""
+        parts: list[_Value] = []
+        takes = [kind for kind in code.stack_before if kind not in (pickletools.markobject, pickletools.stackslice)]
+        if len(takes) < len(code.stack_before):
+            while (top := self.stack.pop()) is not None:
+                parts.append(top)
+        parts += [self.stack.pop() for _ in takes]
+        for part in parts if code.name not in GROWING else parts[:-1]:
+            part.is_inside = True
+        return parts
 
-    def _spend(self, value: Any, depth: int = 3) -> None:
-        """Count what a call may copy: its arguments and what is inside them."""
-        if not isinstance(value, str | bytes | list | tuple | dict):
-            return
-        self._budget -= 1 + len(value)
-        if self._budget < 0:
-            raise HeaderError("a pickle that copies the same things again and again")
-        if depth and not isinstance(value, str | bytes):
-            for part in value.values() if isinstance(value, dict) else value:
-                self._spend(part, depth - 1)
+    def grow(self, name: str, parts: list[_Value]) -> None:
+        target = parts.pop()
+        if target.is_inside:
+            raise HeaderError("a pickle that changes a container inside another")
+        weight = sum(part.weight for part in parts)
+        if name == "BUILD":
+            self.charge(weight)
+        elif name.startswith("SETITEM"):
+            self.charge(sum(key.weight for key in parts[1::2]) + len(parts) // 2 * COSTS["SETITEM"])
+        target.weight = min(target.weight + weight, 2**62)
+        self.stack.append(target)
 
-    @staticmethod
-    def _check_keys(keys: Any) -> None:
-        """Only what is quick to hash: of tuples in tuples that takes for ever."""
-        for key in keys:
-            if not isinstance(key, str | bytes | int | float | None):
-                raise HeaderError(f"a key that is a {type(key).__name__}")
+    def create(self, name: str, argument: Any, parts: list[_Value]) -> _Value:
+        weight = 8 + sum(part.weight for part in parts) + (len(argument) if isinstance(argument, str) else 0)
+        if name in ("REDUCE", "NEWOBJ"):
+            if str(parts[1].content).endswith("Storage"):
+                raise HeaderError(f"a call of {parts[1].content[:80]}, which allocates memory")
+            self.charge(weight)
+        elif name == "BINPERSID":
+            self.claim(parts[0].content)
+        elif name == "GLOBAL":
+            if ALLOCATORS.fullmatch(argument):
+                raise HeaderError(f"the name {argument[:80]}, which allocates memory")
+            return _Value(8, argument.replace(" ", "."))
+        elif name.startswith("TUPLE"):
+            return _Value(weight, parts[::-1] if len(parts) < 7 else None)
+        return _Value(weight, argument)
+
+    def claim(self, content: Any) -> None:
+        """Record the bytes of a storage: "storage", its type, key, device and number of values."""
+        tag, kind, key, _, count = [part.content for part in content[:5]] if isinstance(content, list) else [None] * 5
+        if tag != "storage":
+            raise HeaderError("a reference to something that is no storage")
+        storage = getattr(torch, str(kind).rpartition(".")[2], None) if str(kind).endswith("Storage") else None
+        if storage is None:
+            raise HeaderError(f"a storage of the type {str(kind)[:80]}")
+        if type(count) is not int or count < 0:
+            raise HeaderError(f"a storage of {str(count)[:40]} values")
+        num_bytes = count * (1 if storage is torch.UntypedStorage else storage.dtype.itemsize)
+        self.storages[str(key)] = max(self.storages.get(str(key), 0), num_bytes)
 
 
-for _code, _own in (
-    (pickle.REDUCE, _Machine.load_reduce), (pickle.NEWOBJ, _Machine.load_newobj), (pickle.BUILD, _Machine.load_build),
-    (pickle.SETITEM, _Machine.load_setitem), (pickle.SETITEMS, _Machine.load_setitems),
-):  # fmt: skip
-    _Machine.dispatch[_code[0]] = _own
-
-
-def _counted(operation: Callable[[_Machine], None], cost: int) -> Callable[[_Machine], None]:
-    def run(machine: _Machine) -> None:
-        machine.take(cost)
-        operation(machine)
-
-    return run
-
-
-for _code, _cost in COSTS.items():
-    if _code != pickle.STOP:
-        _Machine.dispatch[_code[0]] = _counted(_Machine.dispatch[_code[0]], _cost)
-
-
-MAX_SHARING = 4  # times the size of the file that all its tensors may have
+MAX_SHARING = 4  # all tensors together may have so many times the size of the file
 
 
 class _Nothing:
-    """Stands for a foreign class in a pickle: takes whatever it is given and keeps none of it."""
+    """Stand-in for a foreign class in a pickle: ignores its arguments and state."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         pass
@@ -348,19 +236,18 @@ class _Nothing:
 
 
 class _OptimizerState(torch.Tensor):
-    """Stands for the quantised tensors of torchao's optimisers, which lie in our own training checkpoints."""
+    """Stand-in for the quantised optimiser states of torchao in our training checkpoints."""
 
     @classmethod
     def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
-        raise TypeError("this tensor stands for an optimiser state that was left on the disk")
+        raise TypeError("a stand-in for an optimiser state has no values")
 
     def __setstate__(self, state: Any) -> None:
         pass
 
 
-# All that a checkpoint may name besides what `weights_only` itself allows (tensors, containers, `_codecs.encode`): the
-# public Stable Diffusion files name the Lightning class and some hold numpy scalars, `numpy._core` being numpy 2's
-# name of `numpy.core`.
+# What a checkpoint may name besides what `weights_only` allows: the public Stable Diffusion files name the Lightning
+# class, and some hold numpy scalars (`numpy._core` is numpy 2's name of `numpy.core`).
 STAND_INS = (
     (_Nothing, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"),
     (_Nothing, "numpy.core.multiarray.scalar"),
@@ -373,9 +260,9 @@ STAND_INS = (
 
 
 def read_file(path: Path) -> Mapping[str, Any]:
-    """The dict in a PyTorch or safetensors file, told apart by content; raises `CheckpointError`.
+    """The dict in a PyTorch or safetensors file, recognised by content; raises `CheckpointError`.
 
-    That of a safetensors file has the tensors at `state_dict`, and its strings at `metadata`.
+    A safetensors file gives its tensors at `state_dict` and its strings at `metadata`.
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: expected a file, found {'none' if not path.exists() else 'something else'}.")
@@ -392,19 +279,8 @@ def read_file(path: Path) -> Mapping[str, Any]:
         return _read_pickle(path)
     raise CheckpointError(
         f"{path}: expected a PyTorch or safetensors checkpoint, found a file that begins with {start[:24]!r}. Check "
-        "that it is the weights and not, for example, a web page or a Git LFS pointer in their place."
+        "that it holds the weights and is not, for example, a web page or a Git LFS pointer."
     )
-
-
-def check_header(path: Path) -> bool:
-    """Raise `CheckpointError` unless a PyTorch file has what it says of itself; whether it is a zip."""
-    try:
-        with path.open("rb") as file:
-            is_zip = file.read(1) == b"P"
-        (check_zip if is_zip else check_old)(path)
-    except (HeaderError, OSError) as error:
-        raise _damaged(path, "PyTorch", error) from None
-    return is_zip
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
@@ -413,7 +289,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
             metadata = file.metadata() or {}
         tensors = load_file(path)
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
-        raise _damaged(path, "safetensors", error) from None
+        raise _corrupt(path, "safetensors", error) from None
     return {"state_dict": _plain_tensors(tensors, path), "metadata": metadata}
 
 
@@ -425,13 +301,13 @@ def _read_pickle(path: Path) -> Mapping[str, Any]:
             if not refused:
                 contents = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
         except pickle.UnpicklingError as error:
-            # Files from before PyTorch 1.6 tell their names only while they are read.
+            # Files from before PyTorch 1.6 name their classes only while they are read.
             named = re.search(r"GLOBAL (\S+)", str(error))
             if named is None:
-                raise _damaged(path, "PyTorch", error) from None
+                raise _corrupt(path, "PyTorch", error) from None
             refused = [named.group(1)]
-        except Exception as error:  # what a stranger's pickle calls may fail in any way
-            raise _damaged(path, "PyTorch", error) from None
+        except Exception as error:  # calls in an untrusted pickle may fail in any way
+            raise _corrupt(path, "PyTorch", error) from None
     if refused:
         raise CheckpointError(
             f"{path}: expected weights only, found a pickle that names {few(sorted(refused))}, which may run foreign "
@@ -439,21 +315,21 @@ def _read_pickle(path: Path) -> Mapping[str, Any]:
         )
     if not isinstance(contents, dict):
         raise CheckpointError(f"{path}: expected a dict of tensors, found {type(contents).__name__}")
-    contents = dict(dict.items(contents))  # whatever attributes it came with
+    contents = dict(dict.items(contents))  # without attributes
     if isinstance(state := contents.get("state_dict"), dict):
         return contents | {"state_dict": _plain_tensors(dict(dict.items(state)), path)}
     return _plain_tensors(contents, path)
 
 
 def _plain_tensors(state: dict[Any, Any], path: Path) -> dict[str, Any]:
-    """The same with tensors that are no more than numbers in the file; what else is there is left as it is."""
+    """The state dict with plain tensors; raises `CheckpointError` for others. Other values stay as they are."""
     total, found = 0, {}
     for name, value in state.items():
         if isinstance(value, torch.Tensor):
             problem = _oddness(name, value)
             total += value.numel() * value.element_size()
             if problem is None and total > MAX_SHARING * path.stat().st_size:
-                problem = f"tensors of {total:,} bytes and more, which share their numbers,"
+                problem = f"tensors of {total:,} bytes and more, which share their values,"
             if problem is not None:
                 raise CheckpointError(
                     f"{path}: expected plain tensors with names, found {problem} at {str(name)[:80]!r} (the file has "
@@ -465,23 +341,23 @@ def _plain_tensors(state: dict[Any, Any], path: Path) -> dict[str, Any]:
 
 
 def _oddness(name: Any, tensor: torch.Tensor) -> str | None:
-    """What keeps a tensor from being taken for weights, in words."""
+    """Why a tensor cannot be a weight; None if it can."""
     if not isinstance(name, str):
         return f"a name that is a {type(name).__name__}"
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
         return f"a {type(tensor).__name__}"
     if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized or tensor.is_nested:
-        return "one that is sparse, quantised or without numbers"
+        return "one that is sparse, quantised or without values"
     if not tensor.numel():
         return f"an empty one of shape {list(tensor.shape)[:8]}"
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        return f"one of shape {list(tensor.shape)[:8]} that repeats fewer numbers"
+        return f"one of shape {list(tensor.shape)[:8]} that repeats fewer values"
     return None
 
 
-def _damaged(path: Path, form: str, error: Exception) -> CheckpointError:
+def _corrupt(path: Path, form: str, error: object) -> CheckpointError:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
     return CheckpointError(
-        f"{path}: expected a complete {form} checkpoint, found one that is damaged or half written ({reason}; "
+        f"{path}: expected a complete {form} checkpoint, found one that is corrupt or truncated ({reason}; "
         f"{path.stat().st_size:,} bytes). Download or copy it again."
     )

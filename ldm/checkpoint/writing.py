@@ -55,7 +55,6 @@ from ldm.checkpoint.temporal import CLIP_WORDS, MODEL, MODEL_WORDS, temporal_par
 from ldm.errors import UserError
 from ldm.files import replacing
 from ldm.modules.temporal import is_temporal
-from ldm.sampling.settings import sampling_defaults
 
 SUFFIXES = {
     "full": (".ckpt", ".safetensors"), "temporal": (".safetensors",), "diffusers": (), "author": (), "bundle": ()
@@ -209,7 +208,7 @@ def bundled(
 ) -> Checkpoint:
     """What of a checkpoint goes into a bundle: float16 weights, and a config without paths.
 
-    sampling: defaults of sampling, on top of those in the checkpoint's config, see `sampling_defaults`.
+    sampling: defaults of sampling, merged onto those in the checkpoint's config; the caller checks them.
     text, decoder: checkpoints to take the text encoder and the autoencoder from; None: the same. That autoencoder makes
         the same latents: all but its decoder is what it was.
     temporal_decoder: a checkpoint to take the layers over time of the decoder from; None: the same, if it has them and
@@ -272,8 +271,7 @@ def bundle_config(config: Mapping[str, Any], sampling: Mapping[str, Any]) -> dic
             for step in steps:
                 place = place.setdefault(step, {})
             place[last] = found[last]
-    sampling = {**(config.get("sampling") or {}), **sampling}
-    return {**result, "sampling": sampling_defaults({"sampling": sampling})}
+    return {**result, "sampling": {**(config.get("sampling") or {}), **sampling}}
 
 
 def _without_sources(node: Mapping[str, Any]) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def test_half_written_file(tmp_path, form, share):
         save_as_public(image_state(), path, _use_new_zipfile_serialization=form == "zip")
     whole = path.read_bytes()
     path.write_bytes(whole[: int(share * len(whole))])
-    with pytest.raises(CheckpointError, match=r"found one that is damaged or half written .* bytes\). Download"):
+    with pytest.raises(CheckpointError, match=r"found one that is corrupt or truncated .* bytes\). Download"):
         read_checkpoint(path)
 
 
@@ -109,7 +109,7 @@ def test_other_contents(tmp_path):
     with pytest.raises(CheckpointError, match=r"found 0 tensors of another model\."):
         read_checkpoint(path)
     path.write_bytes(pickle.dumps({"a": 1}))
-    with pytest.raises(CheckpointError, match="damaged or half written"):
+    with pytest.raises(CheckpointError, match="corrupt or truncated"):
         read_checkpoint(path)
 
 
