@@ -1,4 +1,4 @@
-"""Shared stand-ins: the golden numbers, the rule that fills weights, and tiny networks."""
+"""Shared fixtures: golden numbers, the rule that fills weights, prepared folders, a toy run."""
 
 from __future__ import annotations
 
@@ -65,9 +65,9 @@ def golden_configs() -> dict:
 
 @pytest.fixture(scope="session")
 def highway() -> Path:
-    """Real footage, where it lies beside the checkout; tests that want it are skipped elsewhere."""
+    """Real footage beside the checkout; tests that need it are skipped without it."""
     if not HIGHWAY.is_file():
-        pytest.skip("the real footage is not beside this checkout")
+        pytest.skip("needs the real footage beside the checkout")
     return HIGHWAY
 
 
@@ -84,7 +84,7 @@ def golden_keys() -> dict:
 
 @pytest.fixture(scope="session")
 def original(tmp_path_factory) -> Path:
-    """A prepared folder of made-up numbers, to be read only."""
+    """A prepared folder of random numbers, read only."""
     folder = tmp_path_factory.mktemp("prepared") / "set"
     fill(folder)
     return folder
@@ -92,7 +92,7 @@ def original(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def folder(original, tmp_path) -> Path:
-    """A copy of it, to be damaged."""
+    """A copy of it, to be corrupted."""
     copy = tmp_path / "set"
     copy.mkdir()
     for name, content in contents(original).items():
@@ -102,7 +102,7 @@ def folder(original, tmp_path) -> Path:
 
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
-    """A config that trains the toy model on a prepared folder; both lie in the temporary folder."""
+    """A config that trains the toy model on a prepared folder, both in the temporary folder."""
     monkeypatch.delenv(RUN_TIME_VARIABLE, raising=False)
     with trusting():
         yield toy_config(tmp_path)

@@ -154,7 +154,7 @@ def test_each_clip_has_its_own_caption_and_step_and_the_caption_is_projected_onc
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 0.05), (torch.float16, 0.01), (torch.float32, 1e-5)])
 def test_lower_precision_stays_close(trained, dtype, bound):
-    """Bounds: 13 (float16: 20, float32: 170) times the rounding of one number; kernels differ by less than half."""
+    """Bounds in roundings of one number: 13 of bfloat16, 20 of float16, 170 of float32."""
     x, timesteps, context = clip(5)
     out = deepcopy(trained).to(dtype)(x.to(dtype), timesteps, context.to(dtype))
     assert out.dtype == dtype
