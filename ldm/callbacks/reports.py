@@ -18,7 +18,7 @@ from ldm.data.stream import StreamLoader
 from ldm.devices import peak_memory
 from ldm.errors import UserError, is_lack_of_memory
 from ldm.optim.per_weight import WeightByWeight, state_bytes
-from ldm.planning.count import CARD, MODEL, PROCESSOR, Count, Shape, count_step, shape_of
+from ldm.planning.count import CPU, GPU, MODEL, StepCount, StepShape, count_step, shape_of
 from ldm.planning.proposals import propose
 from ldm.planning.report import gib, proposal_lines, table
 
@@ -207,16 +207,16 @@ class PlanReport(StepLogger):
     def __init__(self, config: Mapping[str, Any], least_parameters: int = LEAST_PARAMETERS) -> None:
         self.config = dict(config)
         self.least_parameters = least_parameters
-        self.count: Count | None = None
+        self.count: StepCount | None = None
         self._first_step: int | None = None
-        self._machine = CARD
+        self._machine = GPU
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         is_video = (self.config.get("model") or {}).get("target") == MODEL
         num_parameters = sum(weight.numel() for weight in pl_module.parameters())
         if not trainer.is_global_zero or not is_video or num_parameters < self.least_parameters:
             return
-        self._machine = PROCESSOR if pl_module.device.type == "cpu" else CARD
+        self._machine = CPU if pl_module.device.type == "cpu" else GPU
         start = time.process_time()
         try:
             shape = shape_of(self.config)
@@ -235,7 +235,7 @@ class PlanReport(StepLogger):
     def on_step_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch_idx: int) -> None:
         if self.count is None or trainer.global_step != self._first_step:
             return
-        kind = "on the GPU" if self._machine == CARD else "of the whole process, libraries included"
+        kind = "on the GPU" if self._machine == GPU else "of the whole process, libraries included"
         measured = peak_memory(pl_module.device)
         log.info("peak: counted %s GiB, measured %s GiB %s", gib(self.count.peak.total), gib(measured), kind)
 
@@ -254,7 +254,7 @@ def gpu_memory(device: torch.device) -> float:
     return total * torch.cuda.get_per_process_memory_fraction(device) / 2**30
 
 
-def advice(config: Mapping[str, Any], shape: Shape, vram: float) -> list[str]:
+def advice(config: Mapping[str, Any], shape: StepShape, vram: float) -> list[str]:
     """Lines with options that make a step fit, or that none does."""
     try:
         proposal = propose(config, vram, lambda changed: count_step(changed, shape))

@@ -1,1 +1,1 @@
-"""What a training step will take, counted before it is taken: memory, work, and the switches that make it fit."""
+"""Memory and work of a training step, counted before it is taken, and the switches that make it fit."""

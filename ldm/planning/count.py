@@ -1,10 +1,10 @@
 """One training step of a config, taken on tensors without values and followed byte by byte.
 
-The network, the loss, autocast, checkpointing and all else that a step does are the code that training runs; only the
-tensors are fake. So are two things simplified: the optimiser's states and what its step needs beside them are bytes a
-weight, found by a step of the same optimiser on a small weight with values (`optimizer_bytes`), and the averages are
-reckoned from their number. Single frames beside clips are counted as clips, and of the memory on a card the kernels'
-workspaces, the allocator's gaps and the driver's context are left out: `ALLOWANCE` stands for them.
+The step is the model's own `training_step`: network, loss, autocast, checkpointing are the code that training runs;
+only the tensors are fake, and given instead of drawn. Two things are simplified. The optimiser is measured by two steps
+of it on small weights with values, as bytes a weight (`measure_optimizer`); the bytes of averages are computed from
+their number. Single frames beside clips are counted as clips. On a GPU, kernel workspaces, gaps of the allocator and
+the driver's context are not counted: `ALLOWANCE` stands for them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ldm.modules.backends import choosing_for_gpu
 from ldm.optim import build_optimizer
 from ldm.optim.per_weight import WeightByWeight, state_bytes
 from ldm.optim.stored_weights import StoredWeights
-from ldm.planning.live_tensors import LiveTensors, Peak, autocast_as_on_a_card
+from ldm.planning.live_tensors import OTHER, LiveTensors, Peak, gpu_autocast
 from ldm.video import parse_size
 
 LEAST_QUANTISED = 4096  # smaller weights keep their states in float32, in torchao and in bitsandbytes
@@ -38,10 +38,11 @@ SHAPES = ((512, 512), (512,))
 
 @dataclass(frozen=True)
 class OptimizerBytes:
-    """states_each, states_small: of a weight of at least, or fewer than, `LEAST_QUANTISED` numbers, for each number.
+    """Bytes for each number of a weight.
 
-    scratch_each: beside weight, gradient and states while weights are updated.  one_by_one: they are, so that only the
-    largest needs it; otherwise all at once.
+    states_each, states_small: states of a weight of at least, or fewer than, `LEAST_QUANTISED` numbers.
+    scratch_each: beside weight, gradient and states during the update; with `one_by_one` only for the largest weight,
+        otherwise for all at once.
     """
 
     states_each: float
@@ -59,21 +60,25 @@ class OptimizerBytes:
 
 
 def measure_optimizer(
-    options: Mapping[str, Any], weights: str, in_backward: bool, is_on_card: bool = True
+    options: Mapping[str, Any], weights: str, in_backward: bool, is_on_gpu: bool = True
 ) -> OptimizerBytes:
-    """Measure the optimiser of these options, over weights stored as `model.params.memory.weights` has it."""
+    """Measure the optimiser of these options, over weights stored as `model.params.memory.weights`.
+
+    On a GPU, libraries update a weight in place with one compiled kernel; only the float32 copies of weights that are
+    stored otherwise count.
+    """
     options = {name: tuple(v) if isinstance(v, list) else v for name, v in options.items()}
-    return _measure(tuple(sorted(options.items())), weights, in_backward, is_on_card)
+    return _measure(tuple(sorted(options.items())), weights, in_backward, is_on_gpu)
 
 
 @lru_cache
-def _measure(options: tuple[tuple[str, Any], ...], weights: str, in_backward: bool, is_on_card: bool) -> OptimizerBytes:
+def _measure(options: tuple[tuple[str, Any], ...], weights: str, in_backward: bool, is_on_gpu: bool) -> OptimizerBytes:
     own = dict(options)
-    found = [_step(lambda groups, **words: build_optimizer(groups, **own, **words), s, weights) for s in SHAPES]
+    found = [_step(lambda groups, **more: build_optimizer(groups, **own, **more), s, weights) for s in SHAPES]
     states = (state_bytes(optimizer) / prod(shape) for (optimizer, _), shape in zip(found, SHAPES, strict=True))
     optimizer, scratch = found[0]
     is_ours = isinstance(optimizer, WeightByWeight) or in_backward
-    if is_on_card:
+    if is_on_gpu:
         scratch = _step(_in_one_kernel, SHAPES[0], weights)[1] if is_ours else 0
     return OptimizerBytes(*states, scratch / prod(SHAPES[0]), is_ours or not isinstance(optimizer, torch.optim.AdamW))
 
@@ -81,7 +86,7 @@ def _measure(options: tuple[tuple[str, Any], ...], weights: str, in_backward: bo
 def _step(
     make: Callable[..., torch.optim.Optimizer], shape: tuple[int, ...], weights: str
 ) -> tuple[torch.optim.Optimizer, int]:
-    """An optimiser after two steps of one weight, and the bytes that the second one took for a moment."""
+    """An optimiser after two steps of one weight, and the temporary bytes of the second one."""
     network = nn.ParameterList([nn.Parameter(torch.ones(shape))])
     stored = StoredWeights(network, weights)
     optimizer = make([{"params": list(network), "lr": 1e-3}], weights=None if weights == "float32" else stored)
@@ -100,20 +105,20 @@ def _in_one_kernel(groups: list[dict[str, Any]], weights: StoredWeights | None) 
 
 
 GIB = 2**30
-ALLOWANCE = (0.6 * GIB, 1.0 * GIB)  # for what is on a card beside tensors: context, workspaces, gaps
+ALLOWANCE = (0.6 * GIB, 1.0 * GIB)  # on a GPU beside tensors: context, workspaces, gaps
 NUM_TOKENS, PIXELS_PER_LATENT = 77, 8
-DEFAULT_SIZE = 512  # pixels, where nothing says another
+DEFAULT_SIZE = 512  # pixels
 MODEL = "ldm.models.diffusion.ddpm.LatentVideoDiffusion"
 TRAINED, FROZEN, GRADIENTS = "trained weights", "frozen weights", "gradients"
 STATES, AVERAGE, SCRATCH = "optimiser states", "average", "the optimiser's own"
-CARD, PROCESSOR = "card", "processor"
-# Back ends whose packages need not be here to count: what stands for them holds as much.
+GPU, CPU = "GPU", "CPU"
+# Attention back ends that need not be installed to count: the stand-in keeps as much in memory.
 COUNTED_AS = {"flash_attn": "sdpa", "xformers": "sdpa", "triton": "auto"}
 
 
 @dataclass(frozen=True)
-class Shape:
-    """What a step is made of: clips, frames of each, and height and width of the latents."""
+class StepShape:
+    """Clips of a step, frames of each, height and width of the latents."""
 
     clips: int
     frames: int
@@ -125,15 +130,15 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Count:
-    """What a training step takes; bytes, and floating-point operations.
+class StepCount:
+    """What a training step takes: bytes, and floating-point operations.
 
-    sizes: of weights, gradients, states and average, wherever they lie.  held: by the forward pass for the backward
-        pass.  peaks: the highest moment of each phase.  on_host: bytes in host memory at their most.
-    flop: of the step; `again` of it in blocks that are computed again.
+    sizes: of weights, gradients, states and average, wherever they lie.  held: from the forward to the backward pass.
+    peaks: the highest moment of each phase.  on_host: peak in host memory.  flop: of the step; `again`: of these, in
+    recomputed blocks.
     """
 
-    shape: Shape
+    shape: StepShape
     sizes: dict[str, int]
     held: int
     peaks: dict[str, Peak]
@@ -148,14 +153,13 @@ class Count:
         return max(self.peaks.values(), key=lambda peak: peak.total)
 
 
-def shape_of(config: Mapping[str, Any], size: tuple[int, int] | None = None) -> Shape:
+def shape_of(config: Mapping[str, Any], size: tuple[int, int] | None = None) -> StepShape:
     """The step that a config describes.
 
-    size: height and width in pixels; None: those of the prepared clips where they are there, else `prepare.size`, else
-        512.
+    size: height and width in pixels; None: of the prepared clips if they exist, otherwise `prepare.size` or 512.
     """
     data = (config.get("data") or {}).get("params") or {}
-    numbers = {name: data.get(name, least) for name, least in (("batch_size", 1), ("frames", 1))}
+    numbers = {name: data.get(name, 1) for name in ("batch_size", "frames")}
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise UserError(f"data.params.{name}: expected a whole number of at least 1, found {value!r}")
@@ -166,123 +170,97 @@ def shape_of(config: Mapping[str, Any], size: tuple[int, int] | None = None) -> 
         given = (config.get("prepare") or {}).get("size", DEFAULT_SIZE) if size is None else size
         pixels = pixels_per_latent(config)
         height, width = (side // pixels for side in parse_size(given, "prepare.size"))
-    return Shape(numbers["batch_size"], numbers["frames"], height, width)
+    return StepShape(numbers["batch_size"], numbers["frames"], height, width)
 
 
 def pixels_per_latent(config: Mapping[str, Any]) -> int:
-    """Along a side, as the first stage's `ch_mult` has it; 8 where it says nothing."""
+    """Along a side, from the first stage's `ch_mult`; 8 without one."""
     first_stage = (config["model"].get("params") or {}).get("first_stage_config") or {}
     levels = ((first_stage.get("params") or {}).get("ddconfig") or {}).get("ch_mult")
     return PIXELS_PER_LATENT if levels is None else 2 ** (len(levels) - 1)
 
 
-def count_step(config: Mapping[str, Any], shape: Shape, machine: str = CARD) -> Count:
-    """Count a training step on a "card" or the "processor". Raises `UserError` as the parts of the config do."""
+def count_step(config: Mapping[str, Any], shape: StepShape, machine: str = GPU) -> StepCount:
+    """Count a training step on a "GPU" or a "CPU". Raises `UserError` as the parts of the config do."""
     config = to_container(config)
-    settings = _Settings.of_config(config)
-    device = torch.device("meta" if machine == CARD else "cpu")
-    is_in_half = settings.precision != "32-true"
-    dtype = torch.float16 if settings.precision == "16-mixed" else torch.bfloat16
-    optimizer = measure_optimizer(settings.optimizer, settings.weights, settings.in_backward, machine == CARD)
+    model_node, options, memory = _counted_model(config)
+    lightning = config.get("lightning") or {}
+    precision = str((lightning.get("trainer") or {}).get("precision") or "32-true")
+    average = (lightning.get("callbacks") or {}).get("average")
+    in_backward = memory.get("step_in_backward", False)
+    device = torch.device("meta" if machine == GPU else "cpu")
+    dtype = torch.float16 if precision == "16-mixed" else torch.bfloat16
+    optimizer = measure_optimizer(options, memory.get("weights", "float32"), in_backward, machine == GPU)
     with ExitStack() as stack:
-        if machine == CARD:
-            stack.enter_context(autocast_as_on_a_card())
+        if machine == GPU:
+            stack.enter_context(gpu_autocast())
             stack.enter_context(choosing_for_gpu())
         fake = stack.enter_context(FakeTensorMode())
-        fake.allow_meta = True  # the device that stands for a card
+        fake.allow_meta = True  # the device that stands for a GPU
         with device:
-            model = build(settings.model, "model", learning_rate=1.0)
+            model = build(model_node, "model", learning_rate=1.0)
         live = LiveTensors(model, device)
         weights = list(model.unet.parameters())
+        trained = [w for w in weights if w.requires_grad]
         sizes = _label_weights(live, model, weights)
-        num_averaged = [w.numel() for w in weights if w.requires_grad]
-        sizes[STATES] = sum(map(optimizer.states, num_averaged))
-        sizes[AVERAGE] = _average_bytes(settings.average, weights)
-        live.reserve(STATES, sizes[STATES], is_here=not settings.states_on_host or machine == PROCESSOR)
-        on_host = (settings.average or {}).get("device") == "cpu" and machine == CARD
-        live.reserve(AVERAGE, sizes[AVERAGE], is_here=not on_host)
-        gradients = _follow_gradients(live, weights, settings.in_backward, optimizer)
-        batch = _batch(model, shape, device)
-        with live.during("forward"), torch.autocast("cpu", dtype, enabled=is_in_half):
-            loss = _loss(model, batch)
-        held = live.kinds.get("activations and buffers", 0)
+        num_trained = [w.numel() for w in trained]
+        sizes[STATES] = sum(map(optimizer.states, num_trained))
+        live.reserve(STATES, sizes[STATES], is_here=options.get("states_on") != "host" or machine == CPU)
+        average = None if average is None else average.get("params") or {}
+        sizes[AVERAGE] = 0 if average is None else sum(_average_bytes(average, w) for w in trained)
+        live.reserve(AVERAGE, sizes[AVERAGE], is_here=(average or {}).get("device") != "cpu" or machine == CPU)
+        gradients = _follow_gradients(live, trained, in_backward, optimizer)
+        batch = _Batch.without_values(model, shape, device)
+        with live.during("forward"), torch.autocast("cpu", dtype, enabled=precision != "32-true"):
+            loss = batch.loss_of(model)
+        held = live.kinds.get(OTHER, 0)
         with live.during("backward"):
             loss.backward()
         del loss
-        if not settings.in_backward:
+        if not in_backward:
             with live.during("optimiser step"):
-                live.note_more(SCRATCH, optimizer.scratch(num_averaged))
-        sizes[GRADIENTS] = max(gradients) if settings.in_backward else sum(gradients)
-    return Count(
-        shape, sizes, held, live.peaks, live.most_elsewhere, live.flop, live.flop_again, sum(num_averaged),
+                live.note_more(SCRATCH, optimizer.scratch(num_trained))
+        sizes[GRADIENTS] = max(gradients) if in_backward else sum(gradients)
+    return StepCount(
+        shape, sizes, held, live.peaks, live.most_elsewhere, live.flop, live.flop_again, sum(num_trained),
         sum(w.numel() for w in weights),
     )  # fmt: skip
 
 
-@dataclass
-class _Settings:
-    """What of a config matters to a count."""
-
-    model: dict[str, Any]
-    optimizer: dict[str, Any]
-    average: dict[str, Any] | None
-    precision: str
-    weights: str
-    in_backward: bool
-    states_on_host: bool
-
-    @classmethod
-    def of_config(cls, config: dict[str, Any]) -> _Settings:
-        model = config.get("model") or {}
-        if model.get("target") != MODEL:
-            raise UserError(
-                f"model.target: expected {MODEL}, whose steps are what is counted, found {model.get('target')!r}"
-            )
-        params = dict(model.get("params") or {})
-        unet = dict(params.get("unet_config") or {})
-        words = dict(unet.get("params") or {})
-        backend = words.get("attention_backend")
-        words["attention_backend"] = COUNTED_AS.get(backend, backend or "sdpa")
-        unet["params"] = words
-        memory, optimizer = params.get("memory") or {}, params.get("optimizer") or {}
-        params |= {"ckpt_path": None, "unet_config": unet, "optimizer": None}  # neither read nor built here
-        params["scale_factor"] = params.get("scale_factor") or 1.0
-        lightning = config.get("lightning") or {}
-        trainer = lightning.get("trainer") or {}
-        average = (lightning.get("callbacks") or {}).get("average")
-        return cls(
-            model={"target": MODEL, "params": params},
-            optimizer=optimizer,
-            average=None if average is None else average.get("params") or {},
-            precision=str(trainer.get("precision") or "32-true"),
-            weights=memory.get("weights", "float32"),
-            in_backward=memory.get("step_in_backward", False),
-            states_on_host=optimizer.get("states_on") == "host",
-        )
+def _counted_model(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """The model's node without checkpoint and optimiser, and its params `optimizer` and `memory`."""
+    model = config.get("model") or {}
+    if model.get("target") != MODEL:
+        raise UserError(f"model.target: expected {MODEL}, whose steps are counted, found {model.get('target')!r}")
+    params = dict(model.get("params") or {})
+    unet = dict(params.get("unet_config") or {})
+    backend = (unet.get("params") or {}).get("attention_backend")
+    unet["params"] = {**(unet.get("params") or {}), "attention_backend": COUNTED_AS.get(backend, backend or "sdpa")}
+    options, memory = params.get("optimizer") or {}, params.get("memory") or {}
+    params |= {"ckpt_path": None, "unet_config": unet, "optimizer": None}
+    params["scale_factor"] = params.get("scale_factor") or 1.0
+    return {"target": MODEL, "params": params}, options, memory
 
 
 def _label_weights(live: LiveTensors, model: nn.Module, weights: list[nn.Parameter]) -> dict[str, int]:
-    """Tell the kinds of what is there before the step; the lower bits of split weights are weights."""
+    """Label what exists before the step; the lower bits of split weights are weights."""
     live.label("schedule", model.buffers())
     lower = list(model.stored_weights.buffers())
     return {
         TRAINED: live.label(TRAINED, [*(w for w in weights if w.requires_grad), *lower]),
         FROZEN: live.label(FROZEN, [w for w in weights if not w.requires_grad]),
-        GRADIENTS: 0,  # until they come
+        GRADIENTS: 0,  # until they exist
     }
 
 
-def _average_bytes(words: dict[str, Any] | None, weights: list[nn.Parameter]) -> int:
-    if words is None:
-        return 0
-    in_two = words.get("dtype", "float32") == "bfloat16"
-    return sum(w.numel() * (2 if in_two and w.ndim > 1 else 4) for w in weights if w.requires_grad)
+def _average_bytes(options: Mapping[str, Any], weight: nn.Parameter) -> int:
+    return weight.numel() * (2 if options.get("dtype") == "bfloat16" and weight.ndim > 1 else 4)
 
 
 def _follow_gradients(
-    live: LiveTensors, weights: list[nn.Parameter], in_backward: bool, optimizer: OptimizerBytes
+    live: LiveTensors, trained: list[nn.Parameter], in_backward: bool, optimizer: OptimizerBytes
 ) -> list[int]:
-    """Name gradients as they appear, and drop them if the step is taken at once. Returns their sizes, as they come."""
+    """Label gradients as they appear, and drop them with steps in the backward pass. Returns their sizes in order."""
     sizes: list[int] = []
 
     def on_gradient(weight: nn.Parameter) -> None:
@@ -291,27 +269,42 @@ def _follow_gradients(
             live.note_more(SCRATCH, optimizer.scratch([weight.numel()]))
             weight.grad = None
 
-    for weight in weights:
-        if weight.requires_grad:
-            weight.register_post_accumulate_grad_hook(on_gradient)
+    for weight in trained:
+        weight.register_post_accumulate_grad_hook(on_gradient)
     return sizes
 
 
-def _batch(model: nn.Module, shape: Shape, device: torch.device) -> tuple[Any, ...]:
-    """What `LatentVideoDiffusion.error` takes, without values."""
+@dataclass
+class _Batch:
+    """What `training_step` reads of a batch, and what it draws, without values."""
 
-    def empty(*sizes: int) -> Tensor:
-        return torch.empty(sizes, device=device)
+    moments: Tensor  # here the latents
+    noise: Tensor
+    timesteps: Tensor
+    context: Tensor
+    fps: Tensor
+    known: KnownFrames | None
+    stills: None = None
 
-    b, t, c = shape.clips, shape.frames, model.unet.out_channels
-    clean, noise = (empty(b, t, c, shape.height, shape.width) for _ in range(2))
-    steps = torch.zeros(b, dtype=torch.long, device=device)
-    known = None
-    if model.mixture is not None and t > 1:
-        known = KnownFrames(empty(b, t, 1, shape.height, shape.width), torch.empty_like(clean), steps)
-    return clean, noise, steps, empty(b, NUM_TOKENS, model.unet.context_dim), empty(b), known
+    def __len__(self) -> int:
+        return len(self.moments)
 
+    @classmethod
+    def without_values(cls, model: nn.Module, shape: StepShape, device: torch.device) -> _Batch:
+        def empty(*sizes: int) -> Tensor:
+            return torch.empty(sizes, device=device)
 
-def _loss(model: nn.Module, batch: tuple[Any, ...]) -> Tensor:
-    """As `LatentVideoDiffusion.training_step` has it."""
-    return (model.error(*batch) * model.schedule.loss_weight(batch[2], model.min_snr_gamma)).sum()
+        b, t = shape.clips, shape.frames
+        clean, noise = (empty(b, t, model.unet.out_channels, shape.height, shape.width) for _ in range(2))
+        steps = torch.zeros(b, dtype=torch.long, device=device)
+        known = None
+        if model.mixture is not None and t > 1:
+            known = KnownFrames(empty(b, t, 1, shape.height, shape.width), torch.empty_like(clean), steps)
+        return cls(clean, noise, steps, empty(b, NUM_TOKENS, model.unet.context_dim), empty(b), known)
+
+    def loss_of(self, model: nn.Module) -> Tensor:
+        """The model's loss of this batch, with its draws."""
+        model.draw = lambda *_: (self.moments, self.noise, self.timesteps)
+        model.draw_known = lambda *_: self.known
+        model.log = lambda *_, **__: None
+        return model.training_step(self, 0)

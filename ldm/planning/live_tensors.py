@@ -1,8 +1,12 @@
-"""Which bytes are in use at every moment of a training step, and where in the network they are most.
+"""Which bytes are in use at every moment of a training step, and where in the network is the peak.
 
-Storages are followed, not tensors, so that views cost nothing; each counts from the operation that makes it until the
-last reference to it is gone, be it a variable, a graph of autograd or a gradient. It works alike on tensors with values
-and on fake ones, without. What kernels take for themselves while they run is not seen.
+Storages are followed, not tensors, so views cost nothing; each counts from the operation that allocates it until its
+last reference is gone, in a variable, the autograd graph or a gradient. It works on tensors with values and on fake
+ones. Workspaces of kernels are not seen.
+
+`gpu_autocast` makes PyTorch's autocast treat tensors on the device "meta" as it treats a GPU's: which operations run in
+which precision, and that casts of trained weights are kept until the outermost autocast ends, is taken from PyTorch's
+documentation (torch.amp, "CUDA Ops that can autocast to ...").
 """
 
 from __future__ import annotations
@@ -21,13 +25,15 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
+from ldm.optim.per_weight import plain_parts
+
 OTHER = "activations and buffers"
 aten = torch.ops.aten
-# Fused attention on a processor takes the arguments and the work of that on a card; torch counts the latter alone.
+# Fused attention on a CPU has the arguments and the work of that on a GPU; torch counts the latter only.
 ALIKE = {
     aten._scaled_dot_product_flash_attention_for_cpu: aten._scaled_dot_product_flash_attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: aten._scaled_dot_product_flash_attention_backward,
@@ -36,7 +42,7 @@ ALIKE = {
 
 @dataclass
 class Peak:
-    """The moment at which most was in use: bytes, of which kinds, in which phase and at which module or weight."""
+    """The moment of highest use: bytes, also by kind, the phase, and the module or weight."""
 
     total: int = 0
     kinds: dict[str, int] = field(default_factory=dict)
@@ -53,12 +59,12 @@ class _Held:
 
 
 class LiveTensors(TorchDispatchMode):
-    """While it is on, every storage that appears counts; those from before are told it by `label`.
+    """While it is active, every storage that appears counts; earlier ones are added by `label`.
 
-    network: whose modules name the places.  device: whose memory is counted; what lies on others is `elsewhere`.
+    network: its modules name the locations.  device: whose memory is counted; memory of others is `elsewhere`.
 
-    `flop` are the floating-point operations so far (`torch.utils.flop_counter`), `flop_again` those of them that a
-    backward pass spends on modules that it computes again.
+    `flop` are the floating-point operations so far (`torch.utils.flop_counter`), `flop_again` those of them in modules
+    that a backward pass recomputes.
     """
 
     def __init__(self, network: nn.Module, device: torch.device) -> None:
@@ -73,42 +79,39 @@ class LiveTensors(TorchDispatchMode):
         self._names = {id(module): name for name, module in network.named_modules()}
         self._weight_names = {id(weight): name for name, weight in network.named_parameters()}
         self._path: list[str] = []
-        self._numbers, self._paths = [0], [""]  # from which node of autograd on one is at which place
+        self._numbers, self._paths = [0], [""]  # first autograd node of each location
 
     @property
     def peak(self) -> Peak:
-        """The highest of all phases."""
+        """The highest peak of all phases."""
         return max(self.peaks.values(), key=lambda peak: peak.total, default=Peak())
 
     def label(self, kind: str, tensors: Iterable[Tensor]) -> int:
-        """Count these tensors, whether they were known or not, as of a kind; returns the bytes of their storages."""
+        """Count these tensors, known or new, under a kind; returns the bytes of their storages."""
         num_bytes = 0
         for tensor in tensors:
-            for part in _plain(tensor):
+            for part in plain_parts(tensor):
                 held = self._hold(part)
-                self._move(held, kind)
+                self._add(held, -1)
+                held.kind = kind
+                self._add(held, 1)
                 num_bytes += held.num_bytes
         self._note()
         return num_bytes
 
     def reserve(self, kind: str, num_bytes: int, is_here: bool = True) -> None:
-        """Count bytes that stay in use and that no tensor stands for."""
-        if is_here:
-            self.live += num_bytes
-            self.kinds[kind] = self.kinds.get(kind, 0) + num_bytes
-        else:
-            self.elsewhere += num_bytes
-            self.most_elsewhere = max(self.most_elsewhere, self.elsewhere)
+        """Count bytes that stay in use and belong to no tensor."""
+        self._count_bytes(kind, num_bytes, is_here)
         self._note()
 
     def note_more(self, kind: str, num_bytes: int) -> None:
-        """Count bytes that are in use for this one moment."""
+        """Count bytes that are in use at this moment only."""
         self.reserve(kind, num_bytes)
         self.reserve(kind, -num_bytes)
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:
-        """Name what happens in the context, and let modules that run name its place."""
+        """Track the context as a phase; running modules name the location."""
         self.phase, before = phase, self.phase
         handles = (
             register_module_forward_pre_hook(self._enter),
@@ -126,61 +129,48 @@ class LiveTensors(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
-            return args[0].fake_device  # asked for more often than all else together
+            return args[0].fake_device  # the most frequent call by far
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         made = False
         for value in tree_iter(out):
-            for part in _plain(value) if isinstance(value, Tensor) else ():
+            for part in plain_parts(value) if isinstance(value, Tensor) else ():
                 made |= part.untyped_storage()._cdata not in self._held
                 self._hold(part)
         packet = ALIKE.get(func.overloadpacket, func.overloadpacket)
         if packet in flop_registry:
-            self._count(flop_registry[packet](*args, **kwargs, out_val=out))
+            cost = flop_registry[packet](*args, **kwargs, out_val=out)
+            self.flop += cost
+            self.flop_again += cost if self._path and torch._C._current_autograd_node() is not None else 0
         if made:
             self._note()
         return out
-
-    def _count(self, cost: int) -> None:
-        self.flop += cost
-        if self._path and torch._C._current_autograd_node() is not None:
-            self.flop_again += cost
 
     def _hold(self, tensor: Tensor) -> _Held:
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self._held:
-            held = _Held(weakref.ref(storage, self._forget(key)), storage.nbytes(), OTHER, self._is_here(tensor))
-            self._held[key] = held
-            self._add(held, 1)
+            reference = weakref.ref(storage, lambda _: self._add(self._held.pop(key), -1))
+            is_here = tensor.device.type == self.device.type
+            self._held[key] = _Held(reference, storage.nbytes(), OTHER, is_here)
+            self._add(self._held[key], 1)
         return self._held[key]
 
-    def _is_here(self, tensor: Tensor) -> bool:
-        return tensor.device.type == self.device.type
-
-    def _forget(self, key: int) -> Callable[[weakref.ref], None]:
-        def forget(reference: weakref.ref) -> None:
-            self._add(self._held.pop(key), -1)
-
-        return forget
-
-    def _move(self, held: _Held, kind: str) -> None:
-        self._add(held, -1)
-        held.kind = kind
-        self._add(held, 1)
-
     def _add(self, held: _Held, sign: int) -> None:
-        if held.is_here:
-            self.live += sign * held.num_bytes
-            self.kinds[held.kind] = self.kinds.get(held.kind, 0) + sign * held.num_bytes
+        self._count_bytes(held.kind, sign * held.num_bytes, held.is_here)
+
+    def _count_bytes(self, kind: str, num_bytes: int, is_here: bool) -> None:
+        if is_here:
+            self.live += num_bytes
+            self.kinds[kind] = self.kinds.get(kind, 0) + num_bytes
         else:
-            self.elsewhere += sign * held.num_bytes
+            self.elsewhere += num_bytes
             self.most_elsewhere = max(self.most_elsewhere, self.elsewhere)
 
     def _note(self) -> None:
         peak = self.peaks.setdefault(self.phase, Peak(phase=self.phase))
         if self.live > peak.total:
-            peak.total, peak.kinds, peak.module = self.live, dict(self.kinds), self._place()
+            peak.total, peak.kinds, peak.module = self.live, dict(self.kinds), self._location()
 
     def _enter(self, module: nn.Module, inputs: Any) -> None:
         name = self._names.get(id(module))
@@ -201,8 +191,8 @@ class LiveTensors(TorchDispatchMode):
             self._numbers.append(number)
             self._paths.append(path)
 
-    def _place(self) -> str:
-        """The module that runs, or whose operation is being taken back, or the weight whose gradient is added up."""
+    def _location(self) -> str:
+        """The module in its forward or backward pass, or the weight whose gradient is accumulated."""
         if self._path:
             return self._path[-1]
         node = torch._C._current_autograd_node()
@@ -211,15 +201,6 @@ class LiveTensors(TorchDispatchMode):
         if (weight := getattr(node, "variable", None)) is not None:
             return self._weight_names.get(id(weight), "")
         return self._paths[bisect_right(self._numbers, node._sequence_nr()) - 1]
-
-
-def _plain(tensor: Tensor) -> Iterator[Tensor]:
-    """A tensor, or those that a quantised one is made of: only they are stored."""
-    if is_traceable_wrapper_subclass(tensor):
-        for name in tensor.__tensor_flatten__()[0]:
-            yield from _plain(getattr(tensor, name))
-    else:
-        yield tensor
 
 
 IN_HALF = {
@@ -232,20 +213,16 @@ IN_FULL = {
     torch.rsqrt, torch.norm, torch.cumsum, torch.cumprod, torch.prod, Tensor.exp, Tensor.log, Tensor.pow,
     Tensor.__pow__, Tensor.rsqrt, Tensor.norm, Tensor.cumsum, Tensor.cumprod, Tensor.prod,
 }  # fmt: skip
-# These too, unless they are told a precision.
-IN_FULL_UNLESS_TOLD = {F.softmax, F.log_softmax, torch.softmax, torch.sum, Tensor.softmax, Tensor.sum}
+# These too, unless a dtype is given.
+IN_FULL_WITHOUT_DTYPE = {F.softmax, F.log_softmax, torch.softmax, torch.sum, Tensor.softmax, Tensor.sum}
 
 
-class CardCasts(TorchFunctionMode):
-    """Casts what autocast would cast on a card, as long as autocast is on."""
+class GPUCasts(TorchFunctionMode):
+    """Casts as autocast does on a GPU, while autocast is on."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def forget(self) -> None:
-        """Let go of the casts of weights."""
-        self._kept.clear()
+        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -254,7 +231,7 @@ class CardCasts(TorchFunctionMode):
         if torch.is_autocast_enabled("cpu"):
             if func in IN_HALF:
                 args, kwargs = tree_map_only(Tensor, self._to_half, (args, kwargs))
-            elif func in IN_FULL or (func in IN_FULL_UNLESS_TOLD and kwargs.get("dtype") is None):
+            elif func in IN_FULL or (func in IN_FULL_WITHOUT_DTYPE and kwargs.get("dtype") is None):
                 args, kwargs = tree_map_only(Tensor, _to_full, (args, kwargs))
         if func is F.scaled_dot_product_attention and args[0].is_meta:
             return _attend(*args, **kwargs)
@@ -267,19 +244,19 @@ class CardCasts(TorchFunctionMode):
         is_kept = tensor.is_leaf and tensor.requires_grad and tensor.dtype == torch.float32
         if not is_kept or not torch.is_autocast_cache_enabled():
             return tensor.to(dtype)
-        if id(tensor) not in self._kept:
-            self._kept[id(tensor)] = tensor, tensor.to(dtype)
-        return self._kept[id(tensor)][1]
+        if id(tensor) not in self.kept:
+            self.kept[id(tensor)] = tensor, tensor.to(dtype)
+        return self.kept[id(tensor)][1]
 
 
 @contextmanager
-def autocast_as_on_a_card() -> Iterator[None]:
-    """Within it, `torch.autocast` for "meta" or "cpu" acts on tensors of the device "meta" as it would on a card's.
+def gpu_autocast() -> Iterator[None]:
+    """In this context `torch.autocast` for "meta" or "cpu" acts on tensors of the device "meta" as on a GPU's.
 
-    Every context of autocast, on or off, brings `CardCasts`, so that what a backward pass computes again, for which
-    torch opens such a context, is treated as it was the first time.
+    Every autocast context, on or off, activates `GPUCasts`, so recomputation in a backward pass, for which torch opens
+    such a context, is cast as in the forward pass.
     """
-    casts = CardCasts()
+    casts = GPUCasts()
     begin, end, made = torch.autocast.__enter__, torch.autocast.__exit__, torch.autocast.__init__
     forget, is_on, get_dtype = torch.clear_autocast_cache, torch.is_autocast_enabled, torch.get_autocast_dtype
 
@@ -296,7 +273,7 @@ def autocast_as_on_a_card() -> Iterator[None]:
         return end(self, *error)
 
     def forget_all() -> None:
-        casts.forget()
+        casts.kept.clear()
         forget()
 
     with ExitStack() as stack:
@@ -322,9 +299,9 @@ def _to_full(tensor: Tensor) -> Tensor:
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, **words: Any
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, **options: Any
 ) -> Tensor:
-    """The kernel that a card takes: flash attention in half precision, else the memory-efficient one."""
+    """A GPU's kernel: flash attention in half precision, otherwise the memory-efficient one."""
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if attn_mask is None and q.dtype != torch.float32:
         return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p)[0]

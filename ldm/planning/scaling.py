@@ -1,7 +1,7 @@
-"""What a run takes with many processes: bytes to read, to send and to save for each step, and memory for each card.
+"""A run with many processes: bytes to read, send and save for each step, and memory of each GPU.
 
-All of it is reckoned from the count of one process's step (`training_step`) and from the network's blocks; no such run
-is taken. Rates of cards, links and disks are nominal, so that every time is the least that there can be.
+Everything is computed from the count of one process's step (`count`) and from the network's blocks; no such run is
+made. Rates of GPUs, links and disks are nominal, so every time is a lower bound.
 """
 
 from __future__ import annotations
@@ -13,34 +13,46 @@ from typing import Any
 import torch
 
 from ldm.config import build, to_container
-from ldm.planning.count import ALLOWANCE, AVERAGE, FROZEN, GIB, GRADIENTS, NUM_TOKENS, STATES, TRAINED, Count, Shape
-from ldm.planning.report import Card, floor_seconds
+from ldm.planning.count import (
+    ALLOWANCE,
+    AVERAGE,
+    FROZEN,
+    GIB,
+    GRADIENTS,
+    NUM_TOKENS,
+    STATES,
+    TRAINED,
+    StepCount,
+    StepShape,
+)
+from ldm.planning.report import GPUModel
 
 GB = 1e9
-DIVIDED = (TRAINED, GRADIENTS, STATES, AVERAGE)  # what FSDP2 leaves each process a part of
-# Weights of the block at work and of the next, which is gathered meanwhile, the block's gradients, and their copy that
-# is sent.
+SHARDED = (TRAINED, GRADIENTS, STATES, AVERAGE)  # by FSDP2
+# Weights of the running block and of the next, which is gathered meanwhile, the block's gradients, and their copy to
+# send.
 WHOLE_AT_A_TIME = 4
 FLOAT16 = 2
 
 
 @dataclass(frozen=True)
 class Machines:
-    """What a run has: cards, and GB a second of each card's link to the others and of the disk for checkpoints."""
+    """The GPUs of a run; GB a second of each GPU's link to the others, and of the disk for checkpoints."""
 
-    card: Card
+    gpu: GPUModel
     link: float = 50.0  # 400 Gbit/s
     disk: float = 2.0
 
 
 @dataclass(frozen=True)
 class Scale:
-    """What `processes` processes take in a micro-batch; without accumulation that is a step.
+    """What a micro-batch takes with so many processes; without accumulation it is a step.
 
-    loader: bytes a second for all together, if steps are as fast as the card's peak allows.  sent: bytes, by each, of
-    DDP's sum in a ring, which with accumulation comes in the last micro-batch alone; sent_parts: of FSDP2, which
-    gathers weights twice and hands out gradients once.  saving: seconds.  memory: bytes at the peak, with what is not
-    tensors; memory_parts: with parts.
+    loader: bytes a second for all processes, if steps are as fast as the GPU's peak allows.
+    sent: bytes by each process for DDP's ring all-reduce, with accumulation only in the last micro-batch.
+    sent_parts: with FSDP2, which gathers weights twice and scatters gradients once.
+    saving: seconds of a checkpoint.
+    memory, memory_parts: bytes at the peak with `ALLOWANCE`, for DDP and FSDP2.
     """
 
     processes: int
@@ -53,17 +65,17 @@ class Scale:
 
 
 def in_parts(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with what FSDP2 asks for: weights and states in float32, updated after the backward pass."""
+    """The config as FSDP2 requires it: weights and states in float32, updated after the backward pass."""
     config = to_container(config)
     params = config["model"]["params"]
-    params["optimizer"] = {**(params.get("optimizer") or {}), "name": "adamw", "states_on": "card"}
+    params["optimizer"] = {**(params.get("optimizer") or {}), "name": "adamw", "states_on": "gpu"}
     params["optimizer"].pop("library", None)
     params["memory"] = {**(params.get("memory") or {}), "weights": "float32", "step_in_backward": False}
     return config
 
 
-def clip_bytes(config: Mapping[str, Any], shape: Shape) -> int:
-    """Of a prepared clip as it is read: moments of its latents, and a caption."""
+def clip_bytes(config: Mapping[str, Any], shape: StepShape) -> int:
+    """Bytes to read for a prepared clip: moments of its latents, and a caption."""
     params = config["model"]["params"]
     network = params["unet_config"]["params"]
     moments = 2 * network["out_channels"] * shape.height * shape.width
@@ -71,7 +83,7 @@ def clip_bytes(config: Mapping[str, Any], shape: Shape) -> int:
 
 
 def largest_block(config: Mapping[str, Any]) -> int:
-    """Trained numbers of the block that has most of them, or of what is in no block."""
+    """Trained numbers of the largest block, or of everything outside the blocks."""
     params = {**config["model"]["params"], "ckpt_path": None, "optimizer": None, "scale_factor": 1.0}
     with torch.device("meta"):
         model = build({**config["model"], "params": params}, "model", learning_rate=1.0)
@@ -81,19 +93,21 @@ def largest_block(config: Mapping[str, Any]) -> int:
     return max(*sizes, rest)
 
 
-def checkpoint_bytes(count: Count) -> int:
-    """Of the network in a checkpoint: weights, states of the optimiser, average. Both encoders come on top."""
+def checkpoint_bytes(count: StepCount) -> int:
+    """Of the network in a checkpoint: weights, optimiser states, average; without both encoders."""
     return sum(count.sizes[kind] for kind in (TRAINED, FROZEN, STATES, AVERAGE))
 
 
-def scale(processes: int, machines: Machines, whole: Count, parts: Count, bytes_a_clip: int, block: int) -> Scale:
-    """whole, parts: a micro-batch of one process by DDP, and with the config `in_parts`; block: of `largest_block`."""
+def scale(
+    processes: int, machines: Machines, whole: StepCount, parts: StepCount, bytes_a_clip: int, block: int
+) -> Scale:
+    """whole, parts: a micro-batch of one process with DDP, and of the config `in_parts`; block: `largest_block`."""
     others = (processes - 1) / processes
-    seconds = floor_seconds(machines.card, whole.flop)
-    # DDP keeps its buffers, which the gradients are, all the time.
+    seconds = machines.gpu.floor_seconds(whole.flop)
+    # DDP keeps its buffers, which hold the gradients, all the time.
     kept = [peak.total - peak.kinds.get(GRADIENTS, 0) + whole.sizes[GRADIENTS] for peak in whole.peaks.values()]
     divided = [
-        sum(num / processes if kind in DIVIDED else num for kind, num in peak.kinds.items())
+        sum(num / processes if kind in SHARDED else num for kind, num in peak.kinds.items())
         for peak in parts.peaks.values()
     ]
     is_alone = processes == 1
@@ -109,30 +123,29 @@ def scale(processes: int, machines: Machines, whole: Count, parts: Count, bytes_
 
 
 def scaling_lines(
-    config: Mapping[str, Any], count: Callable[[dict[str, Any]], Count], numbers: Sequence[int], machines: Machines
+    config: Mapping[str, Any], count: Callable[[dict[str, Any]], StepCount], numbers: Sequence[int], machines: Machines
 ) -> Iterator[str]:
-    """A table of what so many processes take, and what it rests on. count: of a config's step."""
+    """A table for these numbers of processes, and its assumptions. count: counts a config's step."""
     config = to_container(config)
     whole, parts = count(config), count(in_parts(config))
-    each, card = clip_bytes(config, whole.shape), machines.card
+    each, gpu = clip_bytes(config, whole.shape), machines.gpu
     rows = [scale(number, machines, whole, parts, each, largest_block(config)) for number in numbers]
-    seconds = floor_seconds(card, whole.flop)
-    yield "many processes, reckoned from the counted step of one; nothing was run"
-    yield f"{card.name}: a step of {whole.shape} takes {1000 * seconds:.0f} ms at least, at {card.peak:g} TFLOP/s"
+    seconds = gpu.floor_seconds(whole.flop)
+    yield "many processes, computed from the counted step of one; nothing was run"
+    yield f"{gpu.name}: a step of {whole.shape} takes {1000 * seconds:.0f} ms at least, at {gpu.peak:g} TFLOP/s"
     yield f"a clip is {each / 1e3:.0f} kB to read; a checkpoint of the network {checkpoint_bytes(whole) / GB:.1f} GB"
-    table = {
-        "processes": [f"{row.processes}" for row in rows],
-        "clips a step": [f"{row.processes * whole.shape.clips}" for row in rows],
-        "read by all, GB a second at most": [f"{row.loader / GB:.2f}" for row in rows],
-        "ddp: sent by each, GB a step": [f"{row.sent / GB:.2f}" for row in rows],
-        f"  ms at {machines.link:g} GB a second": [f"{1000 * row.sent / GB / machines.link:.0f}" for row in rows],
-        "fsdp: sent by each, GB a step": [f"{row.sent_parts / GB:.2f}" for row in rows],
-        f"  ms at {machines.link:g} GB a second ": [
-            f"{1000 * row.sent_parts / GB / machines.link:.0f}" for row in rows
-        ],
-        f"a checkpoint, s at {machines.disk:g} GB a second": [f"{row.saving:.1f}" for row in rows],
-        "ddp: GiB a card must have": [f"{row.memory / GIB:.1f}" for row in rows],
-        "fsdp: GiB a card must have": [f"{row.memory_parts / GIB:.1f}" for row in rows],
-    }
-    for title, cells in table.items():
-        yield f"  {title:<38}" + "".join(f"{cell:>9}" for cell in cells)
+    at_link = f"  ms at {machines.link:g} GB a second"
+    table = (
+        ("processes", "d", lambda row: row.processes),
+        ("clips a step", "d", lambda row: row.processes * whole.shape.clips),
+        ("read by all, GB a second at most", ".2f", lambda row: row.loader / GB),
+        ("ddp: sent by each, GB a step", ".2f", lambda row: row.sent / GB),
+        (at_link, ".0f", lambda row: 1000 * row.sent / GB / machines.link),
+        ("fsdp: sent by each, GB a step", ".2f", lambda row: row.sent_parts / GB),
+        (at_link, ".0f", lambda row: 1000 * row.sent_parts / GB / machines.link),
+        (f"a checkpoint, s at {machines.disk:g} GB a second", ".1f", lambda row: row.saving),
+        ("ddp: GiB per GPU", ".1f", lambda row: row.memory / GIB),
+        ("fsdp: GiB per GPU", ".1f", lambda row: row.memory_parts / GIB),
+    )
+    for title, style, value in table:
+        yield f"  {title:<38}" + "".join(f"{format(value(row), style):>9}" for row in rows)

@@ -32,7 +32,7 @@ from ldm.errors import UserError
 from ldm.experiments.tables import markdown_table
 from ldm.files import write_atomically
 from ldm.optim.parameter_groups import ParameterGroups
-from ldm.planning.count import PROCESSOR, count_step, pixels_per_latent, shape_of
+from ldm.planning.count import CPU, count_step, pixels_per_latent, shape_of
 from scripts.dev.measuring import Measured
 
 STATE_BYTES = {"adamw": 8, "adamw8bit": 2.04, "adamw4bit": 1.06}  # of the optimiser, per trained parameter
@@ -325,7 +325,7 @@ def measure_step(name: str, config: DictConfig | Mapping[str, Any], measured: Me
     found = re.findall(r"\bloss (-?[\w.]+)", measured.output)
     config = to_container(config)
     shape = shape_of(config)
-    counts = [count_step(config, shape, *machine).peak.total for machine in ((PROCESSOR,), ())]
+    counts = [count_step(config, shape, *machine).peak.total for machine in ((CPU,), ())]
     size = f"{shape.clips} x {shape.frames}"
     return MeasuredStep(name, size, float(found[-1]) if found else math.nan, measured, *counts)
 

@@ -12,15 +12,15 @@ from ldm.models.diffusion.ddpm import LatentVideoDiffusion
 from tests.conftest import relative_error
 from tests.models.test_ddpm import NOT_BUILT, REFERENCE, UNET, make_batch, make_model
 
-TOLD = copy.deepcopy(UNET)
-TOLD["params"] |= {"in_channels": 9, "fps_embedding": True, "known_level_embedding": True}
+CONDITIONED = copy.deepcopy(UNET)
+CONDITIONED["params"] |= {"in_channels": 9, "fps_embedding": True, "known_level_embedding": True}
 ALL_KINDS = {"mixture": dict.fromkeys(KINDS, 1), "max_noise": 200}
 
 
-def make_told(**options) -> LatentVideoDiffusion:
+def make_conditioned(**options) -> LatentVideoDiffusion:
     torch.manual_seed(0)
     options = {"trainable": REFERENCE, "learning_rate": 1e-3, "known_frames": ALL_KINDS} | options
-    model = LatentVideoDiffusion(TOLD, NOT_BUILT, NOT_BUILT, **options)
+    model = LatentVideoDiffusion(CONDITIONED, NOT_BUILT, NOT_BUILT, **options)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
@@ -28,7 +28,7 @@ def make_told(**options) -> LatentVideoDiffusion:
 
 
 class Recorder(torch.nn.Module):
-    """Stands for a network: keeps what it is given, returns what it is told to."""
+    """Stands for a network: records its inputs, returns a given answer."""
 
     takes_known_frames, out_channels = True, 4
 
@@ -36,8 +36,8 @@ class Recorder(torch.nn.Module):
         super().__init__()
         self.answer, self.calls = answer, []
 
-    def forward(self, x, timesteps, context, **told):
-        self.calls.append((x, timesteps, context, told))
+    def forward(self, x, timesteps, context, **conditions):
+        self.calls.append((x, timesteps, context, conditions))
         return self.answer(x)
 
 
@@ -50,19 +50,19 @@ def recorded(model, batch, answer=lambda x: torch.zeros_like(x[..., :4, :, :])):
 
 
 def test_the_network_sees_noisy_latents_mask_and_known_latents():
-    model, batch = make_told(), make_batch(list(range(12)))
-    (clean, noise, timesteps), known, _, (x, _, _, told) = recorded(model, batch)
+    model, batch = make_conditioned(), make_batch(list(range(12)))
+    (clean, noise, timesteps), known, _, (x, _, _, conditions) = recorded(model, batch)
     assert x.shape == (12, 5, 9, 8, 8)
     assert torch.equal(x[:, :, 4:5], known.mask)
     assert torch.equal(x[:, :, 5:], fill_unknown(known.latents, known.mask))
     shown = known.mask * clean + (1 - known.mask) * known.latents
     assert torch.allclose(x[:, :, :4], model.schedule.add_noise(shown, noise, timesteps), atol=1e-6)
-    assert torch.equal(told["fps"], batch.fps) and torch.equal(told["known_level"], known.level)
+    assert torch.equal(conditions["fps"], batch.fps) and torch.equal(conditions["known_level"], known.level)
     assert len(known.mask.flatten(1).sum(1).unique()) > 3  # several kinds of the mixture
 
 
 def test_known_latents_are_clean_or_have_the_noise_of_their_level():
-    model, batch = make_told(), make_batch(list(range(16)))
+    model, batch = make_conditioned(), make_batch(list(range(16)))
     clean = model.draw(batch)[0]
     known = model.draw_known(batch, clean)
     is_clean = known.level == 0
@@ -76,8 +76,8 @@ def test_known_latents_are_clean_or_have_the_noise_of_their_level():
         assert abs(noise.std() - 1) < 0.1 and abs(noise.mean()) < 0.1
 
 
-def test_only_latents_to_be_made_count():
-    model, batch = make_told(), make_batch(list(range(12)))
+def test_known_latents_do_not_count_in_the_loss():
+    model, batch = make_conditioned(), make_batch(list(range(12)))
     known = recorded(model, batch)[1]
     target = model.schedule.target(*model.draw(batch))
     right_where_made = target * known.mask + 100 * (1 - known.mask)
@@ -87,15 +87,15 @@ def test_only_latents_to_be_made_count():
 
 
 def test_without_a_mixture_nothing_is_known():
-    model, batch = make_told(known_frames=None), make_batch([0, 1])
-    _, known, _, (x, _, _, told) = recorded(model, batch)
+    model, batch = make_conditioned(known_frames=None), make_batch([0, 1])
+    _, known, _, (x, _, _, conditions) = recorded(model, batch)
     assert known is None
     assert torch.equal(x[:, :, 4:], torch.cat([torch.ones(2, 5, 1, 8, 8), torch.zeros(2, 5, 4, 8, 8)], dim=2))
-    assert torch.equal(told["known_level"], torch.zeros(2, dtype=torch.long))
+    assert torch.equal(conditions["known_level"], torch.zeros(2, dtype=torch.long))
 
 
-def test_what_is_known_belongs_to_the_clip_and_not_to_the_batch():
-    model = make_told()
+def test_known_frames_depend_on_the_clip_not_on_the_batch():
+    model = make_conditioned()
     together, clean = make_batch([3, 8, 5]), None
     clean = model.draw(together)[0]
     all_three = model.draw_known(together, clean)
@@ -123,14 +123,14 @@ def with_stills(batch: Batch, num: int, frames: int = 5) -> Batch:
     return Batch(batch.moments, batch.context, batch.fps, batch.positions, batch.keys, stills=stills)
 
 
-def test_single_frames_are_images_to_the_network_and_share_a_samples_weight():
-    model = make_told()
+def test_single_frames_are_images_and_share_the_weight_of_a_sample():
+    model = make_conditioned()
     model.unet = Recorder(lambda x: torch.zeros_like(x[..., :4, :, :]))
     batch = with_stills(make_batch([0, 1]), num=1)
     errors, timesteps = model.batch_errors(batch)
     assert errors.shape == timesteps.shape == (2 + 5,)
-    images, _, _, told = model.unet.calls[1]
-    assert images.shape == (5, 9, 8, 8) and told["fps"] is None
+    images, _, _, conditions = model.unet.calls[1]
+    assert images.shape == (5, 9, 8, 8) and conditions["fps"] is None
     assert torch.equal(images[:, 4], torch.ones(5, 8, 8)) and not images[:, 5:].any()
     target = model.schedule.target(*model.draw(batch.stills, stream=4))
     assert torch.allclose(errors[2:], target.square().mean(dim=(1, 2, 3, 4)) / 5 / 3, rtol=1e-5)  # 1 of 3 samples
@@ -138,8 +138,8 @@ def test_single_frames_are_images_to_the_network_and_share_a_samples_weight():
     assert torch.allclose(errors[:2], alone * 2 / 3)
 
 
-def test_single_frames_leave_the_temporal_layers_alone():
-    model = make_told()
+def test_single_frames_do_not_train_temporal_layers():
+    model = make_conditioned()
     batch = with_stills(make_batch([]), num=2)
     model.batch_errors(batch)[0].sum().backward()
     moved = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
@@ -159,7 +159,7 @@ def test_min_snr_weighs_the_loss():
     assert not torch.allclose(expected, errors.mean())
 
 
-def test_training_noise_is_of_the_family_that_was_set():
+def test_training_noise_is_of_the_configured_family():
     like = torch.zeros(40, 5, 8, 16, 16)
     batch = Batch(like, torch.zeros(40, 7, 16), torch.ones(40), list(range(40)), ["scene"] * 40)
     noise = make_model(noise={"kind": "mixed", "share": 0.4}).draw(batch)[1]
@@ -174,7 +174,7 @@ def test_a_told_network_from_image_weights_starts_as_the_image_network(tmp_path)
     tensors = {name: value for name, value in image.state_dict().items() if ".temporal." not in name}
     torch.save({f"model.diffusion_model.{name}": value for name, value in tensors.items()}, path)
     model = LatentVideoDiffusion(
-        TOLD, NOT_BUILT, NOT_BUILT, 1e-3, ckpt_path=str(path), trainable=REFERENCE, known_frames=ALL_KINDS
+        CONDITIONED, NOT_BUILT, NOT_BUILT, 1e-3, ckpt_path=str(path), trainable=REFERENCE, known_frames=ALL_KINDS
     )
     batch = make_batch([0, 1])
     clean, noise, timesteps = model.draw(batch)
@@ -198,33 +198,33 @@ def test_a_told_network_from_image_weights_starts_as_the_image_network(tmp_path)
         ),
     ],
 )
-def test_words_that_do_not_go_together_are_refused(options, message):
+def test_incompatible_options_are_refused(options, message):
     with pytest.raises(UserError, match=message):
         make_model(**options)
 
 
 def test_known_frames_cannot_be_noisier_than_the_schedule():
     with pytest.raises(UserError, match="max_noise: expected a diffusion step below 1000, found 1000"):
-        make_told(known_frames={"mixture": {"first": 1}, "max_noise": 1000})
+        make_conditioned(known_frames={"mixture": {"first": 1}, "max_noise": 1000})
 
 
 def test_noise_on_known_frames_needs_a_network_that_is_told_of_it():
-    deaf = copy.deepcopy(TOLD)
+    deaf = copy.deepcopy(CONDITIONED)
     deaf["params"]["known_level_embedding"] = False
-    with pytest.raises(UserError, match="max_noise: expected 0 for a network that is not told"):
+    with pytest.raises(UserError, match="max_noise: expected 0 for a network that is not (told|conditioned)"):
         LatentVideoDiffusion(deaf, NOT_BUILT, NOT_BUILT, 1e-3, trainable=REFERENCE, known_frames=ALL_KINDS)
 
 
 @pytest.mark.parametrize("fill", ["blend", "zeros"])
 def test_the_network_finds_between_known_frames_what_was_set(fill):
     mixture = {"mixture": {"ends": 1}, "fill": fill}
-    _, known, _, (x, _, _, _) = recorded(make_told(known_frames=mixture), make_batch([0, 1]))
+    _, known, _, (x, _, _, _) = recorded(make_conditioned(known_frames=mixture), make_batch([0, 1]))
     assert torch.equal(x[:, :, 5:], fill_unknown(known.latents, known.mask, fill))
     assert bool(x[:, 2, 5:].any()) == (fill == "blend")
 
 
 def test_of_a_clip_of_one_frame_nothing_is_known():
-    model = make_told(known_frames={"mixture": {"pixels": 1}})
+    model = make_conditioned(known_frames={"mixture": {"pixels": 1}})
     model.unet = Recorder(lambda x: torch.zeros_like(x[..., :4, :, :]))
     model.batch_errors(make_batch([0, 1], frames=1))
     assert model.unet.calls[0][0][:, :, 4].min() == 1

@@ -1,11 +1,10 @@
-"""Training of a temporal decoder: what it is shown, what its checkpoint holds, and that it goes on without a trace."""
+"""Training of a temporal decoder: its augmentation, its checkpoint, and exact resume."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-import pytorch_lightning as pl
 import torch
 from torch import nn
 
@@ -23,6 +22,7 @@ from ldm.modules.encoders import KLFirstStage
 from ldm.modules.unet import UNetModel
 from ldm.sampling.generator import ClipGenerator
 from tests.bars_footage import make_data, write_bars
+from tests.models.training import make_trainer
 from tests.scripts.test_txt2vid import training_config
 from tests.tiny_checkpoint import DDCONFIG, video_state
 
@@ -52,21 +52,15 @@ def footage(tmp_path_factory) -> Path:
     return write_bars(tmp_path_factory.mktemp("footage"))
 
 
-def rows_of(footage: Path, **words) -> FrameDataModule:
-    return make_data(footage, **{"frames": 4, "strides": [1, 2]} | words)
+def rows_of(footage: Path, **options) -> FrameDataModule:
+    return make_data(footage, **{"frames": 4, "strides": [1, 2]} | options)
 
 
-def make_model(checkpoint: Path, **words) -> TemporalDecoderTraining:
+def make_model(checkpoint: Path, **options) -> TemporalDecoderTraining:
     torch.manual_seed(0)
     config = {"model": {"target": "x", "params": {"temporal_decoder_config": NODE}}}
     defaults = {"temporal_decoder_config": NODE, "ckpt_path": str(checkpoint), "warmup_steps": 2, "config": config}
-    return TemporalDecoderTraining(**defaults | words)
-
-
-def make_trainer(folder: Path, max_steps: int, **words) -> pl.Trainer:
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-    quiet |= {"logger": False, "num_sanity_val_steps": 0, "default_root_dir": folder}
-    return pl.Trainer(accelerator="cpu", devices=1, max_steps=max_steps, **quiet | words)
+    return TemporalDecoderTraining(**defaults | options)
 
 
 def assert_same_layers(one: nn.Module, other: nn.Module) -> None:
@@ -90,14 +84,14 @@ def test_rows_of_frames_follow_each_other(footage):
     assert held_out.rates == [10] and torch.equal(held_out.pixels[1], data.val_frames[1].pixels[0])
 
 
-def test_footage_that_is_too_short_for_a_row_is_refused(footage):
+def test_footage_shorter_than_a_row_is_refused(footage):
     with pytest.raises(UserError, match=r"data.params.videos: expected a video of more than 18 frames .* found 18"):
         rows_of(footage, frames=10).setup()
     with pytest.raises(UserError, match=r"data.params.strides\[1\]: expected a whole number of at least 1, found 0"):
         rows_of(footage, strides=[1, 0])
 
 
-def test_rows_of_the_drawn_world_move_at_their_rates():
+def test_rows_of_the_procedural_world_move_at_their_rates():
     data = DriveFrameDataModule(looks="moving", size=32, batch_size=2, frames=3, rates=[12, 4], val_frames=2)
     assert data.summary.startswith("clips of 3 frames of 15 looks")
     rows = [data.train_frames[position] for position in range(8)]
@@ -107,9 +101,9 @@ def test_rows_of_the_drawn_world_move_at_their_rates():
     fast = data.train_frames[slow].pixels
     assert torch.equal(fast[0], rows[slow].pixels[0])
     assert rows[slow].pixels.diff(dim=0).abs().mean() > 1.2 * fast.diff(dim=0).abs().mean()
-    for words in ({"frames": 3}, {"rates": [12]}):
+    for options in ({"frames": 3}, {"rates": [12]}):
         with pytest.raises(UserError, match=r"data.params.rates: expected frames a second for clips of several frames"):
-            DriveFrameDataModule(**words)
+            DriveFrameDataModule(**options)
 
 
 @pytest.mark.parametrize("remade", [None, REMADE])
@@ -129,7 +123,8 @@ def test_it_trains_and_its_file_is_a_temporal_decoder(checkpoint, footage, tmp_p
     assert_same_layers(again.temporal_decoder, model.temporal_decoder)
 
 
-def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(checkpoint, footage, tmp_path):
+@pytest.mark.slow
+def test_a_resumed_run_equals_the_straight_one(checkpoint, footage, tmp_path):
     straight = make_model(checkpoint, remade=REMADE)
     make_trainer(tmp_path, 4).fit(straight, rows_of(footage))
     stopped, trainer = make_model(checkpoint, remade=REMADE), make_trainer(tmp_path, 2)
@@ -140,29 +135,30 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(checkpoint, footage, tmp
     assert_same_layers(resumed.temporal_decoder, straight.temporal_decoder)
 
 
-def test_clips_are_spoilt_as_seed_and_position_say(checkpoint, footage, tmp_path):
+def test_augmentation_depends_on_seed_and_position(checkpoint, footage, tmp_path):
     model = make_model(checkpoint, remade=REMADE, noise=0.3)
     make_trainer(tmp_path, 1).fit(model, rows_of(footage))
     data = rows_of(footage)
     data.setup()
     row = data.train_frames[0]
 
-    def spoilt(seed: int, *positions: int) -> torch.Tensor:
+    def augmented(seed: int, *positions: int) -> torch.Tensor:
         batch = FrameBatch.cat([FrameBatch(row.pixels, [position], rates=row.rates) for position in positions])
         return model._pixels_and_latents(batch, seed)[1]
 
-    many = spoilt(5, *range(40))
+    many = augmented(5, *range(40))
     clean = model._source.first_stage.encode(row.pixels).chunk(2, dim=1)[0] * model._source.scale_factor
     off = (many - clean).square().mean((1, 2, 3, 4)).sqrt()
-    assert 1 <= (off < 1e-5).sum() <= 12  # an eighth of them is left alone
-    assert torch.equal(spoilt(5, 7)[0], many[7]) and not torch.equal(spoilt(6, 7)[0], many[7])
+    assert 1 <= (off < 1e-5).sum() <= 12  # an eighth is unchanged
+    assert torch.equal(augmented(5, 7)[0], many[7]) and not torch.equal(augmented(6, 7)[0], many[7])
 
 
-def test_colours_change_in_training_alone_and_latents_are_those_of_the_new_ones(
+@pytest.mark.slow
+def test_only_training_clips_are_recoloured_and_their_latents_encode_the_new_colours(
     checkpoint, footage, tmp_path, monkeypatch
 ):
     model, data, seen = make_model(checkpoint, recoloured=1.0, noise=0), rows_of(footage, val_share=0.3), []
-    monkeypatch.setattr(decoder_training, "recolour", lambda *words: seen.append(words) or recolour(*words))
+    monkeypatch.setattr(decoder_training, "recolour", lambda *arguments: seen.append(arguments) or recolour(*arguments))
     trainer = make_trainer(tmp_path, 2, precision="bf16-mixed")
     trainer.fit(model, data)
     row = data.train_frames[0]
@@ -180,7 +176,7 @@ def test_colours_change_in_training_alone_and_latents_are_those_of_the_new_ones(
     assert torch.equal(again, pixels[chosen])
 
 
-def test_clips_of_other_colours_are_remade_without_their_caption(checkpoint, footage, tmp_path):
+def test_recoloured_clips_are_remade_without_their_caption(checkpoint, footage, tmp_path):
     model, data = make_model(checkpoint, remade=REMADE | {"share": 1.0}), rows_of(footage)
     make_trainer(tmp_path, 1).fit(model, data)
     row, seen = data.train_frames[0], []
@@ -192,13 +188,13 @@ def test_clips_of_other_colours_are_remade_without_their_caption(checkpoint, foo
     assert seen == ["" if other else "a road" for other in is_other] and 2 <= is_other.sum() <= 10
 
 
-def test_hues_turn_and_contrast_changes():
+def test_recolour_rotates_hues_and_changes_contrast():
     def of(value: list[float], frames: int = 1) -> torch.Tensor:
         picture = torch.tensor(value).view(1, 3, 1, 1).expand(frames, 3, 2, 2)
         return torch.stack([recolour(picture, torch.Generator().manual_seed(seed)) for seed in range(60)])
 
     grey = of([0.5, 0.5, 0.5], frames=3)
-    assert (grey - grey[:, :1, :1, :1, :1]).abs().max() < 1e-6  # as it was: without hue, every frame alike
+    assert (grey - grey[:, :1, :1, :1, :1]).abs().max() < 1e-6  # no hue, all frames alike
     assert grey.min() < 0.2 and grey.max() > 0.6  # 0.5 times 0.6 to 1.2, and -0.3 to 0.3
     assert (of([1.0, 1.0, 1.0]).max(), of([-1.0, -1.0, -1.0]).min()) == (1, -1)
     red = of([0.3, -0.1, -0.1])[:, 0, :, 0, 0]
@@ -208,7 +204,7 @@ def test_hues_turn_and_contrast_changes():
     assert 0.18 <= colour.min() < 0.5 and 1.1 < colour.max() <= 1.81  # saturation 0.3 to 1.5 times contrast
 
 
-def test_unlikeness_is_of_structure_however_faint():
+def test_dissimilarity_measures_structure_however_faint():
     generator = torch.Generator().manual_seed(4)
     texture = torch.randn(1, 2, 1, 24, 32, generator=generator).expand(1, 2, 3, 24, 32)
     strong, faint = 0.3 * texture, 0.05 * texture
@@ -229,7 +225,7 @@ def test_unlikeness_is_of_structure_however_faint():
     assert dissimilarity(frames, true).item() == pytest.approx(expected.item(), abs=1e-4)
 
 
-def test_layers_of_another_image_decoder_do_not_go_on(checkpoint, footage, tmp_path):
+def test_layers_of_another_image_decoder_are_not_resumed(checkpoint, footage, tmp_path):
     model, trainer = make_model(checkpoint), make_trainer(tmp_path, 1)
     trainer.fit(model, rows_of(footage))
     model.temporal_decoder.made_for += 1
@@ -240,19 +236,19 @@ def test_layers_of_another_image_decoder_do_not_go_on(checkpoint, footage, tmp_p
         make_trainer(tmp_path, 2).fit(make_model(checkpoint), rows_of(footage), ckpt_path=tmp_path / "other.ckpt")
 
 
-def test_structure_counts_by_its_weight(checkpoint, footage, tmp_path):
+def test_structure_is_weighted(checkpoint, footage, tmp_path):
     model, data = make_model(checkpoint), rows_of(footage)
     make_trainer(tmp_path, 1).fit(model, data)
     batch, logged, losses = next(iter(data.train_dataloader())), {}, []
-    model.log = lambda name, value, **words: logged.update({name: value})
+    model.log = lambda name, value, **_: logged.update({name: value})
     for model.structure in (0.0, 0.5):
         losses.append(model.training_step(batch, 0).item())
-    unlike = logged["train/unlikeness"].item()
-    assert losses[1] - losses[0] == pytest.approx(0.5 * unlike, rel=1e-3) and 0.01 < unlike < 2
+    unlikeness = logged["train/unlikeness"].item()
+    assert losses[1] - losses[0] == pytest.approx(0.5 * unlikeness, rel=1e-3) and 0.01 < unlikeness < 2
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("options", "message"),
     [
         ({"noise": 2}, "model.params.noise: expected a standard deviation, 0 to 1, found 2"),
         ({"changes": -1}, "model.params.changes: expected a weight, 0 to 100, found -1"),
@@ -268,9 +264,9 @@ def test_structure_counts_by_its_weight(checkpoint, footage, tmp_path):
         ({"start_path": "nowhere.ckpt"}, "nowhere.ckpt: expected a checkpoint"),
     ],
 )
-def test_odd_words_are_refused(checkpoint, words, message):
+def test_impossible_options_are_refused(checkpoint, options, message):
     with pytest.raises(UserError, match=message):
-        make_model(checkpoint, **words)
+        make_model(checkpoint, **options)
 
 
 def test_single_frames_are_refused(checkpoint, footage, tmp_path):
@@ -279,8 +275,8 @@ def test_single_frames_are_refused(checkpoint, footage, tmp_path):
 
 
 @pytest.mark.parametrize("parameterization", ["eps", "v"])
-def test_an_exact_network_remakes_a_clip_as_it_was(checkpoint, parameterization):
-    """One that knows the true clip takes all noise off again, whatever it is told of it; a blind one does not."""
+def test_an_exact_network_remakes_the_true_clip(checkpoint, parameterization):
+    """A network that knows the true clip removes all noise; one that predicts zero does not."""
     true = torch.randn(2, 3, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     source = ClipGenerator(checkpoint)
     schedule = source.schedule = NoiseSchedule(parameterization=parameterization)
@@ -301,18 +297,18 @@ def test_an_exact_network_remakes_a_clip_as_it_was(checkpoint, parameterization)
     assert [fps for fps, _, _ in seen] == [12, 12, 4, 4]
     assert torch.equal(seen[0][1], seen[1][1]) and not torch.equal(seen[0][1], seen[2][1])
     assert all((mask == 1).all() for mask in (given[:, :, 0] for _, _, given in seen))  # nothing is known
-    source._unet = lambda x, *_, **words: torch.zeros_like(x[:, :, :4])
+    source._unet = lambda x, *_, **__: torch.zeros_like(x[:, :, :4])
     assert (remaker(true, ["a road", "snow"], [12, 4], generators) - true).abs().mean() > 0.1
 
 
-def test_a_network_that_takes_known_frames_and_captions_remakes_drawn_rows(tmp_path):
+def test_a_network_with_known_frames_remakes_procedural_rows(tmp_path):
     config = training_config()
-    words = config["model"]["params"]["unet_config"]["params"] = {
+    kwargs = config["model"]["params"]["unet_config"]["params"] = {
         **config["model"]["params"]["unet_config"]["params"], "in_channels": 9, "fps_embedding": True,
         "known_level_embedding": True,
     }  # fmt: skip
     state = {name: tensor for name, tensor in video_state().items() if not name.startswith(UNET_PREFIX)}
-    state |= {UNET_PREFIX + name: tensor for name, tensor in UNetModel(**words).state_dict().items()}
+    state |= {UNET_PREFIX + name: tensor for name, tensor in UNetModel(**kwargs).state_dict().items()}
     torch.save({"state_dict": state, "config": config}, tmp_path / "known.ckpt")
     model = make_model(tmp_path / "known.ckpt", remade={**REMADE, "share": 1.0})
     data = DriveFrameDataModule(looks="moving", size=16, batch_size=2, frames=3, rates=[12, 4], val_frames=2)
@@ -321,7 +317,7 @@ def test_a_network_that_takes_known_frames_and_captions_remakes_drawn_rows(tmp_p
     assert trainer.callback_metrics["train/l1"] > 0
 
 
-def test_quick_norms_change_nothing():
+def test_fast_norms_change_nothing():
     torch.manual_seed(0)
     first_stage = KLFirstStage(DDCONFIG, 4).requires_grad_(False)
     latents = torch.randn(2, 4, 16, 16)

@@ -1,4 +1,4 @@
-"""The small CLIP: it learns to tell looks, ignores words that mean nothing, and its file is a text encoder."""
+"""The small CLIP: it learns to separate styles, resumes exactly, and its file is a text encoder."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 
 import pytest
-import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 
@@ -18,6 +17,7 @@ from ldm.errors import UserError
 from ldm.models.text_image import TextImageModel, contrastive_loss, with_stray_words
 from ldm.modules.encoders import CLIPTextEmbedder
 from ldm.modules.frame_tower import FrameTower
+from tests.models.training import SaveAt, make_trainer
 
 CONFIG = Path(__file__).parents[2] / "configs" / "drive" / "text.yaml"
 SMALL = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -25,34 +25,17 @@ LOOKS = ["snow", "night"]
 END = 49407
 
 
-class SaveAt(pl.Callback):
-    """Saves a checkpoint in the middle of an epoch, as a stop would."""
-
-    def __init__(self, step: int, path: Path) -> None:
-        self.step, self.path = step, path
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        if trainer.global_step == self.step:
-            trainer.save_checkpoint(self.path)
-
-
-def make_model(**words) -> TextImageModel:
+def make_model(**options) -> TextImageModel:
     torch.manual_seed(0)
     rates = {"learning_rate": 1e-3, "warmup_steps": 2, "cooldown_steps": 8}
-    return TextImageModel(**{"text_config": SMALL} | rates | words)
+    return TextImageModel(**{"text_config": SMALL} | rates | options)
 
 
 def make_data() -> DriveFrameDataModule:
     return DriveFrameDataModule(looks=LOOKS, size=16, batch_size=2, val_frames=16)
 
 
-def make_trainer(folder: Path, max_steps: int) -> pl.Trainer:
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-    quiet |= {"logger": False, "num_sanity_val_steps": 0, "default_root_dir": folder}
-    return pl.Trainer(accelerator="cpu", devices=1, max_steps=max_steps, **quiet)
-
-
-def test_a_few_steps_tell_looks_apart_and_the_file_is_a_text_encoder(tmp_path):
+def test_training_separates_styles_and_the_file_is_a_text_encoder(tmp_path):
     model = make_model(config={"model": {"target": "ldm.models.text_image.TextImageModel"}})
     trainer = make_trainer(tmp_path, 40)
     trainer.fit(model, data := make_data())
@@ -66,10 +49,9 @@ def test_a_few_steps_tell_looks_apart_and_the_file_is_a_text_encoder(tmp_path):
     assert not torch.equal(expected, make_model().text.encode_tokens(tokens))
 
 
-def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(tmp_path):
+def test_a_resumed_run_equals_the_straight_one(tmp_path):
     straight, resumed = (make_model(stray_words=0.5, cooldown_steps=2) for _ in range(2))
-    trainer = make_trainer(tmp_path, 4)
-    trainer.callbacks.append(SaveAt(2, tmp_path / "half.ckpt"))
+    trainer = make_trainer(tmp_path, 4, callbacks=[SaveAt(2, tmp_path / "half.ckpt")])
     trainer.fit(straight, make_data())
     make_trainer(tmp_path, 4).fit(resumed, make_data(), ckpt_path=tmp_path / "half.ckpt")
     state = resumed.state_dict()
@@ -89,17 +71,17 @@ def test_every_weight_of_both_networks_is_trained():
     assert silent == []
 
 
-def test_the_loss_is_what_it_says():
+def test_the_loss_of_known_similarities():
     frames, texts = torch.eye(2), torch.eye(2)
     expected = -math.log(math.exp(3) / (math.exp(3) + 1))
     assert contrastive_loss(frames, texts, ["a", "b"], 3.0).item() == pytest.approx(expected, rel=1e-5)
-    same = contrastive_loss(frames, texts, ["a", "a"], 3.0).item()  # either is right: best is to know nothing
+    same = contrastive_loss(frames, texts, ["a", "a"], 3.0).item()  # both captions are right
     assert same == pytest.approx(expected + 1.5, rel=1e-5)
     alike = F.normalize(torch.ones(2, 2), dim=-1)
     assert contrastive_loss(alike, texts, ["a", "a"], 3.0).item() == pytest.approx(math.log(2), rel=1e-5)
 
 
-def test_stray_words_lie_between_the_others_and_depend_on_the_seed_alone():
+def test_stray_words_are_inserted_by_seed_only():
     tokens = torch.tensor([[49406, 1, 2, 3, END, END, END, END]] * 3)
     seeds = [(0, place) for place in range(3)]
     changed = with_stray_words(tokens, END, 1.0, seeds)
@@ -107,9 +89,9 @@ def test_stray_words_lie_between_the_others_and_depend_on_the_seed_alone():
     assert torch.equal(with_stray_words(tokens, END, 0.0, seeds), tokens)
     for row in changed.tolist():
         words = row[1 : row.index(END)]
-        strangers = [word for word in words if word not in (1, 2, 3)]
+        inserted = [word for word in words if word not in (1, 2, 3)]
         assert row[0] == 49406 and [word for word in words if word in (1, 2, 3)] == [1, 2, 3]
-        assert 1 <= len(strangers) <= 3 and max(strangers) < END - 1
+        assert 1 <= len(inserted) <= 3 and max(inserted) < END - 1
 
 
 def test_stray_words_leave_room_for_the_end():
@@ -118,7 +100,7 @@ def test_stray_words_leave_room_for_the_end():
     assert changed.shape == full.shape and changed[0, -1] == END and changed[0, -2] < END
 
 
-def test_the_tower_takes_frames_of_any_size_and_sees_colour():
+def test_the_frame_tower_accepts_any_size_and_depends_on_colour():
     torch.manual_seed(0)
     tower = FrameTower()
     large = F.interpolate(torch.rand(2, 3, 8, 8) * 2 - 1, (64, 64))
@@ -131,12 +113,12 @@ def test_the_tower_takes_frames_of_any_size_and_sees_colour():
 def test_the_config_builds_and_every_key_is_read():
     config = load_config([CONFIG], [])
     check(config)
-    words = to_container(config)["model"]
-    model = build({"target": words["target"], "params": words["params"]}, "model")
+    node = to_container(config)["model"]
+    model = build({"target": node["target"], "params": node["params"]}, "model")
     assert model.text.max_length == 32 and model.text.network.config.hidden_size == 64
 
 
-def test_what_has_no_captions_is_refused():
+def test_batches_without_captions_are_refused():
     batch = FrameBatch(torch.zeros(2, 3, 16, 16), [0, 1], rates=[1, 1])
     with pytest.raises(UserError, match=r"frames with captions, found FrameBatch; use .*DriveFrameDataModule"):
         make_model().training_step(batch, 0)

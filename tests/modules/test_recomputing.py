@@ -20,7 +20,7 @@ from ldm.modules.attention import BasicTransformerBlock, SpatialTransformer
 from ldm.modules.recompute import HostMemory, in_chunks
 from ldm.modules.unet import Downsample, ResBlock, UNetModel, Upsample
 from ldm.optim.parameter_groups import ParameterGroups
-from ldm.planning.count import Shape, count_step
+from ldm.planning.count import StepShape, count_step
 
 pytestmark = pytest.mark.numeric
 SMALL = {
@@ -166,7 +166,7 @@ def bytes_of_a_frame(**options) -> SimpleNamespace:
             of_transformers.append(given[0].nbytes)
 
     with register_module_forward_pre_hook(note):
-        count = count_step(config, Shape(1, NUM_FRAMES, 32, 32))
+        count = count_step(config, StepShape(1, NUM_FRAMES, 32, 32))
     peak = count.peaks["backward"].kinds["activations and buffers"]
     found = {"kept": count.held, "peak": peak, "inputs": sum(sizes[:NUM_BLOCKS]), "on_host": count.on_host}
     found["parts"] = sum(of_transformers[:NUM_TRANSFORMERS])

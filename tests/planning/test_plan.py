@@ -1,4 +1,4 @@
-"""The count of a training step: against what real steps take, what it names, what it proposes, what it refuses."""
+"""The count of a training step: compared with real steps, its table, and its errors."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from ldm.data.shards import read_info
 from ldm.diffusion.known_frames import KnownFrames
 from ldm.errors import UserError
 from ldm.planning import count as training_step
-from ldm.planning.count import CARD, PROCESSOR, Count, Shape, count_step, measure_optimizer, shape_of
-from ldm.planning.live_tensors import LiveTensors, autocast_as_on_a_card
-from ldm.planning.report import CARDS, floor_seconds, table
+from ldm.planning.count import CPU, GPU, StepCount, StepShape, count_step, measure_optimizer, shape_of
+from ldm.planning.live_tensors import LiveTensors, gpu_autocast
+from ldm.planning.report import GPUS, table
 from scripts import plan
 
 ROOT = Path(__file__).parents[2]
@@ -28,7 +28,7 @@ UNET = {
     "in_channels": 9, "out_channels": 4, "model_channels": 64, "num_res_blocks": 1, "attention_resolutions": [2],
     "channel_mult": [1, 2], "num_heads": 4, "context_dim": 32, "fps_embedding": True, "known_level_embedding": True,
 }  # fmt: skip
-SHAPE = Shape(2, 4, 16, 16)
+SHAPE = StepShape(2, 4, 16, 16)
 
 
 def config(precision: str = "32-true", memory: dict | None = None, average: bool = False, **unet: object) -> dict:
@@ -59,8 +59,8 @@ def config(precision: str = "32-true", memory: dict | None = None, average: bool
 
 
 @cache
-def count_of(precision: str, memory: tuple[tuple[str, object], ...] = (), **unet: object) -> Count:
-    """On a card; counted once for all tests."""
+def count_of(precision: str, memory: tuple[tuple[str, object], ...] = (), **unet: object) -> StepCount:
+    """On a GPU; counted once for all tests."""
     return count_step(config(precision, dict(memory), **unet), SHAPE)
 
 
@@ -70,7 +70,7 @@ def real_model(settings: dict) -> nn.Module:
     return build({"target": training_step.MODEL, "params": params}, "model", learning_rate=1e-4)
 
 
-def real_loss(model: nn.Module, shape: Shape = SHAPE) -> torch.Tensor:
+def real_loss(model: nn.Module, shape: StepShape = SHAPE) -> torch.Tensor:
     sizes = (shape.clips, shape.frames, 4, shape.height, shape.width)
     steps = torch.zeros(shape.clips, dtype=torch.long)
     known = KnownFrames(torch.ones(*sizes[:2], 1, *sizes[3:]), torch.randn(sizes), steps)
@@ -99,7 +99,7 @@ def profiled_peak(model: nn.Module, half: bool) -> int:
 )
 def test_counted_bytes_are_those_of_a_real_step(half, unet):
     settings = config("bf16-mixed" if half else "32-true", **unet, attention_resolutions=[1, 2])
-    count = count_step(settings, SHAPE, PROCESSOR)
+    count = count_step(settings, SHAPE, CPU)
     counted = max(
         count.peaks[phase].total - count.peaks[phase].kinds["optimiser states"] for phase in ("forward", "backward")
     )
@@ -115,7 +115,7 @@ def test_the_same_tracker_finds_the_same_on_tensors_with_values():
         loss = real_loss(model)
     with live.during("backward"):
         loss.backward()
-    count = count_step(settings, SHAPE, PROCESSOR)
+    count = count_step(settings, SHAPE, CPU)
     real, fake = live.peak, count.peaks[live.peak.phase]
     assert fake.total - fake.kinds["optimiser states"] == pytest.approx(real.total, rel=0.01)
     assert fake.module == real.module
@@ -127,7 +127,7 @@ def test_work_is_what_the_flop_counter_counts():
     model = real_model(settings)
     with FlopCounterMode(display=False) as counter:
         real_loss(model).backward()
-    count = count_step(settings, SHAPE, PROCESSOR)
+    count = count_step(settings, SHAPE, CPU)
     assert count.flop == counter.get_total_flops() and count.again == 0
 
 
@@ -159,15 +159,15 @@ def test_the_peak_is_named_by_module_also_in_the_backward_pass():
     assert live.peaks["forward"].module == live.peaks["backward"].module == "1"
 
 
-def test_autocast_acts_on_stand_ins_as_on_a_card():
-    with autocast_as_on_a_card(), torch.device("meta"):
+def test_autocast_on_meta_tensors_acts_as_on_a_gpu():
+    with gpu_autocast(), torch.device("meta"):
         linear, norm = nn.Linear(8, 8), nn.LayerNorm(8)
         x = torch.empty(2, 8)
         assert linear(x).dtype == torch.float32
         with torch.autocast("meta", torch.bfloat16):
             y = linear(x)
             assert y.dtype == torch.bfloat16 and torch.is_autocast_enabled("meta")
-            assert norm(y).dtype == torch.float32  # a processor would stay in half precision
+            assert norm(y).dtype == torch.float32  # a CPU would stay in half precision
             q = torch.empty(1, 2, 300, 8, dtype=torch.bfloat16)
             attended = nn.functional.scaled_dot_product_attention(q, q, q)
         assert attended.shape == q.shape and attended.dtype == torch.bfloat16
@@ -175,18 +175,18 @@ def test_autocast_acts_on_stand_ins_as_on_a_card():
         torch.autocast("meta", torch.bfloat16)
 
 
-def test_a_card_keeps_casts_of_trained_weights_until_autocast_ends():
+def test_a_gpu_keeps_casts_of_trained_weights_until_autocast_ends():
     plain, cast = count_of("32-true"), count_of("bf16-mixed")
     assert cast.held < 0.8 * plain.held
     assert cast.sizes == plain.sizes and cast.flop == plain.flop
 
 
-def test_each_switch_takes_off_what_it_says():
+def test_each_switch_saves_its_bytes():
     base = count_of("bf16-mixed", use_checkpoint=True)
     trained = base.num_trained
 
-    def with_memory(**words: object) -> Count:
-        return count_of("bf16-mixed", tuple(words.items()), use_checkpoint=True)
+    def with_memory(**options: object) -> StepCount:
+        return count_of("bf16-mixed", tuple(options.items()), use_checkpoint=True)
 
     assert base.sizes["gradients"] == 4 * trained and base.sizes["optimiser states"] == pytest.approx(8 * trained)
     assert base.sizes["average"] == 0
@@ -203,7 +203,7 @@ def test_each_switch_takes_off_what_it_says():
     assert on_host.held < base.held and on_host.on_host > 0 == base.on_host
 
 
-def test_averages_and_states_may_lie_on_the_host():
+def test_averages_and_states_in_host_memory():
     settings = config("bf16-mixed", average=True)
     here = count_step(settings, SHAPE)
     settings["model"]["params"]["optimizer"] = {"name": "adamw", "states_on": "host"}
@@ -222,16 +222,16 @@ def test_bytes_of_states_are_those_of_a_real_step(name, most):
     assert most - 0.1 < found.states_each <= most and found.states_small == 8
     assert found.states(10**6) == pytest.approx(10**6 * found.states_each, rel=1e-3)
     assert found.states(100) == 800
-    assert found.scratch([10**6, 10**6]) == 0  # one kernel on a card
+    assert found.scratch([10**6, 10**6]) == 0  # one kernel on a GPU
     rounded = measure_optimizer({"name": name}, "bfloat16", True)
     assert rounded.one_by_one and 10 * 10**6 < rounded.scratch([10**6, 10]) < 24 * 10**6
 
 
 def test_shape_follows_the_config_and_the_prepared_clips(original):
     settings = config()
-    assert shape_of(settings) == Shape(2, 4, 64, 64)
-    assert shape_of(settings | {"prepare": {"size": "256x384"}}) == Shape(2, 4, 32, 48)
-    assert shape_of(settings, (128, 128)) == Shape(2, 4, 16, 16)
+    assert shape_of(settings) == StepShape(2, 4, 64, 64)
+    assert shape_of(settings | {"prepare": {"size": "256x384"}}) == StepShape(2, 4, 32, 48)
+    assert shape_of(settings, (128, 128)) == StepShape(2, 4, 16, 16)
     settings["data"]["params"]["root"] = str(original)
     assert [shape_of(settings).height, shape_of(settings).width] == list(read_info(original).moments_shape[-2:])
     settings["data"]["params"]["frames"] = 0
@@ -239,28 +239,28 @@ def test_shape_follows_the_config_and_the_prepared_clips(original):
         shape_of(settings)
 
 
-def test_the_table_says_all():
+def test_the_table_is_complete():
     count = count_of("bf16-mixed", use_checkpoint=True)
-    text = "\n".join(table(count, CARD))
-    for words in ("trained weights", "frozen weights", "gradients", "optimiser states", "average", "activations held",
-                  "peak of live tensors", "the card needs", "computed again", "RTX 3090", "H200"):  # fmt: skip
-        assert words in text
-    assert count.peak.module.removeprefix("unet.") in text and "RTX" not in "\n".join(table(count, PROCESSOR))
+    text = "\n".join(table(count, GPU))
+    for phrase in ("trained weights", "frozen weights", "gradients", "optimiser states", "average", "activations held",
+                  "peak of live tensors", "the GPU needs", "recomputed blocks", "RTX 3090", "H200"):  # fmt: skip
+        assert phrase in text
+    assert count.peak.module.removeprefix("unet.") in text and "RTX" not in "\n".join(table(count, CPU))
 
 
 def test_floors_are_those_of_the_nominal_peaks():
-    seconds = {card.name: floor_seconds(card, int(27.2e12)) for card in CARDS}
+    seconds = {gpu.name: gpu.floor_seconds(int(27.2e12)) for gpu in GPUS}
     assert seconds["RTX 3090"] == pytest.approx(0.383, abs=0.001)
     assert seconds["RTX 4090"] == pytest.approx(0.165, abs=0.001)
 
 
 def run_of(model: nn.Module) -> tuple[SimpleNamespace, SimpleNamespace]:
-    """What a callback looks at of a trainer and of a module."""
+    """The attributes of a trainer and a module that the callback reads."""
     module = SimpleNamespace(device=torch.device("cpu"), parameters=model.parameters)
     return SimpleNamespace(is_global_zero=True, global_step=0), module
 
 
-def test_a_run_is_told_what_is_counted_and_what_was_measured(caplog):
+def test_a_run_logs_the_count_and_the_measured_peak(caplog):
     caplog.set_level("INFO")
     settings = config()
     trainer, module = run_of(nn.Linear(2, 2))
@@ -276,7 +276,7 @@ def test_a_run_is_told_what_is_counted_and_what_was_measured(caplog):
     assert len(re.findall(r"peak: counted [\d.]+ GiB, measured [\d.]+ GiB of the whole process", caplog.text)) == 1
 
 
-def test_small_networks_and_other_models_are_passed_over_and_a_count_that_fails_stops_nothing(caplog):
+def test_small_networks_and_other_models_are_not_counted_and_a_failed_count_stops_nothing(caplog):
     trainer, module = run_of(nn.Linear(2, 2))
     other = {"model": {"target": "ldm.models.autoencoder.ImageAutoencoder"}}
     for report in (PlanReport(other, least_parameters=0), PlanReport(config())):
@@ -287,23 +287,23 @@ def test_small_networks_and_other_models_are_passed_over_and_a_count_that_fails_
     assert broken.count is None and "could not be counted" in caplog.text
 
 
-def test_other_models_are_not_counted():
+def test_other_models_are_refused():
     with pytest.raises(
-        UserError, match=r"model\.target: expected .*LatentVideoDiffusion, whose steps .* found 'Other'"
+        UserError, match=r"model\.target: expected .*LatentVideoDiffusion, whose steps are counted, found 'Other'"
     ):
         count_step({"model": {"target": "Other"}}, SHAPE)
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
-        (["--vram", "0"], "--vram: expected the memory of a card in GB, found 0"),
-        (["--vram", "8", "--on", "processor"], "exclude each other"),
+        (["--vram", "0"], "--vram: expected the memory of a GPU in GB, found 0"),
+        (["--vram", "8", "--on", "processor"], "--vram and --on cpu exclude each other"),
         (["--size", "big"], "--size: expected a number of pixels"),
         (["model.params.memory.step_in_backward=true"], "gradient_clip_val"),
         (["lightning.trainer.accumulate_grad_batches=4", "model.params.memory.step_in_backward=true"], "accumulate"),
     ],
 )
-def test_mistakes_are_named(words, message):
+def test_impossible_arguments(arguments, message):
     with pytest.raises(UserError, match=message):
-        plan.main(["--base", str(ROOT / "configs/video-sd.yaml"), *words])
+        plan.main(["--base", str(ROOT / "configs/video-sd.yaml"), *arguments])

@@ -1,4 +1,4 @@
-"""What many processes take, reckoned from one step: against sums done by hand, and as scripts/plan.py prints it."""
+"""Costs of many processes, computed from one step: compared with sums by hand, and the output of scripts/plan.py."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from ldm.errors import UserError
-from ldm.planning.count import ALLOWANCE, AVERAGE, FROZEN, GRADIENTS, STATES, TRAINED, Count, Shape
+from ldm.planning.count import ALLOWANCE, AVERAGE, FROZEN, GRADIENTS, STATES, TRAINED, StepCount, StepShape
 from ldm.planning.live_tensors import Peak
-from ldm.planning.report import Card
+from ldm.planning.report import GPUModel
 from ldm.planning.scaling import Machines, checkpoint_bytes, clip_bytes, in_parts, largest_block, scale
 from ldm.runs.arguments import parse_arguments
 from scripts import plan
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 OTHERS = "activations and buffers"
 
 
-def count(states: int) -> Count:
+def count(states: int) -> StepCount:
     """A network of 100 trained numbers and 50 frozen ones, two clips; a step of 3000 operations."""
     sizes = {TRAINED: 400, FROZEN: 200, GRADIENTS: 400, STATES: states, AVERAGE: 400}
     always = {TRAINED: 400, FROZEN: 200, STATES: states, AVERAGE: 400}
@@ -30,11 +30,11 @@ def count(states: int) -> Count:
         "forward": Peak(1700 + states, always | {OTHERS: 700}),
         "backward": Peak(1900 + states, always | {GRADIENTS: 300, OTHERS: 600}),
     }
-    return Count(Shape(2, 5, 4, 4), sizes, 700, peaks, 0, 3000, 0, 100, 150)
+    return StepCount(StepShape(2, 5, 4, 4), sizes, 700, peaks, 0, 3000, 0, 100, 150)
 
 
-def test_what_is_read_sent_saved_and_kept():
-    machines = Machines(Card("slow", 8, 1e-9), link=1.0, disk=1e-6)  # 1000 operations and bytes a second
+def test_bytes_read_sent_saved_and_kept():
+    machines = Machines(GPUModel("slow", 8, 1e-9), link=1.0, disk=1e-6)  # 1000 operations and bytes a second
     found = scale(4, machines, count(200), count(800), bytes_a_clip=60, block=10)
     assert found.loader == pytest.approx(4 * 2 * 60 / 3), "four processes, two clips each, in three seconds"
     assert found.sent == 2 * 3 / 4 * 400, "three quarters of the gradients to add up, and again to hand out"
@@ -48,7 +48,7 @@ def test_what_is_read_sent_saved_and_kept():
 
 def test_a_clip_and_a_block():
     tree = config()
-    assert clip_bytes(tree, Shape(2, 5, 8, 4)) == 2 * (5 * 8 * 8 * 4 + 77 * 32)
+    assert clip_bytes(tree, StepShape(2, 5, 8, 4)) == 2 * (5 * 8 * 8 * 4 + 77 * 32)
     block = largest_block(tree)
     assert 0 < block < largest_block(config(channel_mult=[1, 4]))
 
@@ -61,7 +61,7 @@ def test_parts_have_float32():
     }
     params = in_parts(tree)["model"]["params"]
     assert params["memory"] == {"weights": "float32", "frozen": "bfloat16", "step_in_backward": False}
-    assert params["optimizer"] == {"name": "adamw", "states_on": "card", "weight_decay": 0.1}
+    assert params["optimizer"] == {"name": "adamw", "states_on": "gpu", "weight_decay": 0.1}
 
 
 def test_the_command_prints_it(tmp_path, capsys):
@@ -77,7 +77,7 @@ def test_the_command_prints_it(tmp_path, capsys):
     assert any(line.startswith("A100: a step of 3 x 2 frames of 8x8 latents takes") for line in lines)
 
 
-def test_the_commands_of_the_page_are_understood():
+def test_the_commands_in_the_docs_parse():
     lines = (ROOT / "docs" / "scaling.md").read_text().splitlines()
     commands = [line for line in lines if "main.py --base" in line]
     assert len(commands) == 5
@@ -89,14 +89,14 @@ def test_the_commands_of_the_page_are_understood():
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
-        (["--processes", "8,x"], "--processes: expected numbers from 1, as 8,64,512, on cards, found '8,x'"),
+        (["--processes", "8,x"], "--processes: expected numbers from 1, as 8,64,512, on GPUs, found '8,x'"),
         (["--processes", "0"], "--processes: expected numbers from 1"),
-        (["--processes", "8", "--on", "processor"], "--processes: expected numbers from 1, as 8,64,512, on cards"),
+        (["--processes", "8", "--on", "processor"], "--processes: expected numbers from 1, as 8,64,512, on GPUs"),
         (["--processes", "8", "--link", "0"], "--link: expected GB a second above 0, found 0"),
     ],
 )
-def test_numbers_that_cannot_be(words, message):
+def test_impossible_arguments(arguments, message):
     with pytest.raises(UserError, match=message):
-        plan.parse_arguments(["--base", "x.yaml", *words])
+        plan.parse_arguments(["--base", "x.yaml", *arguments])
