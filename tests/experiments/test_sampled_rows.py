@@ -218,7 +218,7 @@ def test_rows_are_called_by_their_runs():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--looks", "snwo"], r"--looks: expected all, moving, still or looks, found 'snwo'; did you mean 'snow'"),
+        (["--looks", "snwo"], r"--looks: expected all, moving, still or styles, found 'snwo'; did you mean 'snow'"),
         (["--clips", "1"], "--clips: expected at least 2, found 1; use 30 or more"),
         (["--alone", "1"], "--alone: expected 0, or 2 to the 64 of --clips, found 1"),
         (["--alone", "65"], "--alone: expected 0, or 2 to the 64 of --clips, found 65"),

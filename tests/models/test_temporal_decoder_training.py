@@ -93,7 +93,7 @@ def test_footage_shorter_than_a_row_is_refused(footage):
 
 def test_rows_of_the_procedural_world_move_at_their_rates():
     data = DriveFrameDataModule(looks="moving", size=32, batch_size=2, frames=3, rates=[12, 4], val_frames=2)
-    assert data.summary.startswith("clips of 3 frames of 15 looks")
+    assert data.summary.startswith("clips of 3 frames of 15 styles")
     rows = [data.train_frames[position] for position in range(8)]
     assert {row.rates[0] for row in rows} == {12, 4} and rows[0].pixels.shape == (3, 3, 32, 32)
     slow = next(position for position, row in enumerate(rows) if row.rates == [4])

@@ -214,7 +214,7 @@ def test_bad_video_is_an_error(tmp_path):
         read_last_frames(tmp_path / "a.mp4", 10, (64, 64), 6)
     with pytest.raises(FootageError, match=r"20 frames a second were asked for, the footage has 10"):
         read_last_frames(tmp_path / "a.mp4", 20, (64, 64), 2)
-    with pytest.raises(FootageError, match=r"short.mp4: the file is damaged or cut short"):
+    with pytest.raises(FootageError, match=r"short.mp4: the file is corrupted or truncated"):
         read_last_frames(tmp_path / "short.mp4", 10, (64, 64), 2)
     Image.new("RGB", (64, 64)).save(tmp_path / "one.png")
     for name in ("one.mp4", "one.png"):

@@ -1,10 +1,9 @@
-"""Footage: what is in a video file, where its scenes are, and its frames at a fixed rate and size.
+"""Footage: size, rate and length of a video file, its scene cuts, and its frames at a fixed rate and size.
 
-Two time grids matter. Every video is first put on a regular grid at its own average frame rate (the *native* grid,
-which also mends jittering timestamps); scene cuts are found there. Frames at the wanted rate are then taken from that
-grid: frame m is native frame floor(m * native / fps), so a cut translates exactly and the spacing is even from the
-first frame on. (ffmpeg's output option `-r` spaces the first frames wrongly; its `fps` filter with `round=up` does
-not.)
+There are two time grids. Every video is resampled to a regular grid at its own average frame rate (the *native* grid,
+which also corrects jittering timestamps); scene cuts are found there. Frames at the requested rate are taken from that
+grid: frame m is native frame floor(m * native / fps). So cuts translate exactly and the spacing is even from the first
+frame on. (ffmpeg's output option `-r` spaces the first frames wrongly; its `fps` filter with `round=up` does not.)
 """
 
 from __future__ import annotations
@@ -32,27 +31,27 @@ from ldm.video import MAX_PIXELS, OPEN_OPTIONS, check_pixels
 VIDEO_SUFFIXES = frozenset(
     ".3gp .avi .flv .gif .m2ts .m4v .mjpeg .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .webm .wmv .y4m".split()
 )
-MAX_ENLARGEMENT = 2  # a crop is refused when it would have to grow by more than this
+MAX_ENLARGEMENT = 2  # crops that would be enlarged by more are refused
 MAX_RATE = 1000  # frames a second
 MAX_ASPECT = 32
-# No codec needs fewer bytes for a frame that shows nothing new; a film of more frames is made of gaps.
+# No codec needs fewer bytes per repeated frame: a file with more frames has gaps in its time stamps.
 BYTES_PER_FRAME, FEWEST_LIMIT = 16, 10_000
-CUT_WIDTH = 256  # width in pixels at which cuts are looked for
+CUT_WIDTH = 256  # width in pixels of the frames in which cuts are detected
 
 
 class FootageError(UserError):
-    """A video that cannot be used; the message starts with its path."""
+    """An unusable video; the message starts with its path."""
 
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a file says of its first video stream; width and height as shown (rotated, with square pixels)."""
+    """The first video stream of a file; width and height as displayed (rotated, with square pixels)."""
 
     path: Path
     width: int
     height: int
     rate: Fraction  # average frames a second
-    num_frames: int  # as the file claims or by its duration, 0 if it says neither
+    num_frames: int  # from the header or the duration, 0 if unknown
     duration: float  # seconds, 0 if unknown
     square_pixels: bool
 
@@ -63,14 +62,14 @@ class VideoInfo:
 
 
 def ffmpeg_binary() -> str:
-    """The ffmpeg on the PATH, else the one that imageio-ffmpeg brings."""
+    """The ffmpeg on the PATH, otherwise the one of the package imageio-ffmpeg."""
     return shutil.which("ffmpeg") or imageio_ffmpeg.get_ffmpeg_exe()
 
 
 def list_videos(paths: Iterable[Path | str]) -> list[Path]:
-    """Files as they are given, folders replaced by the videos anywhere inside them (by suffix), sorted.
+    """The given files, and for each folder the videos anywhere inside it (by suffix), sorted.
 
-    Raises FootageError for a path that does not exist and for a folder without videos.
+    Raises FootageError for a missing path and for a folder without videos.
     """
     videos: dict[Path, None] = {}
     for given in map(Path, paths):
@@ -90,27 +89,27 @@ def list_videos(paths: Iterable[Path | str]) -> list[Path]:
 
 
 def name_videos(given: Iterable[Path | str]) -> dict[Path, str]:
-    """All videos and their names in the data set: inside a given folder the path below it, else the file's name.
+    """All videos and their names in the data set: the path below a given folder, or the file's name.
 
-    A name that is taken gives way to the whole path. Raises FootageError as `list_videos` does.
+    A duplicate name is replaced by the whole path. Raises FootageError as `list_videos` does.
     """
     names: dict[Path, str] = {}
-    for place in map(Path, given):
-        for path in list_videos([place]):
-            name = _writable(path.relative_to(place).as_posix() if place.is_dir() else path.name)
+    for root in map(Path, given):
+        for path in list_videos([root]):
+            name = _writable(path.relative_to(root).as_posix() if root.is_dir() else path.name)
             names.setdefault(path, name if name not in names.values() else _writable(path.as_posix()))
     return names
 
 
 def _writable(name: str) -> str:
-    """A name that can be written as UTF-8 and shown: control characters and stray bytes are spelt out."""
+    """A name that can be written as UTF-8 and printed: control characters and invalid bytes are escaped."""
     return printable(name).replace("\n", "\\n").replace("\t", "\\t")
 
 
 def probe(path: Path | str) -> VideoInfo:
     """Read a video's size, rate and length from its headers and first frame.
 
-    Raises FootageError when the file is missing, empty, no video, without a picture stream, or a single frame.
+    Raises FootageError if the file is missing, empty, not a video, without a video stream, or a single frame.
     """
     path = Path(path)
     if not path.is_file():
@@ -125,12 +124,12 @@ def probe(path: Path | str) -> VideoInfo:
                 raise FootageError(f"{path}: expected a video stream, found only {kinds}")
             stream = streams[0]
             check_pixels(stream.codec_context.width, stream.codec_context.height, path)
-            stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # the stream may say otherwise than the file
+            stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # the stream may differ from the header
             return _describe(path, container, stream)
     except (av.error.FFmpegError, StopIteration, OverflowError, ZeroDivisionError) as error:
         raise FootageError(
             f"{path}: expected a video, found {path.stat().st_size} bytes that ffmpeg cannot read "
-            f"({_reason(error)}); is the file cut short or something else under a video's name?"
+            f"({_reason(error)}); is the file truncated, or not a video?"
         ) from error
 
 
@@ -148,9 +147,7 @@ def _describe(path: Path, container: av.container.InputContainer, stream: av.Vid
     width, height = round(frame.width * aspect), frame.height
     check_pixels(width, height, path)
     if not 1 <= max(width, height) <= MAX_ASPECT * min(width, height):
-        raise FootageError(
-            f"{path}: expected a picture at most {MAX_ASPECT} times as wide as high, found {width}x{height}"
-        )
+        raise FootageError(f"{path}: expected an aspect ratio of at most {MAX_ASPECT}, found {width}x{height}")
     if not 0 < rate <= MAX_RATE:
         raise FootageError(
             f"{path}: expected at most {MAX_RATE} frames a second, found {float(rate):.4g}; encode it again"
@@ -165,11 +162,11 @@ def _reason(error: BaseException) -> str:
 
 
 def read_frames(path: Path | str, fps: float, size: int | tuple[int, int]) -> Iterator[np.ndarray]:
-    """Frames `fps` times a second, evenly spaced from the first on, centre-cropped and resized to `size` = (h, w).
+    """Frames at `fps` per second, evenly spaced from the first on, centre-cropped and resized to `size` = (h, w).
 
-    Yields uint8 RGB `h w 3`, upright. One number for `size` means square. Raises FootageError before the first frame
-    when `fps` is not above 0 or above the footage's own rate or the picture is too small, and at the place where the
-    file turns out to be damaged.
+    Yields uint8 RGB `h w 3`, upright. One number for `size` means square. Raises FootageError before the first frame if
+    `fps` is not above 0, if it exceeds the footage's rate or if the frames are too small, and at the first corrupted
+    frame.
     """
     info = probe(path)
     height, width = (size, size) if isinstance(size, int) else size
@@ -193,9 +190,9 @@ def read_frames(path: Path | str, fps: float, size: int | tuple[int, int]) -> It
 
 
 def _native_grid(info: VideoInfo) -> ffmpeg.nodes.FilterableStream:
-    """The video with its first frame at time 0 and every frame moved to the nearest point of a regular grid."""
+    """The video with its first frame at time 0 and all frames on the nearest points of a regular grid."""
     opened = ffmpeg.input(f"file:{info.path}", max_pixels=MAX_PIXELS, **OPEN_OPTIONS)
-    video = opened["V:0"]  # V, unlike v, leaves out attached pictures
+    video = opened["V:0"]  # V excludes attached pictures
     return video.filter("setpts", "PTS-STARTPTS").filter("fps", fps=_exact(info.rate))
 
 
@@ -207,20 +204,20 @@ def _exact(rate: float | Fraction) -> str:
 def _decode(
     video: ffmpeg.nodes.FilterableStream, info: VideoInfo, size: tuple[int, int], pixels: str
 ) -> Iterator[np.ndarray]:
-    """Run ffmpeg and yield its frames `h w 3`; any error it reports, at any frame, becomes a FootageError."""
+    """Run ffmpeg and yield its frames `h w 3`; any error it reports becomes a FootageError."""
     output = ffmpeg.output(video, "pipe:", format="rawvideo", pix_fmt=pixels)
     command = output.global_args("-nostdin", "-hide_banner", "-loglevel", "error", "-xerror").compile(ffmpeg_binary())
     num_bytes = size[0] * size[1] * 3
     count, most = 0, FEWEST_LIMIT + info.path.stat().st_size // BYTES_PER_FRAME
-    with tempfile.TemporaryFile() as complaints:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=complaints)
+    with tempfile.TemporaryFile() as messages:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=messages)
         try:
             while len(frame := process.stdout.read(num_bytes)) == num_bytes:
                 count += 1
                 if count > most:
                     raise FootageError(
-                        f"{info.path}: expected at most {most:,} frames in a file of its size, found more: its time "
-                        "stamps leave gaps that are filled with the same frame; encode it again"
+                        f"{info.path}: expected at most {most:,} frames in a file of its size, found more: gaps in its "
+                        "time stamps are filled with repeated frames; encode it again"
                     )
                 yield np.frombuffer(frame, np.uint8).reshape(*size, 3)
             status = process.wait()
@@ -229,18 +226,18 @@ def _decode(
             process.stdout.close()
             process.wait()
         if status != 0 or frame:
-            complaints.seek(0)
-            reason = (complaints.read().decode(errors="replace").strip().splitlines() or [f"exit status {status}"])[0]
-            reason = re.sub(r"\[[^]]* @ 0x[0-9a-f]+\] ", "", reason)  # an address in ffmpeg's memory helps nobody
+            messages.seek(0)
+            reason = (messages.read().decode(errors="replace").strip().splitlines() or [f"exit status {status}"])[0]
+            reason = re.sub(r"\[[^]]* @ 0x[0-9a-f]+\] ", "", reason)  # a memory address
             raise FootageError(
-                f"{info.path}: the file is damaged or cut short: ffmpeg stopped after frame {count} ({reason}); "
+                f"{info.path}: the file is corrupted or truncated: ffmpeg stopped after frame {count} ({reason}); "
                 "nothing of it is used, copy or download it again"
             )
 
 
 @dataclass(frozen=True)
 class SceneList:
-    """Scenes of one video as ranges of frames at the wanted rate, in order; together they are all its frames."""
+    """Scenes of one video as consecutive ranges of frames at the requested rate; together they cover all frames."""
 
     info: VideoInfo
     scenes: list[range]
@@ -249,8 +246,8 @@ class SceneList:
 def find_scenes(path: Path | str, fps: float) -> SceneList:
     """Split a video at its cuts and fades; ranges count frames as `read_frames(path, fps, ...)` yields them.
 
-    Decodes the whole file once, at a small size, so that damage anywhere in it is found here, before anything slow.
-    Raises FootageError as `probe` and `read_frames` do, and when the file holds a single frame.
+    Decodes the whole file once at a small size: corruption is found here, before anything slow. Raises FootageError as
+    `probe` and `read_frames` do, and if the file holds a single frame.
     """
     info = probe(path)
     height = max(2, round(info.height * CUT_WIDTH / info.width))
@@ -265,10 +262,10 @@ def find_scenes(path: Path | str, fps: float) -> SceneList:
 
 
 def find_cuts(frames: Iterable[np.ndarray]) -> tuple[list[int], int]:
-    """Cuts and fades in BGR uint8 frames `h w 3`: the indices that start a new scene, and the number of frames.
+    """Cuts and fades in BGR uint8 frames `h w 3`: the first frame of each new scene, and the number of frames.
 
-    PySceneDetect's detectors at the settings that found every hard cut between alike scenes without a false alarm;
-    slow dissolves are not found, nor the weaker of two cuts within two frames.
+    PySceneDetect's detectors, tuned to find every hard cut between similar scenes without false alarms. Misses slow
+    dissolves and the weaker of two cuts within two frames.
     """
     detectors = [AdaptiveDetector(adaptive_threshold=2, min_content_val=8, min_scene_len=2), ThresholdDetector(12)]
     cuts: set[int] = set()

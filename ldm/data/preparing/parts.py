@@ -1,6 +1,6 @@
-"""What one video gave, on its way into a prepared folder: a tar with its scenes, then a note that says so.
+"""A part: the prepared scenes of one video before they are copied into shards, a tar and a note (JSON) beside it.
 
-Any process on any machine may write these two files for any video; a part counts once its note is there.
+Any process on any machine may write a part; it counts as finished once its note exists.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _SHA256 = re.compile("[0-9A-Za-z_-]{1,128}")
 
 @dataclass(frozen=True)
 class EncodingSettings:
-    """What every scene of a prepared folder has in common; another value needs another folder."""
+    """Settings shared by all scenes of a prepared folder; other settings need another folder."""
 
     first_stage: str
     text_encoder: str
@@ -37,7 +37,7 @@ class EncodingSettings:
 
 @dataclass
 class Dropped:
-    """A stretch of a video that was left out, in frames at the prepared rate, and why."""
+    """A range of frames, at the prepared rate, that was left out, and the reason."""
 
     start: int
     stop: int
@@ -46,7 +46,7 @@ class Dropped:
 
 @dataclass
 class VideoReport:
-    """What one video gave; a line of `videos.jsonl`."""
+    """The result of preparing one video; a line of `videos.jsonl`."""
 
     source: str
     sha256: str
@@ -68,14 +68,10 @@ class VideoReport:
             raise ValueError(f"num_scenes, num_frames: found {counts}")
         return report
 
-    def to_line(self) -> str:
-        """One line of JSON, with its newline."""
-        return json.dumps(asdict(self), ensure_ascii=False) + "\n"
-
 
 @dataclass(frozen=True, order=True)
 class Broken:
-    """A video that cannot be prepared, and why; a line of `broken.jsonl`."""
+    """A video that cannot be prepared, and the reason; a line of `broken.jsonl`."""
 
     source: str
     sha256: str
@@ -89,9 +85,10 @@ class Broken:
             raise ValueError("source, sha256 and reason: expected strings")
         return broken
 
-    def to_line(self) -> str:
-        """One line of JSON, with its newline."""
-        return json.dumps(asdict(self), ensure_ascii=False) + "\n"
+
+def json_line(record: VideoReport | Broken) -> str:
+    """A record as one line of JSON, with its newline."""
+    return json.dumps(asdict(record), ensure_ascii=False) + "\n"
 
 
 def hash_file(path: Path) -> str:
@@ -101,7 +98,7 @@ def hash_file(path: Path) -> str:
 
 
 class PartWriter:
-    """The scenes of one video on their way to disk."""
+    """Writes the scenes of one video and counts them in `report`."""
 
     def __init__(self, report: VideoReport, settings: EncodingSettings, shard: ShardWriter) -> None:
         self.report = report
@@ -112,24 +109,19 @@ class PartWriter:
     def add(
         self, frames: range, moments: np.ndarray, contexts: list[np.ndarray], notes: Mapping[str, Any] | None = None
     ) -> None:
-        """Store the scene that is `frames` of the video: moments float16 `t 2c h w`, a float16 `n d` per caption.
+        """Store the scene of `frames`: moments float16 `t 2c h w`, an embedding float16 `n d` per caption.
 
-        notes: plain values that are to be kept with the scene; they are no part of its key.
+        notes: JSON values stored with the scene; not part of its key.
         """
-        about: dict[str, Any] = {
-            "source": self.report.source,
-            "start": frames.start,
-            "fps": self._settings.fps,
-            "captions": self.report.captions,
-        }
-        if notes:
-            about["notes"] = dict(notes)
+        report, fps = self.report, self._settings.fps
+        about = {"source": report.source, "start": frames.start, "fps": fps, "captions": report.captions}
+        about |= {"notes": dict(notes)} if notes else {}
         self.entries.append(self._shard.add(self._key(frames), about, moments, contexts))
         self.report.num_scenes += 1
         self.report.num_frames += len(moments)
 
     def drop(self, frames: range, reason: str) -> None:
-        """Note that `frames` of the video are left out."""
+        """Report that `frames` are left out."""
         self.report.dropped.append(Dropped(frames.start, frames.stop, reason))
 
     def _key(self, frames: range) -> str:
@@ -145,7 +137,7 @@ class PartWriter:
 
 @dataclass
 class Note:
-    """What is known of a finished part: its video and the scenes in its tar, which lies in `folder`."""
+    """A finished part: the report of its video, the scenes in its tar, and the folder of both files."""
 
     video: VideoReport
     scenes: list[SceneEntry]
@@ -153,7 +145,7 @@ class Note:
 
     @classmethod
     def from_json(cls, text: str | bytes, folder: Path) -> Note:
-        """Raises KeyError, TypeError or ValueError for anything else."""
+        """Parse a note; raises KeyError, TypeError or ValueError."""
         values = parse_json(text)
         scenes = [SceneEntry.from_line(line) for line in values["scenes"]]
         return cls(VideoReport.from_values(values["video"]), scenes, folder)
@@ -165,14 +157,14 @@ class Note:
 
 
 class PartFolder:
-    """A folder that gets the parts of videos under `settings`, one after the other."""
+    """A folder of parts, all with the same settings."""
 
     def __init__(self, folder: Path, settings: EncodingSettings) -> None:
         self.folder, self.settings = folder, settings
 
     @contextmanager
     def video(self, source: str, sha256: str, captions: list[str]) -> Iterator[PartWriter]:
-        """Write one video's scenes; they count only when the block ends without an error."""
+        """Write one video's scenes; the part is finished when the block ends without an error."""
         part = self.folder / f"{sha256}.tar"
         with replacing(part) as partial, ShardWriter(partial, part.name) as shard:
             writer = PartWriter(VideoReport(source, sha256, captions), self.settings, shard)
@@ -180,7 +172,7 @@ class PartFolder:
         write_atomically(part.with_suffix(".json"), Note(writer.report, writer.entries, self.folder).to_json())
 
     def adopt(self, note: str, content: Iterable[bytes]) -> VideoReport:
-        """Take over a part that was written elsewhere: its note, and its tar in pieces."""
+        """Store a part that another process wrote: its note, and the pieces of its tar."""
         found = Note.from_json(note, self.folder)
         part = self.folder / f"{found.video.sha256}.tar"
         with replacing(part) as partial, partial.open("wb") as file:

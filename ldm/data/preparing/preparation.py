@@ -1,9 +1,8 @@
-"""A prepared folder in the making: skip what is done, survive a kill at any moment, end with the same bytes.
+"""Filling a prepared folder: finished videos are skipped, a kill loses at most one video, the bytes are the same.
 
-Each video is prepared on its own into `.unfinished/`, as a part (`parts.py`). When all are there, `finish` copies the
-scenes in a fixed order into shards and only then writes the index. Every step ends with a rename, so that after a kill
-the same command goes on where it was; shards of earlier runs are never touched. Where the videos are shared among
-several processes, each has a folder of its own in `.unfinished/` and none of them finishes.
+Each video becomes a part (`parts.py`) in `.unfinished/`. `finish` copies the scenes in a fixed order into shards and
+then writes the index. Every step ends with an atomic rename: after a kill, the same command resumes; shards of earlier
+runs are never modified. With `--shard`, each process has its own folder in `.unfinished/` and none of them finishes.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from ldm.data.preparing.parts import Broken, EncodingSettings, Note, PartFolder, PartWriter, VideoReport
+from ldm.data.preparing.parts import Broken, EncodingSettings, Note, PartFolder, PartWriter, VideoReport, json_line
 from ldm.data.shards import (
     DATASET_FILE,
     EMPTY_FILE,
@@ -49,12 +48,10 @@ FINISH_OR_FRESH = "choose a fresh --out (what is there stays as it is)"
 
 
 class Preparation:
-    """The folder `out` while it is being filled under `settings`; one process at a time, or one for each share.
+    """The folder `out` while it is filled; one process at a time, or one per share.
 
-    share: (i, n) of a process that prepares the i-th n-th of the videos, i from 1 to n, beside others.
-
-    Raises DatasetError when `out` was prepared, or begun, with other settings, when its index is gone, and when
-    another process is filling it.
+    share: (i, n): this process prepares the i-th of n shares of the videos, i from 1. Raises DatasetError if `out` has
+    other settings, if it is incomplete, and if another process is writing to it.
     """
 
     def __init__(
@@ -75,7 +72,7 @@ class Preparation:
         self._own.mkdir(parents=True, exist_ok=True)
         self._lock = self._take_lock(self.work, fcntl.LOCK_EX if self._own == self.work else fcntl.LOCK_SH)
         self._own_lock = self._lock if self._own == self.work else self._take_lock(self._own, fcntl.LOCK_EX)
-        self._check_settings()  # of others that began meanwhile
+        self._check_settings()  # another process may have started meanwhile
         write_atomically(self._own / SETTINGS_FILE, json.dumps(asdict(settings)))
         if self._own != self.work:
             os.replace(self._own / SETTINGS_FILE, self.work / SETTINGS_FILE)
@@ -83,7 +80,7 @@ class Preparation:
         with _reading(self.out / VIDEOS_FILE, FINISH_OR_FRESH) as lines:
             self._committed_videos = [VideoReport.from_values(parse_json(line)) for line in lines.splitlines()]
         self.reports = {report.sha256: report for report in self._committed_videos}
-        self._rivals: dict[str, list[VideoReport]] = {}  # what is not committed yet, by sha256
+        self._rivals: dict[str, list[VideoReport]] = {}  # by sha256: parts that are not in the index yet
         for note in self._notes():
             self._rivals.setdefault(note.video.sha256, []).append(note.video)
             self.reports[note.video.sha256] = note.video
@@ -95,13 +92,13 @@ class Preparation:
         return (self.out / DATASET_FILE).is_file() or self._empty_context() is not None
 
     def store_empty_context(self, context: np.ndarray) -> None:
-        """Store the embedding of the empty prompt, `n d`; it is these settings' own and moves out with the scenes."""
+        """Store the embedding of the empty prompt, `n d`; `finish` moves it to the prepared folder."""
         write_atomically(self._own / EMPTY_FILE, npy_bytes(context.astype(np.float16)))
 
     def done(self, sha256: str, source: str, captions: list[str], twins: Collection[str] = ()) -> VideoReport | None:
-        """The report of a video that is prepared already. Raises DatasetError when that was with other captions.
+        """The report of a video that is prepared already, or None. Raises DatasetError if its captions were others.
 
-        twins: other files with the same bytes, which only count as this one once they are in the index.
+        twins: names of files with the same bytes; their parts count as this video's only once they are in the index.
         """
         for rival in self._rivals.get(sha256, []):
             if rival.source == source:
@@ -118,37 +115,37 @@ class Preparation:
 
     @contextmanager
     def video(self, source: str, sha256: str, captions: list[str]) -> Iterator[PartWriter]:
-        """Write one video's scenes; they count only when the block ends without an error."""
+        """Write one video's scenes; the part is finished when the block ends without an error."""
         with self._parts.video(source, sha256, captions) as writer:
             yield writer
         self.reports[sha256] = writer.report
         self.broken.pop(sha256, None)
 
     def adopt(self, note: str, content: Iterable[bytes]) -> VideoReport:
-        """Take over a video that was prepared elsewhere, under the same settings: its note and the bytes of its tar."""
+        """Store a part that another process wrote with the same settings: its note, and the pieces of its tar."""
         report = self._parts.adopt(note, content)
         self.reports[report.sha256] = report
         self.broken.pop(report.sha256, None)
         return report
 
     def note_broken(self, source: str, sha256: str, reason: str) -> None:
-        """Remember that a video cannot be prepared, so that the next run need not find out again."""
+        """Record that a video cannot be prepared; later runs skip it."""
         self.broken[sha256] = Broken(source, sha256, reason)
-        write_atomically(self._own / BROKEN_FILE, "".join(broken.to_line() for broken in self.broken.values()))
+        write_atomically(self._own / BROKEN_FILE, "".join(json_line(broken) for broken in self.broken.values()))
 
     def leave(self) -> None:
-        """End without finishing: what was prepared waits for those who prepare other shares."""
+        """Release the folder without finishing: other shares are still being prepared."""
         self._own_lock.close()
         self._lock.close()
 
     def finish(self) -> PreparedSet | None:
-        """Move everything prepared into shards, write the index, tidy up; None when the folder holds no scene."""
+        """Copy all parts into shards, write the index, delete `.unfinished/`; None if the folder holds no scene."""
         notes = [note for note in self._notes() if note.video == self.reports[note.video.sha256]]
         notes = list({note.video.sha256: note for note in notes}.values())
         if notes:
             self._commit(self._assemble(notes), [note.video for note in notes])
         if (self.out / DATASET_FILE).is_file() and (self.broken or (self.out / BROKEN_FILE).is_file()):
-            lines = [broken.to_line() for broken in sorted(self.broken.values())]
+            lines = [json_line(broken) for broken in sorted(self.broken.values())]
             write_atomically(self.out / BROKEN_FILE, "".join(lines))
         shutil.rmtree(self.work)
         self.leave()
@@ -156,10 +153,10 @@ class Preparation:
 
     @property
     def _begin_again(self) -> str:
-        return f"delete the folder {self.work} (what was finished lies outside it and stays), or {FINISH_OR_FRESH}"
+        return f"delete the folder {self.work} (finished scenes lie outside it and stay), or {FINISH_OR_FRESH}"
 
     def _take_lock(self, folder: Path, kind: int) -> IO[str]:
-        """A lock on the whole folder, or a share of it; several may hold a shared one."""
+        """Lock the whole folder or one share's; kind: LOCK_EX or LOCK_SH. Raises DatasetError if it is taken."""
         file = (folder / "lock").open("a+")
         try:
             fcntl.flock(file, kind | fcntl.LOCK_NB)
@@ -192,10 +189,10 @@ class Preparation:
                 f"repeat them or {FINISH_OR_FRESH}"
             )
         if dataset.is_file() and not (self.work.is_dir() and (self.out / INDEX_FILE).is_file()):
-            PreparedSet(self.out)  # nothing is added to a damaged folder
+            PreparedSet(self.out)  # raises DatasetError: nothing is added to a corrupted folder
 
     def _notes(self) -> list[Note]:
-        """What each finished part holds, in the order in which it goes into the shards; of all shares."""
+        """The notes of all finished parts of all shares, in the order of the shards."""
         notes = []
         for path in [*self.work.glob("*.json"), *self.work.glob("*-of-*/*.json")]:
             if path.name == SETTINGS_FILE:
@@ -205,7 +202,7 @@ class Preparation:
         return sorted(notes, key=lambda note: (note.video.source, note.video.sha256))
 
     def _read_broken(self) -> dict[str, Broken]:
-        """What could not be prepared so far, in this run or an earlier one, by sha256."""
+        """Videos that this run or an earlier one could not prepare, by sha256."""
         broken = {}
         for path in [self.out / BROKEN_FILE, *self.work.glob(BROKEN_FILE), *self.work.glob(f"*-of-*/{BROKEN_FILE}")]:
             with _reading(path, FINISH_OR_FRESH if path.parent == self.out else self._begin_again) as lines:
@@ -214,15 +211,15 @@ class Preparation:
         return broken
 
     def _empty_context(self) -> Path | None:
-        """Where the embedding of the empty prompt waits; those of all shares are the same."""
+        """The file with the embedding of the empty prompt; all shares have the same."""
         paths = [self.work / EMPTY_FILE, *sorted(self.work.glob(f"*-of-*/{EMPTY_FILE}"))]
         return next((path for path in paths if path.is_file()), None)
 
     def _assemble(self, notes: list[Note]) -> list[SceneEntry]:
-        """Copy the scenes of all parts into new shards; returns the whole index, old entries first."""
+        """Copy the scenes of all parts into new shards; returns the whole index, existing entries first."""
         index = _read_lines(self.out / INDEX_FILE)
         keys = {entry.key for entry in index}
-        for journal in sorted(self.work.glob("shard-*.jsonl")):  # of a run that was killed while assembling
+        for journal in sorted(self.work.glob("shard-*.jsonl")):  # an earlier run was killed here
             index += [entry for entry in _read_lines(journal) if entry.key not in keys]
         keys.update(entry.key for entry in index)
         readers = {folder: ShardReader(folder) for folder in {note.folder for note in notes}}
@@ -246,9 +243,9 @@ class Preparation:
     def _commit(self, index: list[SceneEntry], videos: list[VideoReport]) -> None:
         known = {report.sha256 for report in self._committed_videos}
         reports = self._committed_videos + [report for report in videos if report.sha256 not in known]
-        if not index:  # nothing was kept: the folder is not begun, other settings may try
+        if not index:  # no scene was kept: the folder stays free for other settings
             return
-        write_atomically(self.out / VIDEOS_FILE, "".join(report.to_line() for report in reports))
+        write_atomically(self.out / VIDEOS_FILE, "".join(json_line(report) for report in reports))
         lines = [entry.to_line().encode() for entry in index]
         write_atomically(self.out / INDEX_FILE, b"".join(lines))
         write_columns(self.out, lines, index)
@@ -269,7 +266,7 @@ class Preparation:
         write_atomically(self.out / DATASET_FILE, info.to_json())
 
     def _stored_shape(self, entry: SceneEntry, span: Any) -> list[int]:
-        """The shape in the header of an array that we wrote just now."""
+        """The shape in the header of an array in a shard."""
         with (self.out / entry.shard).open("rb") as file:
             file.seek(span.offset)
             np.lib.format.read_magic(file)
@@ -281,7 +278,7 @@ def _copy(part: ShardReader, entry: SceneEntry, shard: ShardWriter) -> SceneEntr
 
 
 def _shard_loads(entries: Iterable[SceneEntry], max_bytes: int) -> Iterator[list[SceneEntry]]:
-    """Cut a list of scenes into runs that fill a shard each; a scene above the limit has a shard to itself."""
+    """Consecutive scenes grouped into shards of at most `max_bytes`; a larger scene gets its own shard."""
     load: list[SceneEntry] = []
     num_bytes = 0
     for entry in entries:
@@ -301,8 +298,10 @@ def _read_lines(path: Path) -> list[SceneEntry]:
 
 @contextmanager
 def _reading(path: Path, advice: str) -> Iterator[bytes]:
-    """Give a file's content, none if it is missing; a block that cannot make sense of it ends in a DatasetError."""
+    """The content of a file, empty if it is missing; errors while the block parses it become a DatasetError."""
     try:
         yield path.read_bytes() if path.is_file() else b""
     except (ValueError, KeyError, TypeError) as error:
-        raise DatasetError(f"{path}: damaged, or of another version of this project ({error}); {advice}") from error
+        raise DatasetError(
+            f"{path}: corrupted, or written by another version of this project ({error}); {advice}"
+        ) from error

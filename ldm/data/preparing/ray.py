@@ -1,8 +1,8 @@
-"""Videos prepared by the workers of a Ray cluster, each with encoders of its own, whatever becomes of them.
+"""Preparing videos on a Ray cluster.
 
-A worker runs what the local loop runs for one video, `prepare_source`, into a folder of its own, and hands the part
-over through Ray's object store, so that only the process that leads needs to see the prepared folder. Workers and nodes
-may vanish at any moment: their videos go to others. Every node has to see the videos under the same paths.
+Each worker holds the encoders, runs `prepare_source` into its own temporary folder and returns the finished part
+through Ray's object store; only the driver writes the prepared folder. Videos of a lost worker or node go to another
+worker. Every node must see the videos under the same paths.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from ldm.data.preparing.sources import Encoders, Source, identities, prepare_sou
 from ldm.errors import UserError
 
 log = logging.getLogger(__name__)
-PIECE = 2**26  # bytes of a part that go through the object store at a time
-TRIES = 3  # of a video that its worker does not survive, and of workers that cannot start
+PIECE = 2**26  # bytes of a part per object in the object store
+TRIES = 3  # attempts at a video whose worker dies, and at starting workers
 GIVE_UP_AFTER = 600.0  # seconds without any worker
-LOOK_AGAIN = 2.0  # seconds between looks at what the cluster has
+POLL_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
-class Work:
-    """What all workers are told: the config's content, what all scenes have in common, and their share of a machine."""
+class WorkerOptions:
+    """Arguments of every worker: the config's content, the encoding settings, whether the config is trusted, CPUs."""
 
     config: dict[str, Any]
     settings: EncodingSettings
@@ -49,43 +49,41 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Part:
-    """A prepared video: its note, and its tar in pieces in the object store."""
+class RemotePart:
+    """A prepared video: its note, and references to the pieces of its tar in the object store."""
 
     note: str
     pieces: list[ray.ObjectRef]
 
 
 class VideoWorker:
-    """One process on one GPU, or on a few cores, that keeps its encoders from video to video."""
+    """The Ray actor: one process on one GPU, or on a few CPU cores, that keeps its encoders between videos."""
 
-    def __init__(self, work: Work) -> None:
-        self._work = work
+    def __init__(self, options: WorkerOptions) -> None:
+        self._options = options
 
     def begin(self) -> str:
-        """Build the encoders; returns the node this runs on. Raises UserError where they are not the leader's."""
-        work = self._work
-        torch.set_num_threads(work.num_cpus)
-        config = OmegaConf.create(work.config)
-        with trusting(work.is_trusted):
-            found = identities(config)
-            if found != (work.settings.first_stage, work.settings.text_encoder):
+        """Build the encoders; returns the node's id. Raises UserError if their weights are not the driver's."""
+        options = self._options
+        torch.set_num_threads(options.num_cpus)
+        config = OmegaConf.create(options.config)
+        with trusting(options.is_trusted):
+            if identities(config) != (options.settings.first_stage, options.settings.text_encoder):
                 raise UserError(
-                    f"the encoders' weights on the node {ray.util.get_node_ip_address()} are not those of the machine "
-                    "that leads: expected the same files under the same paths; copy them there"
+                    f"the encoders' weights on the node {ray.util.get_node_ip_address()} are not those of the driver: "
+                    "expected the same files under the same paths; copy them there"
                 )
             self._encoders = Encoders(config)
         self._folder = tempfile.TemporaryDirectory(prefix="preparing-")
         return ray.get_runtime_context().get_node_id()
 
-    def words(self, captions: Sequence[str]) -> tuple[np.ndarray, dict[str, str]]:
-        """The embedding of the empty prompt, float16 `n d`, and what is cut of captions that are too long."""
-        lost = {caption: self._encoders.text_encoder.truncated(caption) for caption in captions}
-        return self._encoders.context(""), {caption: end for caption, end in lost.items() if end}
+    def check_captions(self, captions: Sequence[str]) -> tuple[np.ndarray, dict[str, str]]:
+        """The embedding of the empty prompt, float16 `n d`, and `Encoders.cut_captions`."""
+        return self._encoders.context(""), self._encoders.cut_captions(captions)
 
-    def prepare(self, source: Source) -> Part | str:
-        """A part, or why there is none."""
-        folder = PartFolder(Path(self._folder.name), self._work.settings)
+    def prepare(self, source: Source) -> RemotePart | str:
+        """A part, or the reason why the video cannot be prepared."""
+        folder = PartFolder(Path(self._folder.name), self._options.settings)
         try:
             prepare_source(source, folder, self._encoders, lambda count: None)
         except FootageError as error:
@@ -95,15 +93,15 @@ class VideoWorker:
         with tar.open("rb") as file:
             while piece := file.read(PIECE):
                 pieces.append(ray.put(piece))
-        part = Part(note.read_text(), pieces)
+        part = RemotePart(note.read_text(), pieces)
         tar.unlink()
         note.unlink()
         return part
 
 
 @dataclass(eq=False)
-class Job:
-    """A video on its way."""
+class VideoTask:
+    """A video to prepare, its failures so far, and the reason of the last one."""
 
     source: Source
     failures: int = 0
@@ -111,124 +109,122 @@ class Job:
 
 
 @dataclass(eq=False)
-class Hand:
-    """A worker as the leading process knows it; `node` is known once it has begun."""
+class Worker:
+    """A worker as the driver sees it; node: None until it has started. task: the video it prepares now."""
 
     actor: Any
     node: str | None = None
-    job: Job | None = None
+    task: VideoTask | None = None
 
 
-class Workshop:
-    """All workers that a cluster has room for, and the videos they are given.
+class WorkerPool:
+    """As many workers as the cluster has room for, and the videos given to them.
 
-    address: of a Ray cluster, host:port or "auto"; None starts Ray on this machine, for this process alone.
+    address: of a Ray cluster, host:port or "auto"; None starts Ray on this machine for this process alone.
     """
 
-    def __init__(self, work: Work, address: str | None = None) -> None:
-        self._work = work
-        self._hands: dict[ray.ObjectRef, Hand] = {}  # by what they are at
-        self._idle: list[Hand] = []
+    def __init__(self, options: WorkerOptions, address: str | None = None) -> None:
+        self._options = options
+        self._busy: dict[ray.ObjectRef, Worker] = {}  # by the call that they run
+        self._idle: list[Worker] = []
         self._failed_starts, self._seen_alive = 0, time.monotonic()
-        self._is_ours = not ray.is_initialized()
-        if self._is_ours:
+        self._owns_ray = not ray.is_initialized()
+        if self._owns_ray:
             _connect(address)
 
     def close(self) -> None:
-        """Let all workers go."""
-        for hand in [*self._hands.values(), *self._idle]:
-            _end(hand)
-        if self._is_ours:
+        """Stop all workers, and Ray if it was started here."""
+        for worker in [*self._busy.values(), *self._idle]:
+            _kill(worker)
+        if self._owns_ray:
             ray.shutdown()
 
-    def words(self, captions: Sequence[str]) -> tuple[np.ndarray, dict[str, str]]:
-        """What `VideoWorker.words` says, from the first worker that lives long enough."""
+    def check_captions(self, captions: Sequence[str]) -> tuple[np.ndarray, dict[str, str]]:
+        """`VideoWorker.check_captions`, by the first worker that survives it."""
         while True:
             while not self._idle:
-                self._hire(1)
-                self._look([])
-            hand = self._idle.pop()
+                self._start_workers(1)
+                self._collect(deque())
+            worker = self._idle.pop()
             try:
-                answer = ray.get(hand.actor.words.remote(list(captions)))
+                answer = ray.get(worker.actor.check_captions.remote(list(captions)))
             except RayActorError:
                 continue
-            self._idle.append(hand)
+            self._idle.append(worker)
             return answer
 
     def prepare(
         self, sources: Sequence[Source], preparation: Preparation
     ) -> Iterator[tuple[Source, VideoReport | None, str]]:
-        """Each source with its report once it is in the preparation, or with None and why it cannot be prepared."""
-        waiting = deque(Job(source) for source in sources)
+        """Each source with its report once the preparation has it, or with None and the reason of the failure."""
+        waiting = deque(VideoTask(source) for source in sources)
         num_left = len(waiting)
         while num_left:
-            self._hire(num_left)
+            self._start_workers(num_left)
             while waiting and self._idle:
-                self._give(self._idle.pop(), waiting.popleft())
-            for job, answer in self._look(waiting):
-                report, reason = None, job.reason
-                if isinstance(answer, Part):
+                worker = self._idle.pop()
+                worker.task = waiting.popleft()
+                self._busy[worker.actor.prepare.remote(worker.task.source)] = worker
+            for task, answer in self._collect(waiting):
+                report, reason = None, task.reason
+                if isinstance(answer, RemotePart):
                     try:
                         report = preparation.adopt(answer.note, (ray.get(piece) for piece in answer.pieces))
                     except RayError as error:  # the node that held the pieces is gone
-                        log.info("%s: lost on its way (%s); again", job.source.name, type(error).__name__)
-                        waiting.append(job)
+                        log.info("%s: its part was lost (%s); again", task.source.name, type(error).__name__)
+                        waiting.append(task)
                         continue
                 elif isinstance(answer, str):
                     reason = answer
                 num_left -= 1
-                yield job.source, report, reason
+                yield task.source, report, reason
 
-    def _give(self, hand: Hand, job: Job) -> None:
-        hand.job = job
-        self._hands[hand.actor.prepare.remote(job.source)] = hand
-
-    def _hire(self, num_wanted: int) -> None:
-        """Start workers for as many videos as there are, as far as the cluster has room."""
+    def _start_workers(self, num_wanted: int) -> None:
+        """Start workers up to `num_wanted`, as far as the cluster has room; raises UserError after `GIVE_UP_AFTER`."""
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         num_gpus = int(sum(resources.get("GPU", 0) for resources in nodes))
-        room = num_gpus or sum(int(resources.get("CPU", 0)) // self._work.num_cpus for resources in nodes)
-        for _ in range(len(self._hands) + len(self._idle), min(room, num_wanted)):
-            options = {"num_cpus": self._work.num_cpus, "num_gpus": 1 if num_gpus else 0, "max_restarts": 0}
-            actor = ray.remote(VideoWorker).options(**options, scheduling_strategy="SPREAD").remote(self._work)
-            self._hands[actor.begin.remote()] = Hand(actor)
-        if self._idle or any(hand.node for hand in self._hands.values()):
+        room = num_gpus or sum(int(resources.get("CPU", 0)) // self._options.num_cpus for resources in nodes)
+        for _ in range(len(self._busy) + len(self._idle), min(room, num_wanted)):
+            options = {"num_cpus": self._options.num_cpus, "num_gpus": 1 if num_gpus else 0, "max_restarts": 0}
+            actor = ray.remote(VideoWorker).options(**options, scheduling_strategy="SPREAD").remote(self._options)
+            self._busy[actor.begin.remote()] = Worker(actor)
+        if self._idle or any(worker.node for worker in self._busy.values()):
             self._seen_alive = time.monotonic()
         elif time.monotonic() - self._seen_alive > GIVE_UP_AFTER:
             raise UserError(
                 f"--engine ray: expected a worker within {GIVE_UP_AFTER:.0f} s, found none; the cluster has {num_gpus} "
                 f"GPUs and {sum(int(resources.get('CPU', 0)) for resources in nodes)} CPUs, a worker asks for "
-                f"{self._work.num_cpus} CPUs (--worker-cpus): see `ray status`, and run the same command again"
+                f"{self._options.num_cpus} CPUs (--worker-cpus): see `ray status`, and run the same command again"
             )
 
-    def _look(self, waiting: deque[Job]) -> list[tuple[Job, Part | str | None]]:
-        """Wait a while for workers; what they answered. Videos of workers that are gone wait again or are given up."""
-        if not self._hands:
-            time.sleep(LOOK_AGAIN)
+    def _collect(self, waiting: deque[VideoTask]) -> list[tuple[VideoTask, RemotePart | str | None]]:
+        """Wait up to `POLL_SECONDS` for answers; tasks of lost workers wait again, or come with None after `TRIES`."""
+        if not self._busy:
+            time.sleep(POLL_SECONDS)
             return []
         answers = []
-        for ref in ray.wait(list(self._hands), timeout=LOOK_AGAIN)[0]:
-            hand = self._hands.pop(ref)
-            job, hand.job = hand.job, None
+        for ref in ray.wait(list(self._busy), timeout=POLL_SECONDS)[0]:
+            worker = self._busy.pop(ref)
+            task, worker.task = worker.task, None
             try:
                 answer = ray.get(ref)
             except RayError as error:
-                _end(hand)
-                if job is None:
-                    self._note_failed_start(error)
-                elif self._is_given_up(job, hand, error):
-                    answers.append((job, None))
+                _kill(worker)
+                if task is None:
+                    self._count_failed_start(error)
+                elif self._is_given_up(task, worker, error):
+                    answers.append((task, None))
                 else:
-                    waiting.append(job)
+                    waiting.append(task)
                 continue
-            if job is None:
-                hand.node, self._failed_starts = answer, 0
+            if task is None:
+                worker.node, self._failed_starts = answer, 0
             else:
-                answers.append((job, answer))
-            self._idle.append(hand)
+                answers.append((task, answer))
+            self._idle.append(worker)
         return answers
 
-    def _note_failed_start(self, error: RayError) -> None:
+    def _count_failed_start(self, error: RayError) -> None:
         cause = getattr(error, "cause", None)
         if isinstance(cause, UserError):
             raise UserError(f"--engine ray: {cause}") from error
@@ -239,20 +235,20 @@ class Workshop:
                 "the cluster's logs"
             ) from error
 
-    def _is_given_up(self, job: Job, hand: Hand, error: RayError) -> bool:
-        """Count a failure against a video, unless its node vanished with everything on it."""
+    def _is_given_up(self, task: VideoTask, worker: Worker, error: RayError) -> bool:
+        """Count a failure of a video, unless the node was lost with everything on it."""
         if isinstance(error, RayTaskError):
-            job.reason = f"its preparing failed {TRIES} times, the last time with: {_last_line(error)}"
+            task.reason = f"preparing it failed {TRIES} times, the last time with: {_last_line(error)}"
         else:
-            job.reason = f"its worker died {TRIES} times; it may crash ffmpeg or take more memory than there is"
-        if not _is_node_lost(error) and _is_alive(hand.node):
-            job.failures += 1
-        log.info("%s: %s; %d of %d", job.source.name, _last_line(error), job.failures, TRIES)
-        return job.failures >= TRIES
+            task.reason = f"its worker died {TRIES} times; it may crash ffmpeg or need more memory than there is"
+        if not _is_node_lost(error) and _is_alive(worker.node):
+            task.failures += 1
+        log.info("%s: %s; %d of %d", task.source.name, _last_line(error), task.failures, TRIES)
+        return task.failures >= TRIES
 
 
 def _connect(address: str | None) -> None:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # send nothing
     options = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         if address is None:
@@ -266,9 +262,9 @@ def _connect(address: str | None) -> None:
         ) from error
 
 
-def _end(hand: Hand) -> None:
+def _kill(worker: Worker) -> None:
     with suppress(RayError, ValueError):
-        ray.kill(hand.actor)
+        ray.kill(worker.actor)
 
 
 def _is_alive(node: str | None) -> bool:

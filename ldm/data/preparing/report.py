@@ -1,4 +1,4 @@
-"""What preparing shows: progress, what was kept and dropped and why, and pictures of what was stored."""
+"""Output of scripts/prepare.py: progress bars, tables of kept and dropped footage, previews of stored scenes."""
 
 from __future__ import annotations
 
@@ -30,10 +30,8 @@ PREVIEW_SCENES, PREVIEW_FRAMES = 4, 5
 
 
 def print_table(plan: PreparePlan, fresh: list[VideoReport], console: Console) -> None:
-    """What was kept, what was dropped and why."""
-    table = Table(title="prepared footage")
-    for column in ("video", "scenes", "frames", "dropped"):
-        table.add_column(column, justify="left" if column == "video" else "right", overflow="fold")
+    """Kept and dropped scenes of each video, with reasons."""
+    table = _table("prepared footage", "video", "scenes", "frames", "dropped")
     table.add_column("why", overflow="fold")
     for report in [*plan.done, *fresh]:
         dropped = sum(stretch.stop - stretch.start for stretch in report.dropped)
@@ -45,10 +43,8 @@ def print_table(plan: PreparePlan, fresh: list[VideoReport], console: Console) -
 
 
 def print_looks(plan: PreparePlan, fresh: list[VideoReport], console: Console) -> None:
-    """How many clips there are of each look, and what is wrong with any."""
-    table = Table(title="drawn clips")
-    for column in ("look", "clips", "frames", "dropped"):
-        table.add_column(column, justify="left" if column == "look" else "right")
+    """Kept and dropped clips of each style of the procedural world, with reasons."""
+    table = _table("procedural clips", "style", "clips", "frames", "dropped")
     reports = sorted([*plan.done, *fresh], key=lambda report: report.source)
     for look, group in groupby(reports, key=lambda report: report.source.split("/")[1]):
         clips = list(group)
@@ -60,8 +56,16 @@ def print_looks(plan: PreparePlan, fresh: list[VideoReport], console: Console) -
             console.print(f"{report.source}: {stretch.reason}", markup=False)
 
 
+def _table(title: str, *columns: str) -> Table:
+    """A table with a column of names and columns of numbers."""
+    table = Table(title=title)
+    for column in columns:
+        table.add_column(column, justify="left" if column == columns[0] else "right", overflow="fold")
+    return table
+
+
 def write_preview(prepared: PreparedSet, encoders: Encoders) -> Path:
-    """Decode a few scenes, from the first frame to the last, into a contact sheet."""
+    """Decode a few frames of a few scenes into a contact sheet, preview.png in the prepared folder."""
     chosen = np.linspace(0, len(prepared.scenes) - 1, min(PREVIEW_SCENES, len(prepared.scenes))).round().astype(int)
     rows, labels = [], []
     for scene in (prepared.scenes[index] for index in dict.fromkeys(chosen.tolist())):
@@ -78,26 +82,26 @@ def write_preview(prepared: PreparedSet, encoders: Encoders) -> Path:
 
 
 class RateColumn(ProgressColumn):
-    """Steps a second."""
+    """Units per second."""
 
     def render(self, task: Task) -> Text:
-        """The text of the column."""
+        """The rate, empty until it is known."""
         speed = task.finished_speed or task.speed
         return Text(f"{speed:.1f}/s" if speed else "")
 
 
 def make_progress(console: Console) -> Progress:
-    """Bars with a rate and the time that is left."""
+    """Progress bars with rate and remaining time."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), RateColumn(), TimeElapsedColumn())
     return Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console)
 
 
-def summary(prepared: PreparedSet, plan: PreparePlan, fresh: list[VideoReport], is_drawn: bool) -> str:
-    """The last line: what the folder holds now."""
+def summary(prepared: PreparedSet, plan: PreparePlan, fresh: list[VideoReport], is_world: bool) -> str:
+    """The last line of output: counts of this run and of the folder."""
     info = prepared.info
-    kind = "clips" if is_drawn else "videos"
+    kind = "clips" if is_world else "videos"
     others = info.num_videos - sum(report.num_scenes > 0 for report in [*plan.done, *fresh])
-    earlier = f" ({others} from runs with other footage)" if others else ""
+    earlier = f" ({others} prepared from other footage)" if others else ""
     return (
         f"{kind.title()}: {len(fresh)} prepared, {len(plan.done)} done before, {len(plan.unusable)} dropped. "
         f"{prepared.root} holds scenes: {info.num_scenes}, {kind}: {info.num_videos}{earlier}, frames: "

@@ -1,6 +1,6 @@
-"""What can be prepared, and how: each source gives stretches of frames, which are encoded and stored as scenes.
+"""Footage with captions -> scenes: captions of videos, the frozen encoders, and the preparation of one source.
 
-Knows nothing of where captions come from (`captions`), nor of the folder that is written (`preparation`).
+The folder that is written is `preparation`'s; clips of the procedural world are sources too (`ldm.data.world.sources`).
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from ldm.errors import UserError
 from ldm.modules.posterior import posterior_mean
 from ldm.video import from_uint8, to_uint8
 
-_STEERING = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-MAX_BYTES = 2**26  # of a table
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+MAX_BYTES = 2**26  # of a file of captions
 THREE_WAYS = (
     "give one to all videos (--prompt TEXT), put a text file of the same name beside the video (drive.mp4, drive.txt; "
     "one caption a line), or give a table (--captions FILE.csv with the columns file,caption)"
@@ -39,15 +39,15 @@ THREE_WAYS = (
 def find_captions(
     videos: Mapping[Path, str], prompt: str | None = None, table: Path | str | None = None
 ) -> tuple[dict[Path, list[str]], list[str]]:
-    """The captions of each video, and the files of the table that belong to no video.
+    """The captions of each video, and the files that the table names but `videos` does not.
 
-    `videos` maps paths to the names they have in the data set. With `prompt` every video has that one; else those of
-    the table, else those in the text file beside it. A video without a caption is absent from the result. Raises
-    UserError when no video has one and when the table or a text file cannot be read.
+    videos: path -> name in the data set. Captions come from `prompt`, otherwise from the table, otherwise from the text
+    file beside the video. A video without captions is absent from the result. Raises UserError if no video has
+    captions and if the table or a text file cannot be read.
     """
     if prompt is not None:
         if not prompt.strip():
-            raise UserError("--prompt: expected a caption, found only blanks")
+            raise UserError("--prompt: expected a caption, found only spaces")
         return {path: [prompt.strip()] for path in videos}, []
     rows = read_table(table) if table is not None else {}
     captions: dict[Path, list[str]] = {}
@@ -56,8 +56,7 @@ def find_captions(
         row = next((key for key in (name, str(path), str(path.resolve()), path.name) if key in rows), None)
         if row is not None:
             used.add(row)
-        found = rows[row] if row is not None else read_sidecar(path)
-        if found:
+        if found := read_sidecar(path) if row is None else rows[row]:
             captions[path] = found
     if not captions:
         raise UserError(f"none of the {len(videos)} videos has a caption: {THREE_WAYS}")
@@ -65,7 +64,7 @@ def find_captions(
 
 
 def read_sidecar(video: Path) -> list[str]:
-    """The captions in the `.txt` beside a video, one a line; empty when there is none."""
+    """The captions in the `.txt` beside a video, one per line; empty without such a file."""
     path = video.with_suffix(".txt")
     if not path.is_file() or path == video:
         return []
@@ -76,7 +75,7 @@ def read_table(path: Path | str) -> dict[str, list[str]]:
     """Captions by file from a CSV with the columns `file` and `caption`; a file may have several rows."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: there is no such table of captions; expected a CSV with the columns file,caption")
+        raise UserError(f"{path}: there is no such table; expected a CSV with the columns file,caption")
     try:
         return _rows(path)
     except csv.Error as error:
@@ -96,25 +95,25 @@ def _rows(path: Path) -> dict[str, list[str]]:
 
 
 def _distinct(captions: Sequence[str]) -> list[str]:
-    """Without blanks at the ends, letters that steer a terminal, and what is there twice."""
-    texts = (_STEERING.sub(" ", caption).split() for caption in captions)
+    """Captions without control characters, repeated spaces and duplicates."""
+    texts = (_CONTROL.sub(" ", caption).split() for caption in captions)
     return list(dict.fromkeys(" ".join(words) for words in texts if words))
 
 
 def _read_text(path: Path) -> str:
     if path.stat().st_size > MAX_BYTES:
-        raise UserError(f"{path}: expected a text of captions, at most {MAX_BYTES:,} bytes, found a longer file")
+        raise UserError(f"{path}: expected captions of at most {MAX_BYTES:,} bytes, found a larger file")
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: expected text in UTF-8, found a byte that is none at {error.start}") from error
+        raise UserError(f"{path}: expected UTF-8 text, found an invalid byte at offset {error.start}") from error
 
 
-KEPT_CAPTIONS = 256  # embeddings of the latest captions; many clips share one
+KEPT_CAPTIONS = 256  # embeddings kept in memory; many clips share a caption
 
 
 def identities(config: DictConfig) -> tuple[str, str]:
-    """What the autoencoder and the text encoder that a config names are, by their weights."""
+    """Hashes of the weights of the autoencoder and the text encoder that a config names."""
     tensors = checkpoint.encoder_tensors(config)
     first_stage, text_encoder = (
         checkpoint.identity({n.removeprefix(prefix): tensor for n, tensor in tensors.items() if n.startswith(prefix)})
@@ -124,7 +123,7 @@ def identities(config: DictConfig) -> tuple[str, str]:
 
 
 class Encoders:
-    """The autoencoder and the text encoder that a config names, on the best device there is."""
+    """The autoencoder and the text encoder that a config names, on the GPU if there is one."""
 
     def __init__(self, config: DictConfig) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -140,9 +139,14 @@ class Encoders:
 
     @torch.inference_mode()
     def pictures(self, moments: np.ndarray) -> np.ndarray:
-        """Moments `t 2c h w` -> what the autoencoder makes of them, frames uint8 `t h w 3`."""
+        """Moments `t 2c h w` -> decoded frames uint8 `t h w 3`."""
         means = posterior_mean(torch.from_numpy(moments.copy()).to(self.device).float())
         return np.concatenate([to_uint8(self.first_stage.decode(mean[None])) for mean in means])
+
+    def cut_captions(self, captions: Iterable[str]) -> dict[str, str]:
+        """Captions that the text encoder truncates -> the part that is lost."""
+        lost = {caption: self.text_encoder.truncated(caption) for caption in captions}
+        return {caption: end for caption, end in lost.items() if end}
 
     @torch.inference_mode()
     def _context(self, caption: str) -> np.ndarray:
@@ -151,25 +155,25 @@ class Encoders:
 
 
 CHUNK_PIXELS = 2 * 512 * 512  # encoded at a time
-MAX_SCENE_FRAMES = 600  # longer scenes are stored in pieces, so that memory stays bounded
+MAX_SCENE_FRAMES = 600  # longer scenes are stored in pieces: memory stays bounded
 
 
 class Source(Protocol):
-    """Something to prepare: its name in the data set, and a hash of what it shows."""
+    """A video or a clip to prepare: its name in the data set, and a hash of its content."""
 
     name: str
     sha256: str
-    num_frames: int  # at the prepared rate, as far as known beforehand
+    num_frames: int  # at the prepared rate; an estimate until it is decoded
 
     def open(self, settings: EncodingSettings) -> Footage:
-        """Begin to read it. Raises FootageError at once or, for damage further on, from the frames."""
+        """Open it. Raises FootageError at once or, for corruption further on, while its frames are read."""
 
 
 @dataclass(frozen=True)
 class Footage:
-    """A source, opened: its frames uint8 `h w 3`, and its scenes, unbroken stretches that together are all of them.
+    """An opened source: its frames uint8 `h w 3`, and its scenes, consecutive ranges that cover all frames.
 
-    shortest: scenes of fewer frames are dropped. notes: kept with each scene.
+    shortest: scenes of fewer frames are dropped. notes: stored with each scene.
     """
 
     frames: Iterator[np.ndarray]
@@ -196,14 +200,14 @@ class VideoSource:
 
 @dataclass
 class PreparePlan:
-    """What is to be done, what cannot be used and why (by name), and what was done before."""
+    """Sources to prepare, unusable files (name -> reason), and reports of what is prepared already."""
 
     sources: list[Source] = field(default_factory=list)
     unusable: dict[str, str] = field(default_factory=dict)
     done: list[VideoReport] = field(default_factory=list)
 
     def add(self, source: Source, report: VideoReport | None) -> None:
-        """Sort a source in; `report` is what is known of it when it is done."""
+        """Add a source; report: its own if it is prepared already, otherwise None."""
         if report is None:
             self.sources.append(source)
         else:
@@ -216,9 +220,9 @@ def plan_videos(
     preparation: Preparation,
     retry_broken: bool = False,
 ) -> PreparePlan:
-    """Look at every file; `names` are pairs of path and name in the data set.
+    """Probe and hash every file; names: pairs of path and name in the data set.
 
-    What an earlier run could not prepare is left out, unless `retry_broken`.
+    Videos that an earlier run found broken are unusable unless `retry_broken`.
     """
     plan = PreparePlan()
     found: dict[str, VideoSource] = {}
@@ -251,9 +255,9 @@ def plan_videos(
 def prepare_source(
     source: Source, preparation: Preparation | PartFolder, encoders: Encoders, advance: Callable[[int], None]
 ) -> VideoReport:
-    """Store all scenes of one source; `advance` is told of frames as they are encoded.
+    """Encode and store all scenes of one source; calls `advance` with numbers of encoded frames.
 
-    Raises FootageError when it turns out to be unusable; nothing of it stays then.
+    Raises FootageError if it cannot be decoded to its end; nothing of it is kept then.
     """
     footage = source.open(preparation.settings)
     contexts = [encoders.context(caption) for caption in footage.captions]
@@ -264,22 +268,22 @@ def prepare_source(
             moments = []
             for first in range(0, len(piece), per_chunk):
                 chunk = list(islice(footage.frames, min(per_chunk, len(piece) - first)))
-                assert chunk, "a source has the frames that its scenes count"
+                assert chunk, "the scenes of a source count all its frames"
                 moments.append(encoders.moments(chunk))
                 advance(len(chunk))
             scene = np.concatenate(moments)
             if len(scene) < footage.shortest:
                 part.drop(piece, "a single frame between two cuts")
             elif not np.isfinite(scene).all():
-                part.drop(piece, "the autoencoder gave values that are no numbers")
+                part.drop(piece, "the autoencoder returned infinite values or NaN")
             else:
                 part.add(piece, scene, contexts, footage.notes)
-        deque(footage.frames, maxlen=0)  # lets ffmpeg come to its end and complain
+        deque(footage.frames, maxlen=0)  # run ffmpeg to its end: it may still report an error
     return part.report
 
 
 def split(scene: range) -> Iterator[range]:
-    """A scene in as few equal pieces as `MAX_SCENE_FRAMES` allows."""
+    """The fewest equal pieces of a scene that are no longer than `MAX_SCENE_FRAMES`."""
     num_pieces = -(-len(scene) // MAX_SCENE_FRAMES)
     edges = [scene.start + len(scene) * piece // num_pieces for piece in range(num_pieces + 1)]
     return (range(start, stop) for start, stop in pairwise(edges))

@@ -1,7 +1,6 @@
-"""A finished prepared folder to an address: shards first, what makes them a set last, so that readers see it whole.
+"""Uploading a finished prepared folder: shards first, index and description last, so readers never see a partial set.
 
-An address that holds the same set already, or a smaller one that this grew from, gets what is missing; another set is
-never overwritten.
+An address that holds the same set, or an earlier state of it, gets the missing files; another set is never overwritten.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from ldm.data.shards.index import (
     read_info,
 )
 
-TAIL = 2**16  # bytes at the end of a shard that tell whether it is the one that is there
+TAIL = 2**16  # bytes at the end of a shard that are compared with the remote file
 SECONDS_PER_FILE = 3600.0
 DESCRIPTIONS = (VIDEOS_FILE, EMPTY_FILE, INDEX_FILE, PARQUET_FILE, DATASET_FILE)  # in this order
 
@@ -35,7 +34,7 @@ def check_writable(address: Address) -> None:
 
 
 def upload(prepared: PreparedSet, address: Address, advance: Callable[[int], None]) -> int:
-    """Copy a finished folder; `advance` is told of bytes that are there. Returns how many files were sent."""
+    """Copy a finished folder; calls `advance` with numbers of stored bytes. Returns the number of files sent."""
     check_writable(address)
     _check_same(prepared.root, address)
     sizes, sent = address.sizes(prepared.shards), 0
@@ -55,26 +54,26 @@ def upload(prepared: PreparedSet, address: Address, advance: Callable[[int], Non
 
 
 def num_bytes(prepared: PreparedSet) -> int:
-    """Bytes of all that `upload` sends to an empty address."""
+    """Bytes that `upload` sends to an empty address."""
     names = [*prepared.shards, *_descriptions(prepared.root)]
     return sum((prepared.root / name).stat().st_size for name in names)
 
 
 def _descriptions(folder: Path) -> list[str]:
-    """Those that the folder has: sets of earlier versions have no Parquet file."""
+    """The descriptions in the folder; sets of earlier versions have no Parquet file."""
     return [name for name in DESCRIPTIONS if (folder / name).is_file()]
 
 
 def _check_same(folder: Path, address: Address) -> None:
-    """Raise DatasetError unless the set at the address, if there is one, is the beginning of this one."""
+    """Raise DatasetError if the address holds a set that is not an earlier state of this one."""
     if not (address / DATASET_FILE).is_file():
         return
     there = read_info(address)
     lines = (folder / INDEX_FILE).read_bytes().splitlines(keepends=True)[: there.num_scenes]
     if len(lines) < there.num_scenes or zlib.crc32(b"".join(lines)) != there.index_crc32:
         raise DatasetError(
-            f"{address}: expected nothing there, or what {folder} held earlier, found another prepared set of "
-            f"{there.num_scenes} scenes; choose another address (what is there stays as it is)"
+            f"{address}: expected nothing, or an earlier state of {folder}, found another prepared set of "
+            f"{there.num_scenes} scenes; choose another address (nothing there was changed)"
         )
 
 

@@ -1,8 +1,7 @@
-"""A drawn world to drive through: every look has a road in true perspective whose motion is known exactly.
+"""The procedural world: drives in many styles, with captions and exact flow, depth and occlusion. NumPy only.
 
-A camera drives along a road with bends and hills; whatever stands beside it has a place in the world, so it streams
-outward as it does in footage. Clips of any size and frame rate depend on look, seed and settings alone: the same seed
-gives the same bytes. `LOOKS` are the names of the looks. NumPy only.
+A camera drives along a road with bends and hills, in perspective; all things have fixed positions in the world. A clip
+depends on style (`look`), seed and settings alone: the same seed gives the same bytes. `LOOKS` names the styles.
 """
 
 from __future__ import annotations
@@ -26,28 +25,30 @@ from ldm.data.world.weather import Falling, draw_weather, paint_weather
 from ldm.errors import UserError
 
 LOOKS: tuple[str, ...] = tuple(world_looks.LOOKS)
-MOVING_LOOKS, STILL_LOOKS = LOOKS[1::2], LOOKS[::2]  # the experiment: the latter are never seen in motion in training
+MOVING_LOOKS, STILL_LOOKS = (
+    LOOKS[1::2],
+    LOOKS[::2],
+)  # the experiment trains on clips of the first half and only on single images of the second
 SIZES = (16, 1024)  # pixels of either side
 SPEEDS = (0.0, 30.0)  # metres a second
 RATES = (0.5, 240.0)  # frames a second
 MOST_FRAMES = 10_000
 WHOLE = int | np.integer
 USUAL_SPEEDS = (5.0, 10.0)
-ROAD, CARS, SKIES, CAPTIONS, WEATHER = range(5)  # every part of a clip has a seed of its own
-COVERED = 0.04  # of a pixel: weather that covers less of it does not count
+ROAD, CARS, SKIES, CAPTIONS, WEATHER = range(5)  # each part of a clip has its own random stream
+COVERED = 0.04  # share of a pixel; weather that covers less is ignored in the ground truth
 
 
 @dataclass(frozen=True)
 class WorldClip:
-    """A clip of the drawn world; the arrays of ground truth are None unless asked for.
+    """A clip; flow, depth and occluded are None unless ground truth was requested.
 
-    frames: uint8 RGB `t h w 3`. caption: look, road and speed in words; captions: that one and others that fit as well.
-    speed `t` in metres a second and yaw `t` in radians to the right, of the camera. flow: float32 `t-1 h w 2`, pixels
-    right and down from where the point seen in frame t is to where it is in frame t+1. depth: float32 `t h w`, metres
-    ahead, 10,000 for the sky. occluded: bool `t-1 h w`, pixels of frame t whose point is hidden in frame t+1 or out of
-    the picture. Pixels that two surfaces share, at smooth silhouettes, count as occluded: they move in two ways; so do
-    pixels under falling weather in either frame: flow and depth are those of what is behind it. Other cars have flow
-    and depth of their own.
+    frames: uint8 RGB `t h w 3`. caption: style, road and speed; captions: that one and equivalent ones. speed `t`
+    (metres per second) and yaw `t` (radians, right is positive) of the camera. flow: float32 `t-1 h w 2`, pixels right
+    and down from frame t to frame t+1, of the point that is visible in frame t. depth: float32 `t h w`, metres ahead,
+    10,000 for the sky. occluded: bool `t-1 h w`, pixels of frame t whose point is hidden or outside the picture in
+    frame t+1. Pixels shared by two surfaces (antialiased edges) count as occluded, as do pixels under weather in either
+    frame, whose flow and depth are those of the background. Flow and depth include the motion of other cars.
     """
 
     look: str
@@ -64,7 +65,7 @@ class WorldClip:
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything there is in one clip before it is painted."""
+    """The content of a clip before it is painted."""
 
     look: Look
     road: Road
@@ -87,11 +88,10 @@ def draw_clip(
     speed: float | None = None,
     truth: bool = False,
 ) -> WorldClip:
-    """Draw a clip of a look at `fps` frames a second; a longer clip begins like a shorter one of the same settings.
+    """Draw a clip at `fps` frames per second; a longer clip begins with the frames of a shorter one.
 
-    `size` is (h, w) or one number, `speed` metres a second or None for a usual one (5 to 10), `truth` asks for flow,
-    depth and occlusion too. Raises UserError for an unknown look and for a size, speed, frame rate or number of frames
-    out of range.
+    look: name of a style. size: (h, w) or one number, pixels. speed: metres per second, None for a random one of 5 to
+    10. truth: also flow, depth and occlusion. Raises UserError for an unknown style and for values out of range.
     """
     sides = _check(look, seed, num_frames, size, fps, speed)
     scene, speeds = plan_scene(look, seed, num_frames, sides, fps, speed)
@@ -114,7 +114,7 @@ def draw_clip(
 def _check(
     look: str, seed: int, num_frames: int, size: int | Sequence[int], fps: float, speed: float | None
 ) -> tuple[int, int]:
-    """Height and width, when all is well."""
+    """Height and width; raises UserError for invalid arguments."""
     if look not in world_looks.LOOKS:
         near = difflib.get_close_matches(str(look), LOOKS, 1, 0.0)[0]
         raise UserError(f"look: expected one of {', '.join(LOOKS)}, found {look!r}; did you mean {near!r}?")
@@ -136,7 +136,7 @@ def _check(
 def plan_scene(
     look: str, seed: int, num_frames: int, size: tuple[int, int], fps: float, speed: float | None
 ) -> tuple[Scene, np.ndarray]:
-    """What a clip will show, and the camera's speed by frame in m/s."""
+    """The content of a clip, and the camera's speed in each frame, m/s."""
     its = world_looks.LOOKS[look]
     parts = (ROAD, CARS, SKIES, WEATHER)
     rng, car_rng, sky_rng, weather_rng = (np.random.default_rng([seed, part]) for part in parts)
@@ -165,7 +165,7 @@ def plan_scene(
 
 
 def paint_frame(scene: Scene, number: int, camera: Camera, following: Camera | None) -> tuple[Canvas, np.ndarray]:
-    """Paint frame `number`, noting where all is for the camera `following`; also how much weather covers, `h w`."""
+    """Paint frame `number`, with ground truth towards the camera `following`; also the cover of weather, `h w`."""
     canvas = Canvas(camera, following)
     look = scene.look
     last_row = min(camera.height, int(camera.row + 0.16 * camera.focal) + 2)
@@ -186,7 +186,7 @@ def paint_frame(scene: Scene, number: int, camera: Camera, following: Camera | N
 
 @dataclass(frozen=True)
 class _Truth:
-    """What a frame noted of every pixel: column, row and depth in the next frame, `3 h w`; depth, surface, whether
+    """Ground truth of each pixel of a frame: column, row and depth in the next frame, `3 h w`; depth, surface, whether
     surfaces share it and whether weather covers it, `h w`."""
 
     target: np.ndarray
@@ -197,7 +197,7 @@ class _Truth:
 
 
 def _with_truth(clip: WorldClip, truths: list[_Truth]) -> WorldClip:
-    """Flow, depth and occlusion from what each frame noted."""
+    """Add flow, depth and occlusion, computed from consecutive frames."""
     height, width = clip.frames.shape[1:3]
     here = np.stack(np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5))
     flow = np.empty((len(truths) - 1, height, width, 2), np.float32)
@@ -210,36 +210,36 @@ def _with_truth(clip: WorldClip, truths: list[_Truth]) -> WorldClip:
         for down, across in ((0, 0), (0, 1), (1, 0), (1, 1)):
             place = (row + down, column + across)
             hidden |= (later.surface[place] != now.surface) | later.weather[place]
-            hidden |= later.depth[place] < 0.8 * now.target[2] - 1  # a rise of the road itself
+            hidden |= later.depth[place] < 0.8 * now.target[2] - 1  # hidden by a rise of the road
         occluded[number] = hidden
     depth = np.stack([truth.depth for truth in truths])
     return WorldClip(**{**vars(clip), "flow": flow, "depth": depth, "occluded": occluded})
 
 
-FIRST_SEED = 2**41  # beyond all that is trained on and held out from it
+FIRST_SEED = 2**41  # above the seeds of training and validation
 GROUPS = {"all": LOOKS, "moving": MOVING_LOOKS, "still": STILL_LOOKS}
 
 
 @dataclass(frozen=True)
 class UnseenScene:
-    """One look and the seed of its road, things and weather."""
+    """A scene that no training or validation contains: a style and a seed."""
 
     look: str
     seed: int
 
     def draw(self, num_frames: int, size: tuple[int, int], fps: float, truth: bool = False) -> WorldClip:
-        """The scene's clip, size (h, w), at one of the usual speeds; raises UserError for what cannot be drawn."""
+        """The scene's clip, size (h, w), at a random speed; raises UserError as `draw_clip` does."""
         return draw_clip(self.look, self.seed, num_frames, size, fps, truth=truth)
 
     def caption_of(self, clip: WorldClip) -> str:
-        """One of the clip's captions, always the same."""
+        """One of the clip's captions, chosen by the seed."""
         return clip.captions[np.random.default_rng((self.seed, 1)).integers(len(clip.captions))]
 
 
 def choose_looks(text: str) -> tuple[str, ...]:
-    """The looks that `--looks` names: all, moving or still ones, or names with commas between; raises UserError.
+    """The styles that `--looks` names: all, moving, still, or comma-separated names; raises UserError.
 
-    Moving are those that the experiment shows in motion in training, still those it does not.
+    moving: the styles that the experiment trains with motion; still: the others.
     """
     if text in GROUPS:
         return GROUPS[text]
@@ -247,10 +247,10 @@ def choose_looks(text: str) -> tuple[str, ...]:
     for look in looks:
         if look not in LOOKS:
             known = (*GROUPS, *LOOKS)
-            raise UserError(f"--looks: expected {', '.join(GROUPS)} or looks, found {look!r}; {nearest(look, known)}")
+            raise UserError(f"--looks: expected {', '.join(GROUPS)} or styles, found {look!r}; {nearest(look, known)}")
     return looks
 
 
 def unseen_scenes(looks: tuple[str, ...], num: int, first: int = 0) -> list[UnseenScene]:
-    """Scenes number `first` and following, the looks in turn."""
+    """`num` scenes from number `first` on, the styles in turn."""
     return [UnseenScene(looks[number % len(looks)], FIRST_SEED + first + number) for number in range(num)]

@@ -1,7 +1,7 @@
-"""What lies behind and below the things of the drawn world: sky, hills and the texture of the ground.
+"""The background of the procedural world: sky, hills and the texture of the ground.
 
-Sky and hills are pictures on a cylinder round the camera, columns by azimuth, rows by height over distance; hills shift
-a little when the camera moves sideways, near ones more. The ground is a tile of three planes: grain (about 0), patches
+Sky and hills are pictures on a cylinder around the camera, columns by azimuth, rows by height over distance; near hills
+shift more than far ones when the camera moves sideways. The ground is a tile of three planes: grain (mean 0), patches
 and specks (0..1).
 """
 
@@ -18,14 +18,14 @@ from ldm.data.world.sketch import blotches, rgb
 AZIMUTH = 1.75  # radians to either side that a cylinder covers
 TEXELS = 8  # of the ground per metre
 TILE = (512, 256)  # texels of the ground along and across the road before it repeats
-LEVELS = (7, 5)  # halvings along and across, each with every other
+LEVELS = (7, 5)  # mipmap levels along and across, in all combinations
 
 
 @dataclass(frozen=True)
 class Cylinder:
     """Planes `c h w` by azimuth -AZIMUTH..AZIMUTH and by height over distance, `top` first, down to `bottom`.
 
-    `distance` in metres says how far its things are: how much it shifts when the camera moves sideways.
+    distance: metres to the camera; sets the parallax.
     """
 
     planes: np.ndarray
@@ -107,7 +107,7 @@ def _draw_clouds(planes: np.ndarray, up: np.ndarray, azimuth: np.ndarray, look: 
 
 
 def draw_hills(look: Look, rng: np.random.Generator, focal: float) -> list[Cylinder]:
-    """The look's hills, far ones first: premultiplied planes `4 h w`."""
+    """The hills of a style, far ones first: premultiplied planes `4 h w`."""
     layers = []
     for number, (kind, colour, high) in enumerate(look.hills):
         top, bottom = high * 1.7 + 0.02, -0.12
@@ -133,7 +133,7 @@ def draw_hills(look: Look, rng: np.random.Generator, focal: float) -> list[Cylin
 
 
 def _skyline(kind: str, azimuth: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """How high the hills reach by azimuth, about 0.3 to 1.6."""
+    """Height of the hills by azimuth, about 0.3 to 1.6."""
     width = azimuth.shape[1]
 
     def wave(cells: int) -> np.ndarray:
@@ -183,7 +183,7 @@ def _dress(
     rough: np.ndarray,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """Snow, lava, windows or layers of rock; `up` and `line` in heights of the hills."""
+    """Add snow, lava, windows or layers of rock; `up` and `line` in heights of the hills."""
     if kind == "snow mountains":
         cover = smoothstep(up + 0.12 * rough, 0.45, 0.75)
         return planes + (np.array([240, 246, 252], np.float32)[:, None, None] * (0.96 + 0.04 * rough) - planes) * cover
@@ -208,7 +208,7 @@ def _dress(
 
 @lru_cache(maxsize=16)
 def ground_levels(pattern: str) -> tuple[np.ndarray, np.ndarray]:
-    """A tile of ground in all halvings: planes `3 n` one after the other, and where each begins, int `along across`."""
+    """A ground tile in all mipmap levels: concatenated planes `3 n`, and the offset of each, int `along across`."""
     planes = _draw_ground(pattern, np.random.default_rng(list(pattern.encode())))
     pieces, starts, count = [], np.zeros(LEVELS, np.int64), 0
     for along in range(LEVELS[0]):
@@ -223,7 +223,7 @@ def ground_levels(pattern: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def tiled_noise(rng: np.random.Generator, wavelength: float) -> np.ndarray:
-    """Noise that repeats without a seam, mean 0, deviation 1; features about `wavelength` texels wide."""
+    """Noise that tiles seamlessly, mean 0, deviation 1; features about `wavelength` texels wide."""
     along, across = np.fft.fftfreq(TILE[0])[:, None], np.fft.rfftfreq(TILE[1])[None]
     strength = np.exp(-((np.hypot(along, across) * wavelength) ** 2))
     noise = np.fft.irfft2(np.fft.rfft2(rng.standard_normal(TILE)) * strength, TILE)

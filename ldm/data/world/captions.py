@@ -1,5 +1,4 @@
-"""Captions of the drawn world: look, road and speed in words, from a small grammar with synonyms; and back, which look
-a prompt names."""
+"""Captions of the procedural world: style, road and speed by a small grammar; and the style of a prompt."""
 
 from __future__ import annotations
 
@@ -34,7 +33,7 @@ SPEEDS = (
 
 
 def road_shape(road: Road, start: float, end: float) -> str:
-    """straight, left, right or winding: what the road does from where the camera is first to 70 m beyond its last."""
+    """straight, left, right or winding: the road from the first position of the camera to 70 m beyond the last."""
     headings = np.array([road.heading(z) for z in np.linspace(start, end + 70, 60)])
     turned, both = headings[-1] - headings[0], headings.max() - headings.min()
     if both < 0.10:
@@ -52,8 +51,10 @@ def is_hilly(road: Road, start: float, end: float) -> bool:
 def write_captions(
     look: Look, road: Road, ends: tuple[float, float], speed: float, rng: np.random.Generator
 ) -> list[str]:
-    """Four different captions: three with look, road and speed, the first of them with the look's own name, and last
-    the look alone. `ends`: where the camera is first and last, metres along z; `speed` in m/s."""
+    """Four different captions: three with style, road and speed, and one with the style alone.
+
+    ends: first and last position of the camera, metres along z. speed: m/s.
+    """
     shape = road_shape(road, *ends)
     hilly = is_hilly(road, *ends)
     pace = next(words for limit, words in SPEEDS if speed < limit)
@@ -76,9 +77,9 @@ def write_captions(
 
 
 def look_of_prompt(prompt: str) -> str | None:
-    """The look that a prompt names, by its name or by what captions call it; None where it names none, or several.
+    """The style that a prompt names, by its name or one of its phrases; None for no style and for several.
 
-    Words that belong to a longer phrase do not count for themselves: "neon cyberpunk night" is cyberpunk, not night.
+    A phrase inside a longer one does not count: "neon cyberpunk night" is cyberpunk, not night.
     """
     prompt = " ".join(prompt.lower().split())
     found = [

@@ -1,5 +1,6 @@
-"""Frames of the drawn world, drawn as they are needed, one by one or a few in a row: for the image autoencoder and for
-what reads frames and captions. No frame is ever seen twice, and nothing lies on disk.
+"""Frames of the procedural world as training data, drawn on demand: single frames or short clips, with captions.
+
+No frame is used twice, and nothing is stored on disk.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from ldm.data.world import GROUPS, LOOKS, draw_clip
 from ldm.errors import UserError
 from ldm.video import from_uint8
 
-PASS = 10_000  # frames that count as one pass of the endless stream
-HELD_OUT_SEED = 2**40  # scenes from here on are never trained on
-FPS = 8.0  # a single frame does not show it
+PASS = 10_000  # positions per pass of the endless stream
+HELD_OUT_SEED = 2**40  # validation scenes; far above those of training
+FPS = 8.0  # without effect on single frames
 
 
 @dataclass
 class DrawnBatch(FrameBatch):
-    """A batch of drawn frames, with one caption and the number of the look (its place in `LOOKS`) for each position."""
+    """A batch of frames with a caption and a style (index in `LOOKS`) for each position."""
 
     captions: list[str]
     looks: Tensor
@@ -46,9 +47,9 @@ class DrawnBatch(FrameBatch):
 
 
 class DrawnFrames(Dataset):
-    """Frames `t c size size` of the drawn world: position p shows scene `first_seed + p` in one of `looks`.
+    """Frames `t c size size`: position p is scene `first_seed + p` in one of the styles `looks`.
 
-    frames: t, in a row. rates: frames a second, of which each position has one.
+    frames: t. rates: frames per second; one is drawn for each position.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class DrawnFrames(Dataset):
 
     def __getitem__(self, position: int) -> DrawnBatch:
         turn, place = divmod(position, len(self.looks))
-        order = np.random.default_rng((self.first_seed, turn)).permutation(len(self.looks))  # every look equally often
+        order = np.random.default_rng((self.first_seed, turn)).permutation(len(self.looks))  # every style equally often
         look, seed = self.looks[order[place]], self.first_seed + position
         rate = self.rates[np.random.default_rng((seed, 2)).integers(len(self.rates))]
         clip = draw_clip(look, seed, self.frames, self.size, rate)
@@ -72,12 +73,12 @@ class DrawnFrames(Dataset):
 
 
 class DriveFrameDataModule(StreamDataModule):
-    """Frames of the drawn world for training and validation.
+    """Frames of the procedural world for training and validation.
 
-    looks: names of looks, or one of the groups all, moving and still; None for all. size: pixels of a side. batch_size:
-    scenes per process and step. num_workers: drawing processes; a frame takes about 20 ms. val_frames: scenes held out,
-    which are never trained on. seed: training draws scenes `seed * 10**9` and following; held-out ones begin at 2**40.
-    frames: of each scene, in a row. rates: frames a second, one of which is drawn for each scene; for clips alone.
+    looks: names of styles, or one of the groups all, moving and still; None: all. size: side in pixels. batch_size:
+    scenes per process and step. num_workers: drawing processes; a frame takes about 20 ms. val_frames: validation
+    scenes. seed: training scenes start at `seed * 10**9`, validation scenes at 2**40. frames: consecutive frames per
+    scene. rates: frames per second, one drawn for each scene; required if frames > 1, None otherwise.
     """
 
     loads_in_processes = True
@@ -103,14 +104,14 @@ class DriveFrameDataModule(StreamDataModule):
             raise UserError(f"data.params.seed: expected 0 to 1000, found {seed!r}")
         if (frames > 1) != bool(rates):
             raise UserError(
-                "data.params.rates: expected frames a second for clips of several frames, and none for single frames, "
+                "data.params.rates: expected frames per second for clips of several frames, none for single frames, "
                 f"found {rates!r} with frames: {frames!r}"
             )
         draw = {"frames": frames, "rates": rates or [FPS]}
         self.train_frames = DrawnFrames(self.looks, size, seed * 10**9, PASS, **draw)
         self.val_frames = DrawnFrames(self.looks, size, HELD_OUT_SEED, val_frames, **draw)
         what = "frames" if frames == 1 else f"clips of {frames} frames"
-        self.summary = f"{what} of {len(self.looks)} looks, drawn as they are needed; {val_frames} held out"
+        self.summary = f"{what} of {len(self.looks)} styles, drawn on demand; {val_frames} for validation"
 
     def train_dataloader(self) -> DataLoader:
         return self.stream_loader(self.train_frames)

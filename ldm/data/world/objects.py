@@ -1,4 +1,4 @@
-"""Pictures of stones, posts, lamps and whatever else stands singly in the drawn world."""
+"""Pictures of single objects of the procedural world: rocks, posts, lamps and others."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def _neon_sign(s: Sketch, main: np.ndarray, second: np.ndarray) -> None:
 
 
 def _gate(s: Sketch, main: np.ndarray, second: np.ndarray) -> None:
-    """Across the road: two posts and what they carry, for letters of light."""
+    """A gantry across the road with luminous letters."""
     for side in (-0.78, 0.78):
         s.paint(s.box(side - 0.03, 0, side + 0.03, 0.9), main, s.grain(20, 0.2))
     s.paint(s.box(-0.84, 0.7, 0.84, 0.95), main, s.grain(16, 0.3))
@@ -290,7 +290,7 @@ def _cane(s: Sketch, main: np.ndarray, second: np.ndarray) -> None:
     s.paint(np.maximum(shape, -np.sin((s.y + s.x) * 38) * 0.04), main, 1.0 - 0.8 * (s.x + 0.09))
 
 
-# kind: how it is drawn, width over height
+# kind: painter, width over height
 OBJECTS: dict[str, tuple[Painter, float]] = {
     "rock": (_rock, 1.35), "cliff": (_cliff, 1.1), "flame": (_flame, 0.7), "pole": (_pole, 0.32),
     "lamp": (_lamp, 0.45), "lantern": (_lantern, 0.5), "snow pole": (_post, 0.4), "reflector": (_post, 0.4),

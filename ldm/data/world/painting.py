@@ -1,7 +1,7 @@
-"""Painting one frame of the drawn world, surface over surface from the far end, and keeping what is seen where.
+"""Painting a frame of the procedural world back to front, with its ground truth.
 
-A picture is float32 `3 h w` in 0..255. When asked for, every surface also writes its ground truth where it covers more
-than half of a pixel: where that point of the surface is in the next frame, how far it is, and which surface it is.
+A picture is float32 `3 h w` in 0..255. On request every surface also writes its ground truth where it covers more than
+half of a pixel: the position of that point in the next frame, its depth, and the number of the surface.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from ldm.data.world.sketch import rgb
 
 FARTHEST = 1e4  # metres: the depth of the sky
 NEAR = 0.6  # metres: nothing closer is drawn
-KNOTS = 90  # distances at which the ground's profile is followed
+KNOTS = 90  # distances at which the road's profile is sampled
 DASH_PERIOD, DASH = 9.0, 4.0
-SOFT = 1.4  # pixels over which edges on the ground change
-MARK = 0.16  # metres a painted line is wide
-MIXED = 0.08  # a surface that covers more of a pixel, and less than all but this, shares it
+SOFT = 1.4  # width in pixels of edges on the ground
+MARK = 0.16  # width of a painted line in metres
+MIXED = 0.08  # a surface shares a pixel if it covers between this and 1 minus this of it
 SKY, GROUND = 0, 1  # the numbers of surfaces; hills follow, then things
 
 
@@ -50,7 +50,7 @@ class Canvas:
         depth: np.ndarray | float,
         surface: int,
     ) -> None:
-        """Ground truth of what covers the box `where` with `alpha`; target: column, row and depth in the next frame."""
+        """Write the ground truth of a surface in the box `where`; target: column, row, depth in the next frame."""
         shown = alpha > 0.5
         noted = (*self.target, self.depth, self.surface)
         for plane, values in zip(noted, (*target, depth, surface), strict=True):
@@ -61,7 +61,7 @@ class Canvas:
 
 
 def paint_cylinder(canvas: Canvas, cylinder: Cylinder, last_row: int, surface: int) -> None:
-    """Sky (three planes, covers everything) or hills (four planes) down to `last_row`."""
+    """Paint the sky (three planes, covers everything) or hills (four planes) down to `last_row`."""
     camera = canvas.camera
     azimuth = np.arctan(canvas.across) + camera.yaw + camera.x / cylinder.distance
     cosine = 1 / np.sqrt(1 + canvas.across**2)
@@ -100,8 +100,8 @@ def paint_cylinder(canvas: Canvas, cylinder: Cylinder, last_row: int, surface: i
 
 @dataclass(frozen=True)
 class Ground:
-    """The ground as a frame sees it, from `first_row` down, all `h w`: depth, place, metres from the road's middle,
-    how far that place moves along and across the road to the next pixel, and how much of the pixel is ground."""
+    """The visible ground from `first_row` down, all `h w`: depth, position x and z, metres from the middle of the road,
+    the footprint of a pixel along and across the road, and the share of the pixel that is ground."""
 
     first_row: int
     depth: np.ndarray
@@ -114,15 +114,15 @@ class Ground:
 
 
 def road_profile(camera: Camera, road: Road, visible: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """How the road rises and falls ahead: metres along z, how many rows below `camera.row` the ground there would be
-    seen straight ahead, and the least of these up to there: a rise hides whatever is lower than that behind it."""
+    """The profile of the road ahead: metres along z, rows below `camera.row` at which the ground there appears, and
+    their running minimum: a rise hides everything lower behind it."""
     ahead = np.geomspace(NEAR, visible, KNOTS)
     drop = camera.focal * (camera.y - road.height(camera.z + ahead)) / ahead
     return ahead, drop, np.minimum.accumulate(drop)
 
 
 def see_ground(canvas: Canvas, road: Road, visible: float) -> Ground:
-    """Which point of the ground every pixel sees; rises hide what lies behind them."""
+    """The point of the ground that each pixel shows; rises hide the ground behind them."""
     camera = canvas.camera
     ahead, drop, lowest = road_profile(camera, road, visible)
     seen = np.append(True, drop[1:] < lowest[:-1])
@@ -150,7 +150,7 @@ def see_ground(canvas: Canvas, road: Road, visible: float) -> Ground:
 
 
 def _stretch(place: np.ndarray) -> np.ndarray:
-    """How far the place that is seen moves from a row to the next."""
+    """The footprint of a pixel: the distance between the values of adjacent rows."""
     step = np.empty_like(place)
     step[:-1] = np.abs(place[:-1] - place[1:])
     step[-1] = step[-2] if len(place) > 1 else 0.05 * place[-1]
@@ -158,7 +158,7 @@ def _stretch(place: np.ndarray) -> np.ndarray:
 
 
 def paint_ground(canvas: Canvas, road: Road, look: Look, offset: tuple[float, float]) -> None:
-    """Verge, road and its marks; `offset` in metres shifts the ground's tile along and across."""
+    """Paint verge, road and marks; `offset` in metres shifts the ground's tile along and across."""
     ground = see_ground(canvas, road, look.visible)
     if ground.first_row >= canvas.camera.height:
         return
@@ -182,7 +182,7 @@ def paint_ground(canvas: Canvas, road: Road, look: Look, offset: tuple[float, fl
     far = np.minimum(ground.depth / look.visible, 1) ** look.haze_power
     colour += (rgb(look.haze)[:, None, None] - colour) * far
     part = canvas.picture[:, ground.first_row :]
-    first = int((ground.alpha < 1).any(1).sum())  # rows at the far edge that are not wholly ground
+    first = int((ground.alpha < 1).any(1).sum())  # rows at the far edge that are partly ground
     part[:, :first] += (colour[:, :first] - part[:, :first]) * ground.alpha[:first]
     part[:, first:] = colour[:, first:]
     if canvas.has_truth:
@@ -191,7 +191,7 @@ def paint_ground(canvas: Canvas, road: Road, look: Look, offset: tuple[float, fl
 
 
 def _ground_texture(ground: Ground, pattern: str, offset: tuple[float, float]) -> np.ndarray:
-    """The tile's planes `3 h w`, filtered to what a pixel covers: two halvings along the road mixed, one across."""
+    """The tile's planes `3 h w`, filtered to a pixel's footprint: two mipmap levels mixed along the road."""
     planes, starts = ground_levels(pattern)
     level = np.clip(np.log2(ground.along * TEXELS), 0, LEVELS[0] - 1.001)
     along = level.astype(np.int32)
@@ -224,19 +224,19 @@ def _ground_texture(ground: Ground, pattern: str, offset: tuple[float, float]) -
 
 
 def _cover(distance: np.ndarray, pixel: np.ndarray) -> np.ndarray:
-    """How much of a pixel `pixel` metres wide lies inside an edge `distance` metres away (positive inside)."""
+    """The share of a pixel of `pixel` metres inside an edge `distance` metres away (positive inside)."""
     return np.clip(distance / (SOFT * pixel) + 0.5, 0, 1)
 
 
 def _line(distance: np.ndarray, pixel: np.ndarray) -> np.ndarray:
-    """How much of a pixel a painted line covers whose middle is `distance` metres away."""
+    """The share of a pixel under a painted line whose middle is `distance` metres away."""
     pixel = SOFT * pixel
     wide = np.maximum(pixel, MARK)
     return np.clip((wide / 2 - np.abs(distance)) / pixel + 0.5, 0, 1) * (MARK / wide)
 
 
 def _dashes(z: np.ndarray, pixel: np.ndarray) -> np.ndarray:
-    """How much of a pixel that covers `pixel` metres along the road lies in dashes: their mean over it, exactly."""
+    """The exact share of a pixel of `pixel` metres along the road that lies in dashes."""
     pixel = np.maximum(SOFT * pixel, 0.02)
     count = [(z + sign * pixel / 2) / DASH_PERIOD for sign in (-1, 1)]
     painted = [np.floor(part) * DASH + np.minimum((part - np.floor(part)) * DASH_PERIOD, DASH) for part in count]

@@ -1,4 +1,4 @@
-"""Pictures of the plants of the drawn world."""
+"""Pictures of the plants of the procedural world."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ldm.data.world.sketch import Painter, Sketch, blotches
 def _crown(
     s: Sketch, centre: float, spread: tuple[float, float], lumps: int, radius: tuple[float, float], colour: np.ndarray
 ) -> None:
-    """Lumps of leaves round a middle, those at the back and below first."""
+    """Balls of leaves around a centre, lower ones first."""
     grain = s.grain(14, 0.42)
     angle, reach = s.rng.uniform(0, 2 * np.pi, lumps), np.sqrt(s.rng.uniform(0, 1, lumps))
     places = np.stack([reach * np.cos(angle) * spread[0], centre + reach * np.sin(angle) * spread[1]], 1)
@@ -169,7 +169,7 @@ def _cactus(s: Sketch, main: np.ndarray, second: np.ndarray) -> None:
         s.paint(s.bar((out, low + 0.03), (out, top), (0.048, 0.042)), main, s.round_shade(out, 0.06) * ribs)
 
 
-# kind: how it is drawn, width over height
+# kind: painter, width over height
 PLANTS: dict[str, tuple[Painter, float]] = {
     "tree": (_tree, 0.72), "acacia": (_acacia, 1.1), "birch": (_birch, 0.5), "bare tree": (_bare_tree, 0.95),
     "pine": (_pine, 0.62), "snowy pine": (_snowy_pine, 0.62), "cypress": (_cypress, 0.34), "palm": (_palm, 0.85),

@@ -1,8 +1,7 @@
-"""Where everything is in the drawn world: the road, the camera on it, and the things beside it, in metres.
+"""The layout of the procedural world in metres: the road, the camera on it, and the things beside it.
 
-x points right and z ahead at the start, y up. The middle of the road runs through (centre(z), height(z), z); heights
-depend on z alone. Whatever stands in the world is laid out in cells of the road, each from its own seed, so a longer
-drive begins like a shorter one.
+x points right and z ahead at the start, y up. The middle of the road is (centre(z), height(z), z); heights depend on z
+alone. Things are placed cell by cell, each cell with its own seed: a longer drive begins like a shorter one.
 """
 
 from __future__ import annotations
@@ -15,11 +14,11 @@ from ldm.data.world.looks import Look, Things
 from ldm.data.world.things import BILLBOARDS, BOXES, NUM_VARIANTS, WALLS, levels_of
 
 EYE = 2.0  # metres of the camera above the road
-LANE = 1.65  # metres of our lane's middle from that of the road
+LANE = 1.65  # metres from the middle of the road to the middle of the camera's lane
 HALF_ROAD = 3.4
 CELL = 20.0
 WALL_PIECE = 10.0
-FOCAL = 0.85  # of the geometric mean of the picture's sides
+FOCAL = 0.85  # in units of the geometric mean of the picture's sides
 HORIZON = 0.42  # of the picture's height, from above
 ROAD_KINDS = ("straight", "left", "right", "winding")
 
@@ -53,7 +52,7 @@ def _waves(waves: np.ndarray, z: np.ndarray | float) -> np.ndarray:
 
 
 def draw_road(rng: np.random.Generator) -> Road:
-    """A road that begins straight, with a bend to one side, or winding; flat or over hills."""
+    """A random road: straight, with a bend to one side, or winding; flat or hilly."""
     kind = ROAD_KINDS[rng.choice(4, p=[0.25, 0.25, 0.25, 0.25])]
     hilly = rng.uniform() < 0.45
     small = (rng.uniform(0.5, 1.5), 2 * np.pi / rng.uniform(220, 400), rng.uniform(0, 6.28))
@@ -75,7 +74,7 @@ def draw_road(rng: np.random.Generator) -> Road:
 
 @dataclass(frozen=True)
 class Camera:
-    """A pinhole upright in the world; `row` and `column` are where what lies ahead at its own height is seen."""
+    """An upright pinhole camera; `row` and `column`: image of the point straight ahead at its own height."""
 
     x: float
     y: float
@@ -88,19 +87,19 @@ class Camera:
     width: int
 
     def sight(self, x: np.ndarray, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Metres to the right and ahead of places in the world."""
+        """Metres to the right and ahead of the camera, of points in the world."""
         dx, dz, sine, cosine = x - self.x, z - self.z, np.sin(self.yaw), np.cos(self.yaw)
         return dx * cosine - dz * sine, dx * sine + dz * cosine
 
     def project(self, x: np.ndarray, y: np.ndarray, z: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Column, row (0 is the outer edge of the first pixel) and depth in metres of places in the world."""
+        """Column, row (0 is the outer edge of the first pixel) and depth in metres of points in the world."""
         right, ahead = self.sight(x, z)
         scale = self.focal / np.maximum(ahead, 1e-3)
         return self.column + right * scale, self.row + (self.y - y) * scale, ahead
 
 
 def camera_at(road: Road, z: float, size: tuple[int, int]) -> Camera:
-    """The camera in its lane, looking along the road; climbing and descending shift the picture, nothing tilts."""
+    """The camera in its lane, looking along the road; slopes shift the picture without tilting it."""
     height, width = size
     focal = FOCAL * float(np.sqrt(height * width))
     return Camera(
@@ -118,10 +117,10 @@ def camera_at(road: Road, z: float, size: tuple[int, int]) -> Camera:
 
 @dataclass(frozen=True)
 class Standing:
-    """Upright pictures in the world: those that always face the camera, and walls from one place to another.
+    """Upright pictures in the world: billboards, which always face the camera, and walls between two points.
 
-    Arrays by picture: `start` and `end` are (x, y, z) of the foot - the middle of it twice for what faces the camera -,
-    `tall` and `wide` metres, `tint` `n 3`, `glow` 0..1; `levels` are the pictures, one tuple each.
+    start, end: `n 3`, (x, y, z) of the foot; equal for billboards. tall, wide: metres `n`; wide is 0 for walls. tint:
+    `n 3`. glow: 0..1 `n`. levels: the pictures of each, `levels_of`.
     """
 
     start: np.ndarray
@@ -143,7 +142,7 @@ class Standing:
 
 
 class _Builder:
-    """Collects what stands in the world; places are given from the middle of the road."""
+    """Collects upright pictures; positions are relative to the middle of the road."""
 
     def __init__(self, road: Road, resolution: int) -> None:
         self.road, self.resolution = road, resolution
@@ -153,8 +152,8 @@ class _Builder:
     def add(
         self, places: tuple[float, ...], size: tuple[float, float], tint: tuple[float, ...], glow: float, picture: tuple
     ) -> None:
-        """places: metres beside the road and along it, of the start and of the end, and whether the end has a foot of
-        its own on the road (1) or stands straight ahead or beside of the start (0). size: tall, wide (0: a wall)."""
+        """places: metres beside and along the road, of start and end, and whether the end follows the road (1) or is
+        offset from the start (0). size: tall, wide (0: a wall)."""
         self.rows.append((*places, *size, *tint, glow))
         self.levels.append(levels_of(*picture, self.resolution))
 
@@ -170,7 +169,7 @@ class _Builder:
 
 
 def build_world(look: Look, road: Road, seed: int, until: float, resolution: int) -> Standing:
-    """Everything that stands beside the road from z = 0 to `until` metres; pictures `resolution` pixels high."""
+    """All things beside the road from z = 0 to `until` metres; pictures `resolution` pixels high."""
     builder = _Builder(road, resolution)
     for cell in range(int(np.ceil(until / CELL))):
         rng = np.random.default_rng([seed, cell, 7])
@@ -218,7 +217,7 @@ def _add_rail(builder: _Builder, look: Look, start: float, rng: np.random.Genera
 
 @dataclass(frozen=True)
 class Cars:
-    """Other cars: metres along the road at the start, metres a second, side of the road, and how they look."""
+    """Other cars: metres along the road at the start, metres per second, side of the road, and their pictures."""
 
     z: np.ndarray
     speed: np.ndarray
@@ -226,7 +225,7 @@ class Cars:
     looks: Standing
 
     def feet(self, road: Road, seconds: float) -> np.ndarray:
-        """Where they are, (x, y, z) `n 3`."""
+        """Their positions (x, y, z), `n 3`."""
         z = self.z + self.speed * seconds
         return np.stack([road.centre(z) + self.side * LANE, road.height(z), z], 1)
 
@@ -236,7 +235,7 @@ class Cars:
 
 
 def draw_cars(look: Look, rng: np.random.Generator, speed: float, seconds: float, resolution: int) -> Cars:
-    """A car ahead in our lane at nearly our speed, perhaps, and some that come towards us."""
+    """Perhaps a car ahead in the same lane at a similar speed, and oncoming cars."""
     paint = ("#c8342c", "#e8e4dc", "#2c58a8", "#d8a82c", "#3c3c44", "#4c8c5c")
     rows, levels = [], []
 

@@ -1,6 +1,6 @@
-"""Drawing the picture of a thing of the drawn world: RGBA, premultiplied, from distances to shapes.
+"""Drawing the pictures of things from signed distances to shapes: premultiplied RGBA, antialiased at any size.
 
-Edges are smooth at any size. What is drawn is in `world_plants.py`, `world_objects.py` and `world_buildings.py`.
+The painters are in `plants.py`, `objects.py` and `things.py`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-GROUND_LINE = 0.04  # share of a picture below the foot of the thing; the shadow on the ground lies about it
+GROUND_LINE = 0.04  # share of a picture below the foot of the thing, for its shadow on the ground
 
 
 def rgb(colour: str) -> np.ndarray:
@@ -18,7 +18,7 @@ def rgb(colour: str) -> np.ndarray:
 
 
 def blotches(rng: np.random.Generator, height: int, width: int, cells: int) -> np.ndarray:
-    """Smooth noise in -1..1, float32 `h w`: random values, `cells` to the height, joined smoothly, in three octaves."""
+    """Smooth value noise in -1..1, float32 `h w`: three octaves, the first with `cells` cells to the height."""
     total = np.zeros((height, width), np.float32)
     for octave in range(3):
         count = cells * 2**octave
@@ -35,7 +35,7 @@ def blotches(rng: np.random.Generator, height: int, width: int, cells: int) -> n
 
 
 class Sketch:
-    """A picture being drawn: `x` to the right from the middle and `y` upward from the foot, in heights of the thing."""
+    """A picture being drawn; `x` right from the middle and `y` up from the foot, in heights of the thing."""
 
     def __init__(self, rng: np.random.Generator, resolution: int, aspect: float) -> None:
         self.rng = rng
@@ -51,7 +51,7 @@ class Sketch:
     def paint(
         self, distance: np.ndarray, colour: np.ndarray | str, shade: np.ndarray | float = 1, cover: float = 1
     ) -> None:
-        """Cover what lies inside (`distance` < 0, in heights) with a colour times `shade`."""
+        """Fill the inside (`distance` < 0, in heights) with a colour times `shade`."""
         alpha = np.clip(0.5 - distance / self.pixel, 0, 1)
         rows, columns = np.flatnonzero(alpha.any(1)), np.flatnonzero(alpha.any(0))
         if not len(rows):
@@ -84,7 +84,7 @@ class Sketch:
         return 1 + strength * blotches(self.rng, self.height, self.width, cells)
 
     def round_shade(self, x: float, radius: float) -> np.ndarray:
-        """Light from the upper left on something round and upright."""
+        """Shade of an upright cylinder lit from the upper left."""
         return 1 - 0.35 * np.clip((self.x - x) / radius, -1, 1)
 
     def shadow(self, half_width: float) -> None:
@@ -93,14 +93,14 @@ class Sketch:
         )
 
     def ball(self, x: float, y: float, radius: float, colour: np.ndarray, grain: np.ndarray, squash: float = 1) -> None:
-        """A lit lump of leaves or stone."""
+        """A shaded ball of leaves or stone."""
         light = 1 - 0.3 * (self.x - x) / radius + 0.34 * (self.y - y) / (radius * squash)
         edge = 0.10 * radius * (grain - 1) / 0.3
         self.paint(self.disc(x, y, radius, squash) + edge, colour, np.clip(light, 0.5, 1.45) * grain)
 
 
 def glow(sketch: Sketch, distance: np.ndarray, colour: np.ndarray) -> None:
-    """A tube of light: bright in the middle, softly out of its edges."""
+    """A neon tube: bright inside, with soft edges."""
     for wider, cover in ((0.03, 0.25), (0.017, 0.35), (0.006, 0.5)):
         sketch.paint(distance - wider, colour, 1, cover)
 

@@ -1,4 +1,8 @@
-"""Clips of the drawn world as sources of prepared clips, drawn when they are needed."""
+"""Clips of the procedural world as sources of prepared clips, drawn on demand, in parallel processes.
+
+A drawing process reads pickled requests from stdin and writes pickled clips to stdout; it ends with its stdin, also
+when its parent is killed. Each is at most one clip ahead: pipes are short.
+"""
 
 from __future__ import annotations
 
@@ -17,19 +21,18 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ldm.config import nearest
 from ldm.data.preparing.parts import EncodingSettings
 from ldm.data.preparing.preparation import FINISH_OR_FRESH, Preparation
 from ldm.data.preparing.sources import MAX_SCENE_FRAMES, Footage, PreparePlan
 from ldm.data.shards import DatasetError
-from ldm.data.world import LOOKS, RATES, SIZES, WorldClip, draw_clip
+from ldm.data.world import RATES, SIZES, WorldClip, draw_clip
 from ldm.errors import UserError
 
 PACKAGES = Path(__file__).parents[3]
 
 
 def draw_clips(requests: Sequence[tuple[Any, ...]], processes: int) -> Iterator[WorldClip]:
-    """One clip for each request, the arguments of `draw_clip`, in their order."""
+    """The clips of `requests` (arguments of `draw_clip`), in order."""
     processes = min(processes, len(requests))
     with ExitStack() as at_end:
         workers = [_start(at_end) for _ in range(processes)]
@@ -43,15 +46,15 @@ def draw_clips(requests: Sequence[tuple[Any, ...]], processes: int) -> Iterator[
 
 
 def serve(requests: BinaryIO, answers: BinaryIO) -> None:
-    """Draw what is asked for until there is no more, or nobody who wants it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the one who started this ends it
+    """Answer requests until either pipe is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends this one
     while True:
         try:
             request = pickle.load(requests)
             pickle.dump(draw_clip(*request), answers, protocol=pickle.HIGHEST_PROTOCOL)
             answers.flush()
         except (EOFError, BrokenPipeError):
-            os._exit(0)  # without writing what is left to a pipe that nobody reads
+            os._exit(0)  # without flushing to a closed pipe
 
 
 def _start(at_end: ExitStack) -> subprocess.Popen:
@@ -79,12 +82,12 @@ if __name__ == "__main__":
     serve(sys.stdin.buffer, sys.stdout.buffer)
 
 
-SEEDS_EACH = 1_000_000  # clips that one seed of a data set has
+SEEDS_EACH = 1_000_000  # clips per seed of a data set
 
 
 @dataclass(frozen=True)
 class DrawnSource:
-    """One clip of the drawn world; `clip` is None until it is drawn."""
+    """One clip of the procedural world; `clip` is None until it is drawn."""
 
     look: str
     seed: int
@@ -97,19 +100,10 @@ class DrawnSource:
         return f"drawn/{self.look}/{self.seed:09d}"
 
     def open(self, settings: EncodingSettings) -> Footage:
-        """The clip, drawn now if it is not yet; its one scene may be a single frame."""
+        """The clip, drawn now if necessary, as one scene, which may be a single frame."""
         clip = self.clip or draw_clip(self.look, self.seed, self.num_frames, settings.size, settings.fps)
         notes = {"look": self.look, "seed": self.seed, "speed": _plain(clip.speed), "yaw": _plain(clip.yaw)}
         return Footage(iter(clip.frames), [range(self.num_frames)], list(clip.captions), shortest=1, notes=notes)
-
-
-def read_looks(text: str | None) -> list[str]:
-    """The looks that `--looks` names, comma-separated; None: all."""
-    looks = list(LOOKS) if text is None else list(dict.fromkeys(" ".join(word.split()) for word in text.split(",")))
-    for look in looks:
-        if look not in LOOKS:
-            raise UserError(f"--looks: expected looks of the drawn world, found {look!r}; {nearest(look, LOOKS)}")
-    return looks
 
 
 def plan_world(
@@ -120,12 +114,10 @@ def plan_world(
     preparation: Preparation,
     share: tuple[int, int] = (1, 1),
 ) -> PreparePlan:
-    """Clips number 0 to `num_clips` - 1 of a seed, the looks in turn, so that more can be added later.
+    """Plan clips 0 to `num_clips` - 1 of a seed, the styles in turn; a later run with a larger number adds clips.
 
-    share: (i, n) for the i-th n-th of them, i from 1.
-
-    Raises DatasetError when the folder has one of them drawn in another way, and UserError for settings that the world
-    does not have.
+    share: (i, n): the i-th of n shares, i from 1. Raises DatasetError if the folder holds one of them with other frames
+    or another style, and UserError for settings out of range.
     """
     settings = preparation.settings
     check_world(num_clips, num_frames, seed, settings)
@@ -155,7 +147,7 @@ def plan_world(
 
 
 def check_world(num_clips: int, num_frames: int, seed: int, settings: EncodingSettings) -> None:
-    """Raise UserError for what cannot be drawn."""
+    """Raise UserError for values out of range."""
     for name, value, least, most in (
         ("--world", num_clips, 1, SEEDS_EACH),
         ("--frames", num_frames, 1, MAX_SCENE_FRAMES),
@@ -164,11 +156,11 @@ def check_world(num_clips: int, num_frames: int, seed: int, settings: EncodingSe
         ("--fps", settings.fps, *RATES),
     ):
         if not least <= value <= most:
-            raise UserError(f"{name}: the drawn world takes {least:,} to {most:,}, found {value:,}")
+            raise UserError(f"{name}: the procedural world takes {least:,} to {most:,}, found {value:,}")
 
 
 def draw_ahead(sources: Sequence[DrawnSource], settings: EncodingSettings, processes: int) -> Iterator[DrawnSource]:
-    """The sources in their order; with more than one process, drawn there, some ahead of the one that is asked for."""
+    """The sources in order; with several processes, drawn there ahead of time."""
     if processes == 1 or len(sources) < 2:
         yield from sources
         return
@@ -179,12 +171,12 @@ def draw_ahead(sources: Sequence[DrawnSource], settings: EncodingSettings, proce
 
 
 def usable_cores() -> int:
-    """Processor cores that this process may use."""
+    """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _mark(look: str) -> str:
-    """A hash that changes when the look is drawn in another way."""
+    """A hash of one drawn frame: changes with the style and the drawing code."""
     return hashlib.sha256(draw_clip(look, 0, 1, SIZES[0], 10.0).frames.tobytes()).hexdigest()[:16]
 
 

@@ -1,7 +1,6 @@
-"""Painting what stands upright in the drawn world: pictures that face the camera, and walls.
+"""Painting the upright things of the procedural world: billboards and walls.
 
-What can be worked out for all of them at once is, so that little is left to do for each: cut out its box, resample its
-picture, lay it over.
+Everything that can be computed for all of them at once is vectorised; each is then resampled and blended into its box.
 """
 
 from __future__ import annotations
@@ -17,16 +16,16 @@ from ldm.data.world.scene import Camera, Road, Standing
 from ldm.data.world.sketch import GROUND_LINE, rgb
 from ldm.data.world.things import STEPS
 
-SHARPEST = 1.0  # texels of a picture for a pixel, at most
-SMALLEST = (1.0, 2.2)  # pixels high: things come into sight between these
+SHARPEST = 1.0  # texels per pixel, at most
+SMALLEST = (1.0, 2.2)  # height in pixels between which things fade in
 
 
 @dataclass(frozen=True)
 class Seen:
-    """The upright pictures of a frame that can be seen, far ones first; what `Standing` has, and for each:
+    """The visible upright pictures of a frame, far ones first.
 
-    next_start: the foot in the next frame. surface: its number. right, ahead: metres of both ends `n 2`.
-    fade: how far it has come into sight, 0..1. cut: the row below which a rise of the road hides it.
+    next_start: the foot in the next frame. surface: its number. right, ahead: metres of both ends `n 2`. fade: opacity
+    0..1. cut: the row below which a rise of the road hides it.
     """
 
     standing: Standing
@@ -41,7 +40,7 @@ class Seen:
 def find_seen(
     canvas: Canvas, road: Road, look: Look, standing: Standing, next_start: np.ndarray, first_surface: int
 ) -> Seen:
-    """Choose what is in sight of the camera and put it in order."""
+    """Select the pictures that the camera sees and sort them, far ones first."""
     camera = canvas.camera
     right = np.empty((len(standing.start), 2))
     ahead = np.empty_like(right)
@@ -62,7 +61,7 @@ def find_seen(
 
 
 def _hidden_below(camera: Camera, road: Road, visible: float, standing: Standing) -> np.ndarray:
-    """The row below which a rise of the road hides each thing; infinite where the foot is in sight."""
+    """The row below which a rise of the road hides each thing; infinite where the foot is visible."""
     ahead, _, lowest = road_profile(camera, road, visible)
     z = np.maximum(np.minimum(standing.start[:, 2], standing.end[:, 2]) - camera.z, NEAR)
     foot = camera.focal * (camera.y - standing.start[:, 1]) / z
@@ -105,7 +104,7 @@ def paint_standing(canvas: Canvas, seen: Seen, look: Look) -> None:
 
 
 def _mixing(seen: Seen, look: Look, depth: np.ndarray) -> np.ndarray:
-    """What turns a picture's premultiplied colours into those seen through haze and fading: `n 4 4`."""
+    """Matrices `n 4 4` that apply tint, haze and fading to premultiplied colours."""
     standing = seen.standing
     haze = np.minimum(depth / look.visible, 1) ** look.haze_power * (1 - 0.75 * standing.glow)
     mixing = np.zeros((len(depth), 4, 4), np.float32)
@@ -119,7 +118,7 @@ def _mixing(seen: Seen, look: Look, depth: np.ndarray) -> np.ndarray:
 def _paint_facing(
     canvas: Canvas, texture: np.ndarray, where: tuple[slice, slice], box: list[float], mixing: np.ndarray
 ) -> np.ndarray:
-    """Lay a picture over the box (top, left, height, width in pixels); returns its cover."""
+    """Blend a picture into the box (top, left, height, width in pixels); returns its cover."""
     top, left, tall, wide = box
     v = (canvas.rows[where[0]] - top) * ((texture.shape[1] - 2) / tall) + 0.5
     u = (canvas.columns[where[1]] - left) * ((texture.shape[2] - 2) / wide) + 0.5
@@ -148,14 +147,14 @@ def _note_facing(
     foot_row = box[0] + box[2] * (1 - GROUND_LINE)
     columns = column + (canvas.columns[where[1]] - (box[1] + box[3] / 2)) * scale
     rows = row + (canvas.rows[where[0], None] - foot_row) * scale
-    if depth < NEAR:  # it is beside or behind the camera by then
+    if depth < NEAR:  # then it is beside or behind the camera
         columns = columns + 4 * camera.width
     target = (columns + 0 * rows, rows + 0 * columns, float(depth))
     canvas.note(where, alpha, target, float(seen.ahead[at, 0]), int(seen.surface[at]))
 
 
 def _paint_wall(canvas: Canvas, seen: Seen, at: int, look: Look) -> None:
-    """A picture on an upright wall between two places; every column of it has its own depth."""
+    """Paint a picture on an upright wall between two points; every column has its own depth."""
     camera, standing = canvas.camera, seen.standing
     (right, right_end), (ahead, ahead_end) = seen.right[at].tolist(), seen.ahead[at].tolist()
     shares = [0.0, 1.0]
@@ -221,6 +220,6 @@ def _wall_picture(texture: np.ndarray, down: np.ndarray, share: np.ndarray) -> n
 
 
 def _wall_level(levels: tuple[np.ndarray, ...], tall: float, wide: float) -> np.ndarray:
-    """The size that fits a wall of so many pixels, between its height and its foreshortened width."""
+    """The level for a wall of `tall` x `wide` pixels."""
     texels = max((levels[0].shape[1] - 2) / max(tall, 1), (levels[0].shape[2] - 2) / max(wide, 1))
     return levels[min(math.ceil(STEPS * math.log2(max(texels, 1))), len(levels) - 1)]

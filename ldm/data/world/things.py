@@ -1,4 +1,4 @@
-"""Everything that can stand in the drawn world, and its pictures in all sizes, drawn once and kept."""
+"""All kinds of things of the procedural world, and the cache of their pictures in all sizes."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _window(s: Sketch, x: float, y: float, half: float) -> None:
 
 
 def _tower(s: Sketch, main: np.ndarray, second: np.ndarray) -> None:
-    """A tall front full of windows, some of them lit, with a band of light."""
+    """A facade of windows, some of them lit, with a band of light."""
     s.paint(s.box(-s.half * 0.98, -0.1, s.half * 0.98, 0.97), main, s.grain(8, 0.3))
     columns, rows = 4, 15
     lit = [0.42 * colour + 0.58 * main for colour in (second, rgb("#ffd87a"), rgb("#6fe8ff"))]
@@ -128,16 +128,16 @@ WALLS: dict[str, tuple[Painter, float, float]] = {
 }  # height, width
 
 
-BILLBOARDS: dict[str, tuple[Painter, float]] = {**PLANTS, **OBJECTS, **CARS}  # what faces the camera
+BILLBOARDS: dict[str, tuple[Painter, float]] = {**PLANTS, **OBJECTS, **CARS}  # always face the camera
 NUM_VARIANTS = 4
-STEPS = 3  # sizes of a picture to every halving
+STEPS = 3  # sizes of a picture per octave
 
 
 @lru_cache(maxsize=1024)
 def levels_of(kind: str, colours: tuple[str, str], variant: int, resolution: int) -> tuple[np.ndarray, ...]:
-    """The picture of a thing, float32 `4 h w` in 0..255, premultiplied, and smaller ones, each in an empty border.
+    """The picture of a thing, premultiplied float32 `4 h w` in 0..255, and smaller ones, each with an empty border.
 
-    Kinds of boxes are asked for as "house front" and "house side".
+    kind: of a box with its face, "house front" or "house side".
     """
     painter, aspect = _painter_of(kind)
     rng = np.random.default_rng([variant, *kind.encode()])
@@ -153,7 +153,7 @@ def levels_of(kind: str, colours: tuple[str, str], variant: int, resolution: int
 
 
 def _shrinking(before: int, after: int) -> np.ndarray:
-    """The matrix `after before` that makes a row of pixels shorter: every new one is the mean of what it covers."""
+    """The matrix `after before` that downsamples a row of pixels by area averaging."""
     edges = np.linspace(0, before, after + 1)
     starts = np.arange(before)
     overlap = np.minimum(edges[1:, None], starts + 1) - np.maximum(edges[:-1, None], starts)

@@ -1,4 +1,4 @@
-"""What falls or floats through the drawn world: snow, rain, leaves, embers, with places and a motion of their own."""
+"""Weather of the procedural world: falling or floating particles such as snow, rain, leaves and embers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ldm.data.world.sketch import rgb
 
 @dataclass(frozen=True)
 class Falling:
-    """Snow, rain, leaves ...: places in a box that goes with the camera and repeats, metres a second, size, colour."""
+    """Particles in a periodic box around the camera: positions, metres per second, radius, colour, streak, cover."""
 
     places: np.ndarray
     velocity: np.ndarray
@@ -23,7 +23,7 @@ class Falling:
     cover: float
 
 
-# kind: how many, colours, radius in metres, fall in metres a second, wind, seconds of a streak, cover
+# kind: count, colours, radius in metres, fall and wind in metres per second, seconds of a streak, cover
 WEATHER: dict[str, tuple[int, tuple[str, ...], float, float, float, float, float]] = {
     "snow": (260, ("#ffffff",), 0.035, 1.1, 0.5, 0, 0.85),
     "rain": (170, ("#d4dce6",), 0.012, 8.0, 0.6, 0.035, 0.34),
@@ -47,7 +47,7 @@ def draw_weather(kind: str, rng: np.random.Generator) -> Falling:
 
 
 def paint_weather(canvas: Canvas, falling: Falling, seconds: float) -> np.ndarray:
-    """Soft dots or streaks over everything; returns how much they cover, `h w`."""
+    """Paint soft dots or streaks over the frame; returns their cover, `h w`."""
     camera = canvas.camera
     here = np.array([camera.x, camera.y, camera.z])
     offset = (falling.places + falling.velocity * seconds - here - BEGIN) % SPAN + BEGIN

@@ -9,13 +9,13 @@ from ldm.errors import UserError
 
 
 def test_tables_and_text_files_that_cannot_be_read(tmp_path):
-    with pytest.raises(UserError, match=r"c.csv: there is no such table of captions"):
+    with pytest.raises(UserError, match=r"c.csv: there is no such table"):
         read_table(tmp_path / "c.csv")
     (tmp_path / "c.csv").write_text("video;text\n")
     with pytest.raises(UserError, match="expected a first line with the columns file,caption, found video;text"):
         read_table(tmp_path / "c.csv")
     (tmp_path / "v.txt").write_bytes(b"stra\xdfe\n")
-    with pytest.raises(UserError, match=r"v.txt: expected text in UTF-8, found a byte that is none at 4"):
+    with pytest.raises(UserError, match=r"v.txt: expected UTF-8 text, found an invalid byte at offset 4"):
         read_sidecar(tmp_path / "v.mp4")
     (tmp_path / "c.csv").write_text("file,caption\nv.mp4,a\nv.mp4,b\nv.mp4, a\n")
     captions, strangers = find_captions({tmp_path / "v.mp4": "v.mp4"}, table=tmp_path / "c.csv")

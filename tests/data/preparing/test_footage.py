@@ -151,10 +151,10 @@ def test_a_single_frame_is_no_video(tmp_path):
 
 def test_a_truncated_file_is_noticed_by_both_readings(tmp_path):
     write_truncated(tmp_path / "cut.mp4")
-    message = r"cut.mp4: the file is damaged or cut short: ffmpeg stopped after frame \d+ \([^@]*\); nothing"
+    message = r"cut.mp4: the file is corrupted or truncated: ffmpeg stopped after frame \d+ \([^@]*\); nothing"
     with pytest.raises(FootageError, match=message):
         find_scenes(tmp_path / "cut.mp4", 10)
-    with pytest.raises(FootageError, match="damaged or cut short"):
+    with pytest.raises(FootageError, match="corrupted or truncated"):
         list(read_frames(tmp_path / "cut.mp4", 10, 64))
     content = (tmp_path / "cut.mp4").read_bytes()
     (tmp_path / "stub.mp4").write_bytes(content[:500])

@@ -123,12 +123,12 @@ def test_a_name_is_no_address(tmp_path, monkeypatch):
 def test_videos_are_bounded_in_pixels_and_frames(tmp_path, monkeypatch):
     write_mp4(tmp_path / "a.mp4", FRAMES, 10)
     write_mp4(tmp_path / "flat.mp4", np.zeros((3, 16, 1024, 3), np.uint8), 10)
-    with pytest.raises(FootageError, match="at most 32 times as wide as high, found 1024x16"):
+    with pytest.raises(FootageError, match="expected an aspect ratio of at most 32, found 1024x16"):
         probe(tmp_path / "flat.mp4")
     monkeypatch.setattr("ldm.data.preparing.footage.FEWEST_LIMIT", 3)
     monkeypatch.setattr("ldm.data.preparing.footage.BYTES_PER_FRAME", 10**6)
     for read in (lambda path: list(read_frames(path, 10, 64)), lambda path: find_scenes(path, 10)):
-        with pytest.raises(FootageError, match="expected at most 3 frames in a file of its size, found more: its time"):
+        with pytest.raises(FootageError, match="expected at most 3 frames in a file of its size, found more: gaps in"):
             read(tmp_path / "a.mp4")
     monkeypatch.setattr("ldm.video.MAX_HELD", 5 * 64 * 64 * 3)
     with pytest.raises(UserError, match="expected a short video, found more than 61,440 bytes of frames"):
@@ -160,7 +160,7 @@ def test_settings_in_a_film(tmp_path, monkeypatch, comment):
     ("content", "message"),
     [
         (b"file,caption\na.mp4," + b"x" * 200_000, "found another .field larger than field limit"),
-        (b"file,caption\na.mp4,\xff", "expected text in UTF-8, found a byte that is none at 19"),
+        (b"file,caption\na.mp4,\xff", "expected UTF-8 text, found an invalid byte at offset 19"),
         (b"\xff\xfef\0i\0l\0e\0", "expected text in UTF-8"),
         (b"file;caption\na;b", "expected a first line with the columns file,caption, found file;caption"),
         (b"", "expected a first line with the columns file,caption, found nothing"),
@@ -176,7 +176,7 @@ def test_captions_are_bounded_and_steer_no_terminal(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("a \x1b[2Jroad\x07 <b>\n" * 3)
     assert read_sidecar(tmp_path / "a.mp4") == ["a [2Jroad <b>"]
     monkeypatch.setattr("ldm.data.preparing.sources.MAX_BYTES", 10)
-    with pytest.raises(UserError, match="at most 10 bytes, found a longer file"):
+    with pytest.raises(UserError, match="at most 10 bytes, found a larger file"):
         read_sidecar(tmp_path / "a.mp4")
 
 

@@ -153,7 +153,9 @@ def test_damaged_working_files_say_what_to_do_and_cost_nothing_finished(folder, 
     path.write_bytes(content.encode(errors="surrogateescape"))
     before = contents(folder)
     advice = "choose a fresh --out" if "videos" in name else "delete the folder .*.unfinished .*, or choose a fresh"
-    with pytest.raises(DatasetError, match=f"{path.name}: damaged, or of another version of this project .*; {advice}"):
+    with pytest.raises(
+        DatasetError, match=f"{path.name}: corrupted, or written by another version of this project .*; {advice}"
+    ):
         Preparation(folder, SETTINGS)
     kept = contents(folder)
     assert {key: kept[key] for key in before if "settings" not in key} == {

@@ -185,7 +185,7 @@ def test_a_folder_of_good_and_bad_goes_on_and_says_why(footage, tmp_path, config
         "empty.mp4": "the file is empty",
         "text.mp4": "expected a video, found 171 bytes that ffmpeg cannot read",
         "audio.mp4": "found only audio",
-        "truncated.mp4": "damaged or cut short",
+        "truncated.mp4": "corrupted or truncated",
         "one.mp4": "found a single frame",
         "slow.mp4": "10 frames a second were asked for, the footage has 5",
         "tiny.mp4": "4x4 pixels are too few",
@@ -198,7 +198,7 @@ def test_a_folder_of_good_and_bad_goes_on_and_says_why(footage, tmp_path, config
     ("make", "reason"),
     [
         (lambda path: path.touch(), "the file is empty"),
-        (write_truncated, "damaged or cut short"),
+        (write_truncated, "corrupted or truncated"),
         (write_audio, "found only audio"),
         (lambda path: write_numbered(path, 1, "25"), "a single frame"),
         (lambda path: write_mp4(path, np.zeros((9, 4, 4, 3), np.uint8), 10), "4x4 pixels are too few"),
@@ -211,7 +211,7 @@ def test_nothing_kept_is_a_failure_with_the_reason(tmp_path, config, encoders, c
     assert run_command(lambda: run(tmp_path / "bad.mp4", out, config, "--prompt", "x")) == 1
     streams = capsys.readouterr()
     assert reason in streams.out
-    assert "error: nothing was kept; the table above says why, video by video" in streams.err
+    assert "error: no scene was kept; the table above gives the reasons" in streams.err
     assert contents(out) == {}
     write_drive(tmp_path / "good.mp4", num_frames=20, size=64)
     run(tmp_path / "good.mp4", out, config, "--prompt", "x", "--fps", "5")  # the folder is not spent
@@ -231,9 +231,9 @@ def test_values_that_are_no_numbers_are_dropped(footage, tmp_path, config, encod
     monkeypatch.setattr(MeanFirstStage, "decode", None)
     encode = MeanFirstStage.encode
     monkeypatch.setattr(MeanFirstStage, "encode", lambda self, pixels: encode(self, pixels) * 1e6)
-    with pytest.raises(UserError, match="nothing was kept"):
+    with pytest.raises(UserError, match="no scene was kept"):
         run(footage, tmp_path / "out", config, "--prompt", "x")
-    assert "the autoencoder gave values that are no numbers" in capsys.readouterr().out
+    assert "the autoencoder returned infinite values or NaN" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("size", ["500", "64x100", "32"])
@@ -247,14 +247,14 @@ def test_sizes_must_be_multiples_of_64(footage, tmp_path, config, encoders, size
 def test_senseless_arguments(footage, tmp_path, config, encoders):
     for arguments, message in [
         (["--size", "big"], "--size: expected a number of pixels or HEIGHTxWIDTH, found 'big'"),
-        (["--fps", "0"], "--fps: expected frames a second above 0, found 0"),
-        (["--fps", "-3"], "--fps: expected frames a second above 0, found -3"),
+        (["--fps", "0"], "--fps: expected frames per second above 0, found 0"),
+        (["--fps", "-3"], "--fps: expected frames per second above 0, found -3"),
         (["--fps", "ten"], r"argument --fps: invalid float value: 'ten'; --help lists all options"),
         (["prepare.sise=64"], r"prepare.sise: expected the keys fps and size"),
     ]:
         with pytest.raises(UserError, match=message):
             run(footage, tmp_path / "out", config, "--prompt", "x", *arguments)
-    with pytest.raises(UserError, match="--prompt: expected a caption, found only blanks"):
+    with pytest.raises(UserError, match="--prompt: expected a caption, found only spaces"):
         run(footage, tmp_path / "out", config, "--prompt", " ")
     with pytest.raises(FootageError, match="nowhere: there is no such file or folder"):
         run(tmp_path / "nowhere", tmp_path / "out", config, "--prompt", "x")
@@ -298,7 +298,7 @@ def test_a_caption_of_500_words_says_what_was_cut(footage, tmp_path, config, enc
     run(footage / "more", tmp_path / "out", config, "--prompt", caption)
     output = " ".join(capsys.readouterr().out.split())
     assert "warning: the caption 'word0 word1" in output
-    assert "(500 words) is longer than the text encoder holds; this was cut: 'word6 word7" in output
+    assert "(500 words) is too long for the text encoder; this was cut: 'word6 word7" in output
     assert "word499'" in output
     assert PreparedSet(tmp_path / "out").scenes[0].captions == [caption]
 

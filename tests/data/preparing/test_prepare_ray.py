@@ -1,4 +1,4 @@
-"""`prepare.py --engine ray` on two nodes of this machine: workers and a node vanish, and the index is the local one."""
+"""`prepare.py --engine ray` on two local nodes gives the local index though a worker and a node are killed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ MEMORY = 80 * 2**20  # bytes of each node's object store
 
 
 def write_footage(folder: Path, num_videos: int) -> Path:
-    """Videos of a second, the third of them damaged."""
+    """Videos of about a second; the third one is truncated."""
     folder.mkdir()
     for number in range(num_videos):
         path = folder / f"v{number:02d}.mp4"
@@ -55,7 +55,7 @@ def write_config(folder: Path) -> Path:
 
 
 def worker_processes() -> list[int]:
-    """Ray workers of ours on this machine that are preparing now."""
+    """Process ids of this test's Ray workers that prepare a video now."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -68,8 +68,8 @@ def worker_processes() -> list[int]:
     return found
 
 
-class Vandal(threading.Thread):
-    """Kills a worker once `after[0]` videos are there, and the second node once `after[1]` are."""
+class Saboteur(threading.Thread):
+    """Kills a worker after `after[0]` finished videos and the second node after `after[1]`."""
 
     def __init__(self, out: Path, cluster, node, after: tuple[int, int]) -> None:
         super().__init__(daemon=True)
@@ -104,15 +104,15 @@ def show(folder: Path, num_videos: int, after: tuple[int, int], capsys) -> dict[
     )
     try:
         node = cluster.add_node(num_cpus=1, object_store_memory=MEMORY)
-        vandal = Vandal(folder / "there", cluster, node, after)
-        vandal.start()
+        saboteur = Saboteur(folder / "there", cluster, node, after)
+        saboteur.start()
         begin = time.monotonic()
         prepare.main([*words, "--out", str(folder / "there"), "--engine", "ray", "--address", cluster.address])
         seconds["ray"] = time.monotonic() - begin
-        vandal.join(60)
-        assert vandal.done == ["worker", "node"]
+        saboteur.join(60)
+        assert saboteur.done == ["worker", "node"]
         capsys.readouterr()
-        begin = time.process_time()  # other work on this machine is not its fault
+        begin = time.process_time()  # CPU time: other work on this machine does not count
         prepare.main([*words, "--out", str(folder / "there"), "--engine", "ray", "--address", cluster.address])
         seconds["again"] = time.process_time() - begin
     finally:
@@ -123,7 +123,7 @@ def show(folder: Path, num_videos: int, after: tuple[int, int], capsys) -> dict[
     return seconds
 
 
-@pytest.mark.timeout(600)  # three workers import all of this, each on what the machine has left
+@pytest.mark.timeout(600)  # three workers import torch on a busy machine
 def test_a_worker_and_a_node_are_killed_and_the_index_is_the_local_one(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
     seconds = show(tmp_path, 10, (2, 4), capsys)
@@ -132,19 +132,19 @@ def test_a_worker_and_a_node_are_killed_and_the_index_is_the_local_one(tmp_path,
     prepared = PreparedSet(tmp_path / "there", verify=True)
     assert prepared.info.num_videos == 9
     broken = [json.loads(line) for line in (tmp_path / "there" / "broken.jsonl").read_text().splitlines()]
-    assert [entry["source"] for entry in broken] == ["v02.mp4"] and "damaged or cut short" in broken[0]["reason"]
+    assert [entry["source"] for entry in broken] == ["v02.mp4"] and "corrupted or truncated" in broken[0]["reason"]
     assert "Videos: 0 prepared, 9 done before, 1 dropped." in again
     assert "an earlier run found this; --retry-broken tries again" in again
     assert seconds["again"] < 5
 
 
-def test_senseless_words_for_many_machines(tmp_path):
+def test_invalid_options_for_many_machines(tmp_path):
     words = ["v", "--out", str(tmp_path), "--config", "c.yaml"]
     for more, message in [
-        (["--engine", "ray", "--shard", "1/2"], "--shard is for the local engine; leave out --engine ray"),
-        (["--world", "3", "--engine", "ray", "--processes", "2"], "--processes is for the local engine"),
-        (["--address", "auto"], "--address goes with --engine ray"),
-        (["--worker-cpus", "2"], "--worker-cpus goes with --engine ray"),
+        (["--engine", "ray", "--shard", "1/2"], "--shard requires the local engine; omit --engine ray"),
+        (["--world", "3", "--engine", "ray", "--processes", "2"], "--processes requires the local engine"),
+        (["--address", "auto"], "--address requires --engine ray"),
+        (["--worker-cpus", "2"], "--worker-cpus requires --engine ray"),
         (["--engine", "ray", "--worker-cpus", "0"], "--worker-cpus: expected at least 1, found 0"),
     ]:
         start = words[1:] if "--world" in more else words
@@ -152,11 +152,11 @@ def test_senseless_words_for_many_machines(tmp_path):
             prepare.parse_arguments([*start, *more])
 
 
-# ---- what a cluster may do, by one that only plays it
+# ---- failures of a cluster, by a fake one
 
 
-class PlayedRay:
-    """Stands for the package: actors do at once what `act(number of the actor, method, argument)` says or raises."""
+class FakeRay:
+    """Replaces the package: actors return or raise at once what `act(number of the actor, method, argument)` does."""
 
     def __init__(self, act, nodes):
         self.act, self.found, self.started, self.killed = act, nodes, [], []
@@ -174,7 +174,7 @@ class PlayedRay:
         self.started.append(options)
         number = len(self.started)
         call = lambda method: SimpleNamespace(remote=lambda *words: partial(self.act, number, method, *words))  # noqa: E731
-        actor = SimpleNamespace(number=number, **{name: call(name) for name in ("begin", "words", "prepare")})
+        actor = SimpleNamespace(number=number, **{name: call(name) for name in ("begin", "check_captions", "prepare")})
         return SimpleNamespace(remote=lambda work: actor)
 
     def wait(self, refs, timeout):
@@ -188,27 +188,27 @@ class PlayedRay:
 
 
 HERE = {"NodeID": "here", "Alive": True, "Resources": {"CPU": 4}}
-CARDS = {"NodeID": "cards", "Alive": True, "Resources": {"CPU": 4, "GPU": 2}}
+GPUS = {"NodeID": "gpus", "Alive": True, "Resources": {"CPU": 4, "GPU": 2}}
 
 
-def part_of(source) -> ray_workers.Part:
+def part_of(source) -> ray_workers.RemotePart:
     video = {"source": source.name, "sha256": source.sha256, "captions": [], "num_scenes": 0, "num_frames": 0}
-    return ray_workers.Part(json.dumps({"video": {**video, "dropped": []}, "scenes": []}), [b"ta", b"r"])
+    return ray_workers.RemotePart(json.dumps({"video": {**video, "dropped": []}, "scenes": []}), [b"ta", b"r"])
 
 
 @pytest.fixture
 def played(monkeypatch, tmp_path):
-    """`played(act, nodes)` -> what became of three videos, the `PlayedRay` and the preparation."""
-    monkeypatch.setattr(ray_workers, "LOOK_AGAIN", 0.01)
+    """`played(act, nodes)` -> (report, reason) of three videos, the `FakeRay` and the preparation."""
+    monkeypatch.setattr(ray_workers, "POLL_SECONDS", 0.01)
 
     def run(act, nodes=(HERE,)):
-        stage = PlayedRay(act, list(nodes))
+        stage = FakeRay(act, list(nodes))
         monkeypatch.setattr(ray_workers, "ray", stage)
         preparation = Preparation(tmp_path / "out", SETTINGS)
-        workshop = ray_workers.Workshop(ray_workers.Work({}, SETTINGS, False, 2))
+        pool = ray_workers.WorkerPool(ray_workers.WorkerOptions({}, SETTINGS, False, 2))
         sources = [SimpleNamespace(name=f"v{number}", sha256=str(number) * 64) for number in range(3)]
-        found = {source.name: (report, why) for source, report, why in workshop.prepare(sources, preparation)}
-        workshop.close()
+        found = {source.name: (report, why) for source, report, why in pool.prepare(sources, preparation)}
+        pool.close()
         return found, stage, preparation
 
     return run
@@ -218,18 +218,18 @@ def acting(prepare_video):
     return lambda number, method, *words: "here" if method == "begin" else prepare_video(number, *words)
 
 
-def test_a_worker_for_each_gpu_or_for_so_many_cores(played):
+def test_one_worker_per_gpu_or_per_num_cpus(played):
     _, stage, preparation = played(acting(lambda number, source: part_of(source)))
     assert stage.started == [{"num_cpus": 2, "num_gpus": 0, "max_restarts": 0, "scheduling_strategy": "SPREAD"}] * 2
     assert sorted(preparation.reports) == ["0" * 64, "1" * 64, "2" * 64]
     assert (preparation.work / f"{'0' * 64}.tar").read_bytes() == b"tar"
     assert sorted(stage.killed) == [1, 2]
     preparation.leave()
-    _, stage, _ = played(acting(lambda number, source: part_of(source)), (HERE, CARDS))
+    _, stage, _ = played(acting(lambda number, source: part_of(source)), (HERE, GPUS))
     assert [options["num_gpus"] for options in stage.started] == [1, 1]
 
 
-def test_a_video_that_kills_three_workers_is_given_up_and_the_others_are_not(played):
+def test_only_a_video_that_kills_three_workers_is_given_up(played):
     def prepare_video(number, source):
         if source.name == "v1":
             raise RayActorError(None, "The actor is dead because its worker process has died.")
@@ -242,7 +242,7 @@ def test_a_video_that_kills_three_workers_is_given_up_and_the_others_are_not(pla
     assert "1" * 64 not in preparation.reports
 
 
-def test_a_node_that_vanishes_is_not_held_against_its_videos(played):
+def test_losing_a_node_is_not_a_failure_of_its_videos(played):
     left = [10]
 
     def prepare_video(number, source):
@@ -255,7 +255,7 @@ def test_a_node_that_vanishes_is_not_held_against_its_videos(played):
     assert all(report is not None for report, _ in found.values())
 
 
-def test_pieces_that_are_lost_on_their_way_are_made_again(played):
+def test_lost_parts_are_prepared_again(played):
     left = [2]
 
     def lost():
@@ -264,31 +264,31 @@ def test_pieces_that_are_lost_on_their_way_are_made_again(played):
             raise OwnerDiedError("0" * 56, None, "")
         return b"found"
 
-    found, _, _ = played(acting(lambda number, source: ray_workers.Part(part_of(source).note, [lost])))
+    found, _, _ = played(acting(lambda number, source: ray_workers.RemotePart(part_of(source).note, [lost])))
     assert all(report is not None for report, _ in found.values())
 
 
-def test_an_error_in_a_worker_is_listed_after_three_tries_with_its_words(played):
+def test_an_error_in_a_worker_is_reported_after_three_tries(played):
     def prepare_video(number, source):
         if source.name == "v2":
             raise RayTaskError("prepare", "trace", ValueError("CUDA is upset"))
         return part_of(source)
 
     found, _, _ = played(acting(prepare_video))
-    assert found["v2"] == (None, "its preparing failed 3 times, the last time with: ValueError: CUDA is upset")
+    assert found["v2"] == (None, "preparing it failed 3 times, the last time with: ValueError: CUDA is upset")
 
 
-def test_damage_that_a_worker_reports_is_passed_on(played):
+def test_broken_footage_is_reported(played):
     found, _, _ = played(acting(lambda number, source: f"{source.name}: cut short"))
     assert found["v0"] == (None, "v0: cut short")
 
 
-def test_workers_that_cannot_start(played):
-    def stranger(number, method, *words):
+def test_workers_with_other_weights(played):
+    def refusing(number, method, *words):
         raise RayTaskError("begin", "trace", UserError("the encoders' weights on the node 10.0.0.2 are not those"))
 
     with pytest.raises(UserError, match=r"--engine ray: the encoders' weights on the node 10.0.0.2 are not those"):
-        played(stranger)
+        played(refusing)
 
 
 def test_workers_that_die_at_once(played):
@@ -310,11 +310,11 @@ def test_a_cluster_without_room(played, monkeypatch):
 
 def test_an_address_without_a_cluster():
     with pytest.raises(UserError, match=r"--address nowhere:x: expected a Ray cluster there, as host:port, found none"):
-        ray_workers.Workshop(ray_workers.Work({}, SETTINGS, False, 1), "nowhere:x")
+        ray_workers.WorkerPool(ray_workers.WorkerOptions({}, SETTINGS, False, 1), "nowhere:x")
 
 
 def test_ray_that_is_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.delitem(sys.modules, "ldm.data.preparing.ray", raising=False)
     with pytest.raises(UserError, match=r'--engine ray: the package ray is missing; pip install -e ".\[ray\]"'):
-        prepare.ray_workers()
+        prepare.import_ray_workers()

@@ -179,7 +179,9 @@ def healed(path, fps):
 
 def test_a_damaged_list_of_what_is_broken(folder):
     (folder / "broken.jsonl").write_text('{"source": 3}')
-    with pytest.raises(DatasetError, match=r"broken.jsonl: damaged, or of another version .* choose a fresh --out"):
+    with pytest.raises(
+        DatasetError, match=r"broken.jsonl: corrupted, or written by another version .* choose a fresh --out"
+    ):
         Preparation(folder, SETTINGS)
 
 

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from ldm.data.shards import DatasetError, PreparedSet
-from ldm.data.world import LOOKS, draw_clip
+from ldm.data.world import LOOKS, choose_looks, draw_clip
 from ldm.data.world import sources as drawn_sources
-from ldm.data.world.sources import DrawnSource, draw_ahead, read_looks
+from ldm.data.world.sources import DrawnSource, draw_ahead
 from ldm.errors import UserError
 from ldm.video import from_uint8
 from tests.data.preparing.test_prepare import CONFIG, HashTextEncoder, MeanFirstStage, contents, prepare, stand_in
@@ -157,33 +157,32 @@ def test_drawing_in_two_processes_gives_the_same_clips_in_order():
         assert drawn.clip is not None and source.clip is None, "it was drawn elsewhere"
 
 
-def test_all_looks_unless_some_are_named():
-    assert read_looks(None) == list(LOOKS)
-    assert read_looks(f" {B} ,{A},{B}") == [B, A]
+def test_styles_of_the_option_looks():
+    assert choose_looks(f" {B} ,{A},{B}") == (B, A)
     with pytest.raises(
-        UserError, match=rf"--looks: expected looks of the drawn world, found 'x{A}'; did you mean '{A}'"
+        UserError, match=rf"--looks: expected all, moving, still or styles, found 'x{A}'; did you mean '{A}'"
     ):
-        read_looks(f"x{A}")
+        choose_looks(f"x{A}")
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--world", "0"], "--world: the drawn world takes 1 to 1,000,000, found 0"),
-        (["--world", "2", "--frames", "0"], "--frames: the drawn world takes 1 to 600, found 0"),
-        (["--world", "2", "--frames", "601"], "--frames: the drawn world takes 1 to 600, found 601"),
-        (["--world", "2", "--seed", "-1"], "--seed: the drawn world takes 0 to"),
-        (["--world", "2", "--fps", "0.1"], "--fps: the drawn world takes 0.5 to 240"),
-        (["--world", "2", "--size", "2048"], "--size: the drawn world takes 16 to 1,024, found 2,048"),
+        (["--world", "0"], "--world: the procedural world takes 1 to 1,000,000, found 0"),
+        (["--world", "2", "--frames", "0"], "--frames: the procedural world takes 1 to 600, found 0"),
+        (["--world", "2", "--frames", "601"], "--frames: the procedural world takes 1 to 600, found 601"),
+        (["--world", "2", "--seed", "-1"], "--seed: the procedural world takes 0 to"),
+        (["--world", "2", "--fps", "0.1"], "--fps: the procedural world takes 0.5 to 240"),
+        (["--world", "2", "--size", "2048"], "--size: the procedural world takes 16 to 1,024, found 2,048"),
         (["--world", "2", "--processes", "0"], "--processes: expected at least 1, found 0"),
-        (["--world", "2", "--prompt", "x"], "--world draws its own clips and captions; leave out"),
-        (["--world", "2", "video.mp4"], "--world draws its own clips and captions; leave out"),
+        (["--world", "2", "--prompt", "x"], "--world makes its own clips and captions; omit"),
+        (["--world", "2", "video.mp4"], "--world makes its own clips and captions; omit"),
         ([], "give at least one video or folder, or --world N"),
-        (["video.mp4", "--frames", "3"], "--frames is for the drawn world and goes with --world N"),
-        (["video.mp4", "--looks", "snow"], "--looks is for the drawn world"),
+        (["video.mp4", "--frames", "3"], "--frames requires --world N"),
+        (["video.mp4", "--looks", "snow"], "--looks requires --world N"),
     ],
 )
-def test_senseless_arguments(tmp_path, config, encoders, words, message):
+def test_invalid_options(tmp_path, config, encoders, words, message):
     with pytest.raises(UserError, match=message):
         prepare.main([*words, "--out", str(tmp_path / "out"), "--config", str(config)])
     assert contents(tmp_path / "out") in ({}, {".unfinished/lock": b""}) or len(contents(tmp_path / "out")) == 2

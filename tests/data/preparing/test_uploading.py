@@ -134,13 +134,13 @@ def test_prepared_here_and_sent(bucket, footage, tmp_path, monkeypatch, capsys):
     prepare.main(words)
     prepare.main(words)
     shown = capsys.readouterr().out
-    assert f"s3://{bucket}/set holds the same; files sent: 6." in shown and "files sent: 0." in shown
+    assert f"s3://{bucket}/set holds the same set; files uploaded: 6." in shown and "files uploaded: 0." in shown
     assert_same(everything(PreparedSet(f"s3://{bucket}/set")), everything(PreparedSet(tmp_path / "local")))
 
 
 def test_places_that_cannot_be_meant(tmp_path):
     words = ["v", "--config", "c.yaml"]
-    with pytest.raises(UserError, match=r"--local: expected an address at --out with it, found the folder out"):
+    with pytest.raises(UserError, match=r"--local: expected an address at --out, found the folder out"):
         prepare.parse_arguments([*words, "--out", "out", "--local", "x"])
     with pytest.raises(DatasetError, match=r"https://host/set: expected an address that can be written, .*found http"):
         prepare.parse_arguments([*words, "--out", "https://host/set", "--local", "x"])
