@@ -1,12 +1,12 @@
-"""Train the experiment in the drawn world: all of its models, one after the other, each for so many minutes.
+"""Train all models of the procedural-world experiment, one after the other, each for a number of minutes.
 
     python scripts/train_drive.py --out runs/drive --minutes 10
 
-The stages are an autoencoder, a text encoder, a judge of looks, an image model (with the images that it needs), a
-video model (with its clips), and layers over time for the decoder of the autoencoder. The same command goes on after an
-interruption; with more --minutes it trains on from where it was. A stage that a later one has begun to build on stays
-as it is, but for the video model: the layers of the decoder go on with what it has become. Words of main.py for one
-stage are given as STAGE:WORD, for instance video:data.params.batch_size=4.
+The stages: autoencoder, text encoder, style classifier, image model (after preparing images), video model (after
+preparing clips), and temporal layers for the decoder of the autoencoder. The same command resumes after an
+interruption; with more --minutes it continues training. A stage that a later stage depends on is not trained further,
+except the video model: the temporal decoder continues with its new weights. Give arguments of main.py for one stage as
+STAGE:ARGUMENT, for instance video:data.params.batch_size=4.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from ldm.files import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 Runner = Callable[[Sequence[str]], int]  # runs ["script.py", "argument", ...] and returns its exit status
-FLAT = 0.75  # share of a stage's time at the full learning rate; in the rest it falls to nothing
-MARGIN = 0.95  # of the steps that the rest of the time is reckoned to be enough for
+FLAT = 0.75  # share of a stage's time at the full learning rate, before the cooldown
+MARGIN = 0.95  # share of the steps predicted for the remaining time
 ENDLESS = 10**7  # steps
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A model to train. needs: earlier stages -> the word of its config that names their checkpoint.
+    """A model to train.
 
-    prepares: the folder of prepared clips, and words of prepare.py for them. on_gpu: words for main.py there.
-    follows: the earlier stages may train on, and this one goes on with what they have become.
+    needs: earlier stage -> config key of its checkpoint. prepares: folder of prepared clips, and arguments of
+    prepare.py. on_gpu: overrides on a GPU. follows: continues with new weights when earlier stages are trained further.
     """
 
     needs: Mapping[str, str] = field(default_factory=dict)
@@ -67,38 +67,35 @@ STAGES = {
     ),
     "temporal_decoder": Stage({"video": "model.params.ckpt_path"}, on_gpu=("data.params.batch_size=16",), follows=True),
 }
-AMOUNTS = {"images": (6000, 40_000), "clips": (600, 6000)}  # without a graphics card, with one
+AMOUNTS = {"images": (6000, 40_000), "clips": (600, 6000)}  # on a CPU, on a GPU
 
 
 @dataclass(frozen=True)
-class Budget:
-    """minutes: of training for each stage. amounts: of images and clips. on_gpu: whether there is a graphics card.
-
-    words: stage -> more words for main.py.
-    """
+class TrainingBudget:
+    """minutes: of training per stage. amounts: number of images and clips. arguments: stage -> for main.py."""
 
     minutes: float
     amounts: Mapping[str, int]
     on_gpu: bool
-    words: Mapping[str, Sequence[str]]
+    arguments: Mapping[str, Sequence[str]]
 
 
 class DriveTraining:
-    """A folder in which the stages are prepared and trained by the scripts that `run` runs."""
+    """The stages in a folder; `run` runs the scripts that prepare and train them."""
 
-    def __init__(self, out: Path, budget: Budget, run: Runner) -> None:
+    def __init__(self, out: Path, budget: TrainingBudget, run: Runner) -> None:
         self.out, self.budget, self._run = out, budget, run
         record = out / "stages.json"
         self.done: dict[str, Any] = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
 
     def make(self, name: str) -> None:
-        """Train a stage for its minutes, those that it has had before included. Raises UserError."""
+        """Train a stage until it has had its minutes, earlier runs included; raises UserError."""
         folder, minutes = self._run_folder(name), self.budget.minutes
         if self.done.get(name, {}).get("minutes", 0) >= minutes:
-            print(f"{name}: has had its {minutes:g} minutes")
+            print(f"{name}: already trained for {minutes:g} minutes")
             return
-        if folder is not None and (builders := [later for later in STAGES if self._has_begun_on(later, name)]):
-            print(f"{name}: stays as it is, since {builders[0]} builds on it")
+        if folder is not None and (dependents := [later for later in STAGES if self._depends_on(later, name)]):
+            print(f"{name}: not trained further, since {dependents[0]} depends on it")
             return
         if folder is None:
             self._prepare(name)
@@ -108,17 +105,17 @@ class DriveTraining:
             steps, seconds = self.progress(name)
         rest = max(0.0, 60 * minutes - seconds)
         more = max(1, int(MARGIN * rest * steps / seconds))
-        words = [f"--val_check_interval={steps + more}"]  # after the last step
+        arguments = [f"--val_check_interval={steps + more}"]  # after the last step
         if "cooldown_steps" in load_config([config_of(name)]).model.params:
-            words.append(f"model.params.cooldown_steps={more}")
-        self._train(name, minutes, steps + more, words)
+            arguments.append(f"model.params.cooldown_steps={more}")
+        self._train(name, minutes, steps + more, arguments)
         steps, seconds = self.progress(name)
         self.done[name] = {"minutes": minutes, "steps": steps, "seconds": round(seconds, 1)}
         write_atomically(self.out / "stages.json", json.dumps(self.done, indent=1) + "\n")
         print(f"{name}: {steps} steps in {seconds / 60:.1f} minutes, {self.checkpoint(name)}")
 
     def progress(self, name: str) -> tuple[int, float]:
-        """Steps and seconds that a stage has been trained."""
+        """Steps and seconds of training that a stage has had."""
         if self._run_folder(name) is None:
             return 0, 0.0
         contents = AtomicCheckpointIO().load_checkpoint(self.checkpoint(name))
@@ -132,48 +129,45 @@ class DriveTraining:
             raise UserError(f"{self.out}: expected the checkpoint of the stage '{name}', found none; train it first")
         return folder / "checkpoints" / "last.ckpt"
 
-    def _train(self, name: str, minutes: float, max_steps: int, words: Sequence[str]) -> None:
-        """Begin the run of a stage, or go on with it, until it has had so many minutes or steps."""
+    def _train(self, name: str, minutes: float, max_steps: int, arguments: Sequence[str]) -> None:
+        """Start or resume the run of a stage until `minutes` or `max_steps`, earlier runs included."""
         folder = self._run_folder(name)
-        start = ["--base", config_of(name), "-n", name, "-l", str(self.out / "logs")]
+        run = ["--base", config_of(name), "-n", name, "-l", str(self.out / "logs")]
+        if folder is not None:  # the config differs: the cooldown starts later
+            run = ["-r", str(folder), "--allow", "config,model" if STAGES[name].follows else "config"]
         seconds = max(1, round(60 * minutes))
         clock = f"00:{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}"
-        limits = [f"--max_time={clock}", f"--max_steps={max_steps}", *words]
-        # the learning rate falls later
-        go_on = ["-r", str(folder), "--allow", "config,model" if STAGES[name].follows else "config"]
-        command = ["main.py", *(start if folder is None else go_on), "-t", *self._machine()]
-        self._do([*command, *limits, *self._words(name)])
+        machine = ["--accelerator", "gpu" if self.budget.on_gpu else "cpu"]
+        limits = [f"--max_time={clock}", f"--max_steps={max_steps}"]
+        self._do(["main.py", *run, "-t", *machine, *limits, *arguments, *self._overrides(name)])
 
     def _prepare(self, name: str) -> None:
-        """Draw and encode what a stage is trained on, if it is trained on prepared clips."""
+        """Prepare the images or clips of a stage that needs them."""
         stage = STAGES[name]
         if stage.prepares:
-            folder, *words = stage.prepares
+            folder, *options = stage.prepares
             amount = ["--world", str(self.budget.amounts[folder]), "--out", str(self.out / folder)]
             encoders = [f"{ENCODERS[need]}={self.checkpoint(need)}" for need in ENCODERS]
-            self._do(["scripts/prepare.py", *amount, "--config", config_of(name), *words, *encoders])
+            self._do(["scripts/prepare.py", *amount, "--config", config_of(name), *options, *encoders])
 
-    def _words(self, name: str) -> list[str]:
-        """The stage's overrides: checkpoints of other stages, prepared clips, the machine's, the user's."""
+    def _overrides(self, name: str) -> list[str]:
+        """Overrides of a stage: checkpoints of other stages, prepared clips, those of a GPU, the user's."""
         stage = STAGES[name]
-        words = [f"{word}={self.checkpoint(need)}" for need, word in stage.needs.items()]
+        overrides = [f"{key}={self.checkpoint(need)}" for need, key in stage.needs.items()]
         if stage.prepares:
-            words.append(f"data.params.root={self.out / stage.prepares[0]}")
+            overrides.append(f"data.params.root={self.out / stage.prepares[0]}")
         if "image" in stage.needs:
-            words.append(f"data.params.image_root={self.out / STAGES['image'].prepares[0]}")
+            overrides.append(f"data.params.image_root={self.out / STAGES['image'].prepares[0]}")
         if self.budget.on_gpu:
-            words += [*stage.on_gpu, f"data.params.num_workers={max(1, usable_cores() - 1)}"]
-        return [*words, *self.budget.words.get(name, ())]
-
-    def _machine(self) -> list[str]:
-        return ["--accelerator", "gpu" if self.budget.on_gpu else "cpu"]
+            overrides += [*stage.on_gpu, f"data.params.num_workers={max(1, usable_cores() - 1)}"]
+        return [*overrides, *self.budget.arguments.get(name, ())]
 
     def _run_folder(self, name: str) -> Path | None:
         """The newest run of a stage that has a checkpoint."""
         found = sorted((self.out / "logs").glob(f"*_{name}/checkpoints/last.ckpt"))
         return found[-1].parents[1] if found else None
 
-    def _has_begun_on(self, later: str, name: str) -> bool:
+    def _depends_on(self, later: str, name: str) -> bool:
         stage = STAGES[later]
         if name not in stage.needs or stage.follows:
             return False
@@ -191,9 +185,9 @@ def config_of(name: str) -> str:
     return str(ROOT / "configs" / "drive" / f"{name}.yaml")
 
 
-def run_script(words: Sequence[str]) -> int:
-    """Run a script of the project in a process of its own; after Ctrl-C it may still save what it has reached."""
-    with subprocess.Popen([sys.executable, str(ROOT / words[0]), *words[1:]]) as process:
+def run_script(command: Sequence[str]) -> int:
+    """Run a script in a child process; after Ctrl-C wait until it has saved its state."""
+    with subprocess.Popen([sys.executable, str(ROOT / command[0]), *command[1:]]) as process:
         try:
             return process.wait()
         except KeyboardInterrupt:
@@ -201,19 +195,19 @@ def run_script(words: Sequence[str]) -> int:
             raise
 
 
-def read_words(words: Sequence[str]) -> dict[str, list[str]]:
-    """STAGE:WORD, ... -> stage -> words; raises UserError."""
+def read_arguments(texts: Sequence[str]) -> dict[str, list[str]]:
+    """["STAGE:ARGUMENT", ...] -> stage -> arguments; raises UserError."""
     found: dict[str, list[str]] = {}
-    for text in words:
-        name, _, word = text.partition(":")
-        if name not in STAGES or not word:
-            raise UserError(f"{text}: expected STAGE:WORD with one of {', '.join(STAGES)}; {nearest(name, STAGES)}")
-        found.setdefault(name, []).append(word)
+    for text in texts:
+        name, _, argument = text.partition(":")
+        if name not in STAGES or not argument:
+            raise UserError(f"{text}: expected STAGE:ARGUMENT with one of {', '.join(STAGES)}; {nearest(name, STAGES)}")
+        found.setdefault(name, []).append(argument)
     return found
 
 
 def read_stages(text: str) -> list[str]:
-    """The stages of --stages in their order; raises UserError."""
+    """The stages of --stages in the order of training; raises UserError."""
     chosen = [name.strip() for name in text.split(",")]
     for name in chosen:
         if name not in STAGES:
@@ -222,31 +216,39 @@ def read_stages(text: str) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train the stages that the command line names."""
+    """Train the stages."""
     parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("words", nargs="*", metavar="STAGE:WORD", help="for main.py of one stage")
-    parser.add_argument("--out", type=Path, default=Path("runs/drive"), metavar="DIR", help="default: %(default)s")
+    parser.add_argument("arguments", nargs="*", metavar="STAGE:ARGUMENT", help="argument of main.py for one stage")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/drive"),
+        metavar="DIR",
+        help="folder of all stages (default: %(default)s)",
+    )
     parser.add_argument(
         "--minutes", type=float, default=10.0, metavar="N",
-        help="of training for each stage, all calls together; starting and preparing come on top (default: 10)",
+        help="minutes of training per stage, earlier runs included; starting and preparing not included (default: 10)",
     )  # fmt: skip
-    parser.add_argument("--stages", default=",".join(STAGES), metavar="A,B,...", help="default: %(default)s")
     parser.add_argument(
-        "--accelerator", choices=("auto", "cpu", "gpu"), default="auto", help="default: a graphics card if there is one"
+        "--stages", default=",".join(STAGES), metavar="A,B,...", help="stages to train (default: %(default)s)"
     )
-    for name, (without, with_one) in AMOUNTS.items():
+    parser.add_argument(
+        "--accelerator", choices=("auto", "cpu", "gpu"), default="auto", help="default: a GPU if there is one"
+    )
+    for name, (on_cpu, on_a_gpu) in AMOUNTS.items():
         parser.add_argument(
             f"--{name}",
             type=int,
             metavar="N",
-            help=f"to prepare (default: {without:,}; on a graphics card {with_one:,})",
+            help=f"{name} to prepare (default: {on_cpu:,}; on a GPU {on_a_gpu:,})",
         )
     given = parser.parse_args(arguments)
     if not 0 < given.minutes < 24 * 60:
         raise UserError(f"--minutes: expected more than 0 and less than a day, found {given.minutes:g}")
     on_gpu = torch.cuda.is_available() if given.accelerator == "auto" else given.accelerator == "gpu"
     amounts = {name: getattr(given, name) or default[on_gpu] for name, default in AMOUNTS.items()}
-    budget = Budget(given.minutes, amounts, on_gpu, read_words(given.words))
+    budget = TrainingBudget(given.minutes, amounts, on_gpu, read_arguments(given.arguments))
     out = given.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     training = DriveTraining(out, budget, run_script)

@@ -1,12 +1,11 @@
-"""Train something tiny for long, with sampling, validation and checkpoints, and see whether anything grows or stays.
+"""Soak test: a long training of a tiny model with sampling, validation and checkpoints must not leak anything.
 
     python scripts/dev/soak.py --steps 20000
     python scripts/dev/soak.py --minutes 120 --json soak.json
 
-The training command runs in a process of its own, on the processor, with two reading processes. From outside, through
-Linux' /proc, its memory and that of its children, its open files, threads and children are read again and again. After
-the first tenth of the run neither memory nor anything else may grow, and in the end nothing may be left behind; a
-verdict on each is a line, and the exit status is 1 where one is bad.
+The training command runs in a child process on the CPU, with two DataLoader workers. Memory, open files, threads and
+children of it and its children are sampled from Linux' /proc. After the first tenth of the run none of them may grow,
+and no file or process may remain afterwards. Prints a verdict on each; the exit status is 1 if one is bad.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ from scripts import prepare  # noqa: E402
 CONFIG = ROOT / "configs" / "tiny" / "video.yaml"
 MOST_GROWTH = 0.02  # of memory, after the first tenth
 ROWS = 20  # of the printed table
-LINGER = 10  # seconds that children have to end in after the process
+LINGER = 10  # seconds in which children must end after the process
 SHARED_MEMORY = Path("/dev/shm")
 SMALL = {
     "model.params.unet_config.params.model_channels": 32,
@@ -55,7 +54,7 @@ SMALL = {
 
 @dataclass(frozen=True)
 class Sample:
-    """What is seen of a process at one moment; memory in MiB."""
+    """The resources of a process at one moment; memory in MiB."""
 
     seconds: float
     step: int
@@ -68,14 +67,14 @@ class Sample:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether something is as it should be, and the words for it."""
+    """Whether a check passed, and its description."""
 
     is_good: bool
     text: str
 
 
 def tree_of(pid: int) -> list[int]:
-    """A process and all that it has started, those of these included."""
+    """The ids of a process and of all its descendants."""
     found, waiting = [], [pid]
     while waiting:
         process = waiting.pop()
@@ -89,13 +88,13 @@ def tree_of(pid: int) -> list[int]:
 
 
 def look_at(pid: int, begin: float, log: Path) -> Sample | None:
-    """A sample of a process; None where it has ended or is about to."""
+    """A sample of a process; None if it has ended."""
     memory, files, threads = [], 0, 0
     for process in tree_of(pid):
         try:
-            words = dict(line.partition(":")[::2] for line in Path(f"/proc/{process}/status").read_text().splitlines())
-            memory.append(int(words["VmRSS"].split()[0]) / 1024)
-            threads += int(words["Threads"])
+            status = dict(line.partition(":")[::2] for line in Path(f"/proc/{process}/status").read_text().splitlines())
+            memory.append(int(status["VmRSS"].split()[0]) / 1024)
+            threads += int(status["Threads"])
             files += len(os.listdir(f"/proc/{process}/fd"))
         except (OSError, KeyError):
             if process == pid:
@@ -128,40 +127,42 @@ def watch(
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process is there and has not ended."""
+    """Whether a process exists and has not ended."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
 
 
-def judge(samples: Sequence[Sample]) -> list[Verdict]:
-    """Verdicts on what may not grow: the last tenth of the steps' time beside the second one."""
+def find_growth(samples: Sequence[Sample]) -> list[Verdict]:
+    """Verdicts on growth: the last tenth of the training time compared with the second."""
     most_steps = max((sample.step for sample in samples), default=0)
-    running = [sample for sample in samples if 0 < sample.step < most_steps]  # from then on it winds up
+    running = [sample for sample in samples if 0 < sample.step < most_steps]  # without start and end
     if len(running) < 20:
-        return [Verdict(False, f"expected at least 20 looks at the training, found {len(running)}: let it run longer")]
+        return [
+            Verdict(False, f"expected at least 20 samples of the training, found {len(running)}; let it run longer")
+        ]
     first, last = running[0].seconds, running[-1].seconds
     shares = [(sample.seconds - first) / max(last - first, 1e-9) for sample in running]
     early = [sample for sample, share in zip(running, shares, strict=True) if 0.1 <= share <= 0.2]
     late = [sample for sample, share in zip(running, shares, strict=True) if share >= 0.9]
     verdicts = []
-    for name, words in (("memory", "memory of the process"), ("memory_of_children", "memory of its children")):
+    for name, title in (("memory", "memory of the process"), ("memory_of_children", "memory of its children")):
         before, after = (statistics.median(getattr(sample, name) for sample in part) for part in (early, late))
         growth = after / before - 1 if before else 0.0
-        text = f"{words}: {before:,.1f} MiB in the second tenth, {after:,.1f} in the last, {growth:+.2%}"
-        verdicts.append(Verdict(growth < MOST_GROWTH, f"{text} (less than {MOST_GROWTH:+.0%} wanted)"))
+        text = f"{title}: {before:,.1f} MiB in the second tenth, {after:,.1f} in the last, {growth:+.2%}"
+        verdicts.append(Verdict(growth < MOST_GROWTH, f"{text} (expected less than {MOST_GROWTH:+.0%})"))
     for name in ("files", "threads", "children"):
         before, after = (max(getattr(sample, name) for sample in part) for part in (early, late))
         most = max(getattr(sample, name) for sample, share in zip(running, shares, strict=True) if share >= 0.1)
-        words = {"files": "open files"}.get(name, name)
-        verdicts.append(Verdict(after <= before, f"{words}: at most {before} in the second tenth, {after} in the last, "
+        title = {"files": "open files"}.get(name, name)
+        verdicts.append(Verdict(after <= before, f"{title}: at most {before} in the second tenth, {after} in the last, "
                                 f"{most} in between"))  # fmt: skip
     return verdicts
 
 
-def leavings(folder: Path, shared_before: set[str]) -> list[str]:
-    """Files that should not be there after a run: temporary ones, halves of files, shared memory."""
+def find_leftovers(folder: Path, shared_before: set[str]) -> list[str]:
+    """Files that must not remain after a run: temporary ones, partial ones, shared memory."""
     found = [str(path) for path in (folder / "tmp").rglob("*")]
     hidden = [path for path in (folder / "logs").rglob(".*") if path.is_file()]
     found += [str(path) for path in hidden if path.suffix == ".partial" or path.name.startswith(".fresh")]
@@ -170,7 +171,7 @@ def leavings(folder: Path, shared_before: set[str]) -> list[str]:
 
 
 def make_set(folder: Path) -> list[str]:
-    """Draw footage, prepare it with encoders that nobody trained, and return the overrides to train on it."""
+    """Draw footage, prepare it with untrained encoders, and return the overrides to train on it."""
     first_stage = folder / "first_stage.safetensors"
     overrides = [f"{key}={value}" for key, value in SMALL.items()]
     node = to_container(load_config([CONFIG], overrides))["model"]["params"]["first_stage_config"]
@@ -181,13 +182,13 @@ def make_set(folder: Path) -> list[str]:
     overrides.append(f"model.params.first_stage_config.params.ckpt_path={first_stage}")
     for number in range(3):
         write_mp4(folder / "footage" / f"{number}.mp4", draw_clip("summer dawn", number, 60, 64, 25).frames, fps=25)
-    words = [str(folder / "footage"), "--out", str(folder / "prepared"), "--config", str(CONFIG), "--size", "64"]
-    prepare.main([*words, "--prompt", "driving on a highway", *overrides])
+    arguments = [str(folder / "footage"), "--out", str(folder / "prepared"), "--config", str(CONFIG), "--size", "64"]
+    prepare.main([*arguments, "--prompt", "driving on a highway", *overrides])
     return [*overrides, f"data.params.root={folder / 'prepared'}"]
 
 
 def training(folder: Path, overrides: Sequence[str], steps: int, minutes: float | None, occasions: int) -> list[str]:
-    """The command: everything that a long run does, `occasions` steps apart."""
+    """The training command, with samples, validation and checkpoints every `occasions` steps."""
     often = {
         "data.params.frames": 3, "data.params.strides": "[1,2]", "data.params.batch_size": 2,
         "data.params.num_workers": 2, "lightning.trainer.precision": "32-true",
@@ -196,21 +197,21 @@ def training(folder: Path, overrides: Sequence[str], steps: int, minutes: float 
         "lightning.callbacks.last_checkpoint.params.every_n_steps": occasions,
         "lightning.callbacks.progress.params.every_seconds": 0.5, "lightning.callbacks.plan": "null",
     }  # fmt: skip
-    words = ["main.py", "-b", str(CONFIG), "-t", "--accelerator", "cpu", "-l", str(folder / "logs"), "-n", "soak"]
+    command = ["main.py", "-b", str(CONFIG), "-t", "--accelerator", "cpu", "-l", str(folder / "logs"), "-n", "soak"]
     if minutes is not None:
         seconds = round(60 * minutes)
-        words += ["--max_time", f"00:{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}"]
-    return [sys.executable, *words, *overrides, *(f"{key}={value}" for key, value in often.items())]
+        command += ["--max_time", f"00:{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}"]
+    return [sys.executable, *command, *overrides, *(f"{key}={value}" for key, value in often.items())]
 
 
 def table(samples: Sequence[Sample]) -> str:
-    """Some of the samples, evenly spaced."""
+    """A table of evenly spaced samples."""
     head = f"{'minutes':>8} {'step':>7} {'MiB':>9} {'children':>9} {'files':>6} {'threads':>8} {'processes':>10}"
-    places = sorted({round(place * (len(samples) - 1) / (ROWS - 1)) for place in range(ROWS)}) if samples else []
+    chosen = sorted({round(row * (len(samples) - 1) / (ROWS - 1)) for row in range(ROWS)}) if samples else []
     lines = [
         f"{one.seconds / 60:8.1f} {one.step:7,} {one.memory:9,.1f} {one.memory_of_children:9,.1f} {one.files:6} "
         f"{one.threads:8} {one.children + 1:10}"
-        for one in (samples[place] for place in places)
+        for one in (samples[index] for index in chosen)
     ]
     return "\n".join([head, *lines])
 
@@ -219,15 +220,17 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=int, help="optimiser steps (default: 20000, or as many as the minutes have)")
-    length.add_argument("--minutes", type=float, help="of training, in place of steps")
+    length.add_argument("--steps", type=int, help="optimiser steps (default: 20000, or unlimited with --minutes)")
+    length.add_argument("--minutes", type=float, help="minutes of training instead of steps")
     parser.add_argument(
         "--occasions", type=int, default=250, metavar="N",
-        help="steps between samples, and between validations and checkpoints (default: %(default)s)",
+        help="steps between samples, validations and checkpoints (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--every", type=float, default=2.0, metavar="S", help="seconds between looks (%(default)s)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="keep the run there (default: nowhere)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="all looks and verdicts")
+    parser.add_argument(
+        "--every", type=float, default=2.0, metavar="S", help="seconds between samples (default: %(default)s)"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="keep the run in this folder (default: delete it)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all samples and verdicts to this file")
     given = parser.parse_args(arguments)
     if (given.steps is not None and given.steps < 1) or (given.minutes is not None and given.minutes <= 0):
         raise UserError("--steps and --minutes: expected at least 1 and more than 0")
@@ -236,12 +239,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     if given.out is not None and given.out.exists() and (not given.out.is_dir() or any(given.out.iterdir())):
         raise UserError(f"--out {given.out}: expected a new or an empty folder, found something there; choose another")
     if not Path("/proc/self/status").is_file():
-        raise UserError("expected Linux, whose /proc tells what a process has; found none")
+        raise UserError("expected Linux with /proc, found none")
     return given
 
 
 def soak(given: argparse.Namespace, folder: Path) -> None:
-    """Train, watch, print; raises UserError where a verdict is bad."""
+    """Train, sample resources, print the verdicts; raises UserError if one is bad."""
     for name in ("footage", "tmp"):
         (folder / name).mkdir(parents=True)
     with trusting(False):
@@ -251,9 +254,9 @@ def soak(given: argparse.Namespace, folder: Path) -> None:
     environment = {**os.environ, "TMPDIR": str(folder / "tmp"), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     shared = set(os.listdir(SHARED_MEMORY)) if SHARED_MEMORY.is_dir() else set()
     samples, status, left = watch(command, folder / "training.log", given.every, environment)
-    verdicts = judge(samples)
+    verdicts = find_growth(samples)
     verdicts.append(Verdict(not left, f"processes left behind: {len(left)}"))
-    files = leavings(folder, shared)
+    files = find_leftovers(folder, shared)
     verdicts.append(Verdict(not files, f"files left behind: {', '.join(files) or 'none'}"))
     if status != 0:
         tail = (folder / "training.log").read_text(encoding="utf-8", errors="replace").splitlines()[-5:]
@@ -266,12 +269,12 @@ def soak(given: argparse.Namespace, folder: Path) -> None:
         write_atomically(given.json, json.dumps(found, indent=1) + "\n")
     bad = sum(not verdict.is_good for verdict in verdicts)
     if bad:
-        raise UserError(f"{bad} of {len(verdicts)} verdicts are bad; they are above")
+        raise UserError(f"{bad} of {len(verdicts)} verdicts are bad; see above")
     print(f"{samples[-1].step:,} steps in {samples[-1].seconds / 60:.1f} minutes, all {len(verdicts)} verdicts good")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Soak, in a folder that stays or in one that goes."""
+    """Run the soak test in --out or in a temporary folder."""
     given = parse_arguments(arguments)
     if given.out is not None:
         soak(given, given.out.resolve())

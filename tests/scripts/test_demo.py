@@ -1,4 +1,4 @@
-"""The demo: the bundled model, the whole road with a handful of steps, and its care for what lies in its folder."""
+"""The demo: the bundled model, training from scratch with a few steps, and other files in its folder."""
 
 from __future__ import annotations
 
@@ -20,23 +20,22 @@ from tests.tiny_checkpoint import CONFIG, video_state
 
 ROOT = Path(__file__).parents[2]
 MAINS = {"main.py": training.main, "scripts/prepare.py": prepare.main, "scripts/txt2vid.py": txt2vid.main}
-HANDFUL = demo.Budget(size=64, footage_frames=60, autoencoder_steps=2, video_steps=2, sampler_steps=2)
+FEW_STEPS = demo.DemoSettings(size=64, footage_frames=60, autoencoder_steps=2, video_steps=2, sampler_steps=2)
 
 
 @pytest.fixture
 def in_root(monkeypatch):
-    """Commands run in the project's root."""
     monkeypatch.chdir(ROOT)
 
 
-def test_the_whole_road(tmp_path, in_root):
+def test_train_and_sample(tmp_path, in_root):
     run = []
 
     def run_here(words):
         run.append(words[0])
         MAINS[words[0]](words[1:])
 
-    film, animation, sheet = demo.make_demo(tmp_path, HANDFUL, run_here)
+    film, animation, sheet = demo.train_and_sample(tmp_path, FEW_STEPS, run_here)
     assert run == ["main.py", "scripts/prepare.py", "main.py", "scripts/txt2vid.py"]
     frames, fps = read_video(film)
     assert frames.shape == (6, 64, 64, 3)
@@ -51,7 +50,7 @@ def test_the_whole_road(tmp_path, in_root):
     assert (tmp_path / "prepared" / "preview.png").is_file()
 
 
-def test_a_command_is_shown_kept_and_run(tmp_path, capfd):
+def test_a_command_is_printed_logged_and_run(tmp_path, capfd):
     script = tmp_path / "works.py"
     script.write_text("import os; print('in', os.getcwd())")
     demo.run_and_time([str(script), "two words"], tmp_path / "log")
@@ -62,16 +61,16 @@ def test_a_command_is_shown_kept_and_run(tmp_path, capfd):
     assert (tmp_path / "log").read_text() == printed[0].removeprefix("$ ") + "\n"
 
 
-def test_a_command_that_fails_ends_the_demo(tmp_path):
+def test_a_failing_command_is_an_error(tmp_path):
     script = tmp_path / "fails.py"
     script.write_text("raise SystemExit(3)")
-    with pytest.raises(UserError, match=r"fails.py ended with status 3; it says why above"):
+    with pytest.raises(UserError, match=r"fails.py ended with status 3; see its message above"):
         demo.run_and_time([str(script)], tmp_path / "log")
 
 
-def test_a_run_that_left_no_checkpoint(tmp_path):
+def test_a_run_without_a_checkpoint_is_an_error(tmp_path):
     with pytest.raises(UserError, match="expected a checkpoint of the run 'video', found none"):
-        demo.make_demo(tmp_path, HANDFUL, lambda words: leave_checkpoint(tmp_path, words, "autoencoder"))
+        demo.train_and_sample(tmp_path, FEW_STEPS, lambda words: leave_checkpoint(tmp_path, words, "autoencoder"))
 
 
 def leave_checkpoint(folder: Path, words: list[str], name: str) -> None:
@@ -90,14 +89,14 @@ def test_the_folder_of_an_earlier_demo_is_cleared(tmp_path):
     assert list(folder.iterdir()) == []
 
 
-def test_a_folder_with_other_files_is_left_alone(tmp_path):
+def test_a_folder_with_other_files_is_refused(tmp_path):
     (tmp_path / "thesis.txt").write_text("years")
     with pytest.raises(UserError, match=r"expected a new folder or that of an earlier demo .* choose another"):
         demo.main(["--out", str(tmp_path)])
     assert (tmp_path / "thesis.txt").read_text() == "years"
 
 
-def test_a_file_in_the_place_of_the_folder(tmp_path):
+def test_a_file_instead_of_a_folder_is_refused(tmp_path):
     (tmp_path / "demo").write_text("a file")
     with pytest.raises(UserError, match="expected a folder, found a file of that name"):
         demo.main(["--out", str(tmp_path / "demo")])
@@ -118,7 +117,7 @@ def bundle(tmp_path) -> Path:
     return tmp_path / "drive"
 
 
-def test_the_bundled_model_on_the_prompts_of_the_post(bundle, tmp_path, in_root):
+def test_the_bundled_model_samples_three_prompts(bundle, tmp_path, in_root):
     run = []
 
     def run_here(words):
@@ -137,15 +136,15 @@ def test_the_bundled_model_on_the_prompts_of_the_post(bundle, tmp_path, in_root)
         assert np.asarray(picture.convert("RGB")).std() > 1
 
 
-def test_without_a_bundled_model(tmp_path):
+def test_a_missing_bundle_is_an_error(tmp_path):
     with pytest.raises(UserError, match=r"drive: expected the bundled model, found no config.yaml .* `make demo-tra"):
         demo.sample_bundled(tmp_path, tmp_path / "drive", None)
 
 
 @pytest.mark.parametrize(("words", "made"), [([], "bundled"), (["--train"], "trained")])
-def test_which_demo_it_is(tmp_path, monkeypatch, capsys, words, made):
+def test_the_option_train_selects_the_demo(tmp_path, monkeypatch, capsys, words, made):
     monkeypatch.setattr(demo, "sample_bundled", lambda folder, bundle, run: [folder / "bundled"])
-    monkeypatch.setattr(demo, "make_demo", lambda folder, budget, run: [folder / "trained"])
+    monkeypatch.setattr(demo, "train_and_sample", lambda folder, settings, run: [folder / "trained"])
     monkeypatch.chdir(ROOT)
     demo.main(["--out", str(tmp_path / "demo"), *words])
     assert capsys.readouterr().out.strip().endswith(str(tmp_path / "demo" / made))

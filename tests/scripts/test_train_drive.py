@@ -1,4 +1,4 @@
-"""One command for all models of the drawn world: what is run in which order, for how long, and how it goes on."""
+"""Training all models of the procedural world: order of the commands, time per stage, resuming."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from ldm.data.world import MOVING_LOOKS, STILL_LOOKS
 from ldm.errors import UserError
 from ldm.runs.arguments import parse_arguments
 from scripts import prepare, train_drive
-from scripts.train_drive import STAGES, Budget, DriveTraining, config_of, main, read_words
+from scripts.train_drive import STAGES, DriveTraining, TrainingBudget, config_of, main, read_arguments
 
 STEPS_A_SECOND = 10
 
 
-def budget(minutes: float = 1.0, on_gpu: bool = False, **words) -> Budget:
-    return Budget(minutes, {"images": 40, "clips": 20}, on_gpu, words)
+def budget(minutes: float = 1.0, on_gpu: bool = False, **arguments) -> TrainingBudget:
+    return TrainingBudget(minutes, {"images": 40, "clips": 20}, on_gpu, arguments)
 
 
 class Scripts:
-    """Stands for main.py and prepare.py: trains ten steps a second until a limit is reached, and remembers its words.
+    """Replaces main.py and prepare.py: trains ten steps a second up to a limit and records the commands.
 
     stop_at: a stage that is interrupted in the middle of its second run.
     """
@@ -59,7 +59,7 @@ class Scripts:
         return [words for words in self.commands if is_of.search(" ".join(words))]
 
 
-def train(out: Path, given: Budget, stages=STAGES, **options) -> Scripts:
+def train(out: Path, given: TrainingBudget, stages=STAGES, **options) -> Scripts:
     scripts = Scripts(**options)
     for name in stages:
         DriveTraining(out, given, scripts).make(name)
@@ -74,7 +74,7 @@ def value_after(words: list[str], option: str) -> str:
     return words[words.index(option) + 1]
 
 
-def test_the_stages_in_their_order_each_on_those_before(tmp_path):
+def test_stages_are_trained_in_order_with_the_checkpoints_of_earlier_ones(tmp_path):
     scripts = train(tmp_path, budget())
     kinds = [words[0] if words[0] != "main.py" else words[words.index("-n") + 1] if "-n" in words else "again"
              for words in scripts.commands]  # fmt: skip
@@ -99,7 +99,7 @@ def test_the_stages_in_their_order_each_on_those_before(tmp_path):
     assert images[-2:] == clips[-2:] and last["text"] in images[-1]
 
 
-def test_a_stage_takes_its_minutes(tmp_path):
+def test_a_stage_is_trained_for_its_minutes(tmp_path):
     scripts = train(tmp_path, budget(minutes=10), ["judge"])
     flat, last = scripts.of("judge")
     assert value(flat, "--max_time") == "00:00:07:30" and int(value(flat, "--max_steps")) > 1_000_000
@@ -113,10 +113,10 @@ def test_a_stage_takes_its_minutes(tmp_path):
     assert "model.params.cooldown_steps" not in " ".join(train(tmp_path, budget(), ["autoencoder"]).commands[1])
 
 
-def test_the_same_command_again_does_nothing_and_more_minutes_go_on(tmp_path, capsys):
+def test_the_same_command_does_nothing_and_more_minutes_resume(tmp_path, capsys):
     train(tmp_path, budget(minutes=10))
     assert train(tmp_path, budget(minutes=10)).commands == []
-    assert "video: has had its 10 minutes" in capsys.readouterr().out
+    assert "video: already trained for 10 minutes" in capsys.readouterr().out
     scripts = train(tmp_path, budget(minutes=30))
     assert [words[1:3] for words in scripts.commands] == [
         ["-r", str(tmp_path / f"logs/2026-01-01_{name}")]
@@ -128,10 +128,10 @@ def test_the_same_command_again_does_nothing_and_more_minutes_go_on(tmp_path, ca
     assert int(value(scripts.of("video")[1], "--max_steps")) > 17_000
     shown = capsys.readouterr().out
     for name, later in (("autoencoder", "image"), ("text", "image"), ("image", "video")):
-        assert f"{name}: stays as it is, since {later} builds on it" in shown
+        assert f"{name}: not trained further, since {later} depends on it" in shown
 
 
-def test_an_interrupted_stage_goes_on(tmp_path):
+def test_an_interrupted_stage_is_resumed(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, budget(minutes=10), stop_at="text")
     scripts = train(tmp_path, budget(minutes=10))
@@ -141,22 +141,21 @@ def test_an_interrupted_stage_goes_on(tmp_path):
     assert len(scripts.of("text")) == 1 and len(scripts.of("video")) == 2
 
 
-def test_words_for_one_stage_and_for_a_graphics_card(tmp_path):
+def test_arguments_of_one_stage_and_of_a_gpu(tmp_path):
     scripts = train(tmp_path, budget(on_gpu=True, video=["data.params.batch_size=3", "--seed=1"]))
     for words in scripts.of("video"):
-        assert (
-            words[-2:] == ["data.params.batch_size=3", "--seed=1"] and words[words.index("--accelerator") + 1] == "gpu"
-        )
+        assert words[-2:] == ["data.params.batch_size=3", "--seed=1"]
+        assert value_after(words, "--accelerator") == "gpu"
     assert int(value(scripts.of("image")[0], "data.params.num_workers")) >= 1
     assert "data.params.num_workers" not in " ".join(train(tmp_path / "cpu", budget()).of("image")[0])
 
 
-def test_a_stage_without_what_it_needs(tmp_path):
+def test_a_missing_checkpoint_of_an_earlier_stage_is_an_error(tmp_path):
     with pytest.raises(UserError, match=r"expected the checkpoint of the stage 'autoencoder', found none; train it"):
         train(tmp_path, budget(), ["image"])
 
 
-def test_a_script_that_fails(tmp_path):
+def test_a_failing_script_is_an_error(tmp_path):
     with pytest.raises(UserError, match=r"main.py ended with status 1"):
         DriveTraining(tmp_path, budget(), lambda words: 1).make("text")
 
@@ -166,11 +165,11 @@ def test_a_script_that_fails(tmp_path):
     [
         (["--minutes", "0"], "--minutes: expected more than 0"),
         (["--stages", "image,vido"], r"--stages: .*found 'vido'; did you mean 'video'"),
-        (["videos:a=1"], r"videos:a=1: expected STAGE:WORD .*did you mean 'video'"),
-        (["video"], r"video: expected STAGE:WORD"),
+        (["videos:a=1"], r"videos:a=1: expected STAGE:ARGUMENT .*did you mean 'video'"),
+        (["video"], r"video: expected STAGE:ARGUMENT"),
     ],
 )
-def test_mistakes_on_the_command_line(tmp_path, words, message):
+def test_invalid_options(tmp_path, words, message):
     with pytest.raises(UserError, match=message):
         main(["--out", str(tmp_path), *words])
 
@@ -178,21 +177,13 @@ def test_mistakes_on_the_command_line(tmp_path, words, message):
 def test_the_command(tmp_path, monkeypatch):
     scripts = Scripts()
     monkeypatch.setattr(train_drive, "run_script", scripts)
-    main(
-        [
-            "--out",
-            str(tmp_path),
-            "--accelerator",
-            "cpu",
-            "--minutes",
-            "2",
-            "--stages",
-            "text,autoencoder",
-            "text:--seed=1",
-        ]
-    )
+    options = ["--accelerator", "cpu", "--minutes", "2", "--stages", "text,autoencoder"]
+    main(["--out", str(tmp_path), *options, "text:--seed=1"])
     assert [words[words.index("-n") + 1] for words in scripts.commands[::2]] == ["autoencoder", "text"]
 
 
-def test_words_belong_to_stages():
-    assert read_words(["video:a=1", "image:b=2", "video:--seed=3"]) == {"video": ["a=1", "--seed=3"], "image": ["b=2"]}
+def test_arguments_by_stage():
+    assert read_arguments(["video:a=1", "image:b=2", "video:--seed=3"]) == {
+        "video": ["a=1", "--seed=3"],
+        "image": ["b=2"],
+    }

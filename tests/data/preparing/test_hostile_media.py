@@ -161,7 +161,7 @@ def test_settings_in_a_film(tmp_path, monkeypatch, comment):
     [
         (b"file,caption\na.mp4," + b"x" * 200_000, "found another .field larger than field limit"),
         (b"file,caption\na.mp4,\xff", "expected UTF-8 text, found an invalid byte at offset 19"),
-        (b"\xff\xfef\0i\0l\0e\0", "expected text in UTF-8"),
+        (b"\xff\xfef\0i\0l\0e\0", "expected UTF-8 text"),
         (b"file;caption\na;b", "expected a first line with the columns file,caption, found file;caption"),
         (b"", "expected a first line with the columns file,caption, found nothing"),
     ],
