@@ -22,6 +22,19 @@ HIGHWAY = Path(__file__).parents[2] / "shared" / "data" / "highway.mp4"
 torch.set_num_threads(1)  # tiny tensors; a second thread costs more than it gives
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Silence what Lightning says of runs as short as a test's."""
+    for message in ("You're resuming from a checkpoint that ended before", "The number of training batches"):
+        config.addinivalue_line("filterwarnings", f"ignore:{message}")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests start whole runs and processes, which take long on a busy machine."""
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(3600))
+
+
 def golden_tensor(key: str, shape: tuple[int, ...]) -> torch.Tensor:
     """The value the reference run gave the parameter `key`: unit fan-in gain, from a frozen random stream."""
     values = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(tuple(shape))

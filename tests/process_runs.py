@@ -1,4 +1,4 @@
-"""Teams of processes that train together on one processor, over the loopback device, for tests."""
+"""Teams of processes that train together on one CPU, over the loopback device, for tests."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ from ldm.video import to_uint8
 from tests.models.test_ddpm import NOT_BUILT, REFERENCE, UNET
 from tests.toy_run import ToyModel
 
-PATIENCE = 200  # seconds; a team that takes longer is stopped
+PATIENCE = 3000  # seconds; a team that takes longer is stopped
 SET = {"moments_shape": [8, 8, 8], "context_shape": [7, 16]}
 SMALL = {"channel_mult": [1], "attention_resolutions": [1], "use_checkpoint": False}
 
 
 @dataclass(frozen=True)
 class Job:
-    """One training run. model: words of the network's model; None: the toy. trainer: words of `lightning.trainer`."""
+    """One training run. model: kwargs of the model; None: the toy. trainer: options of `lightning.trainer`."""
 
     root: str
     folder: str
@@ -75,7 +75,7 @@ class Result:
 
 
 class ProcessDiedError(RuntimeError):
-    """A process of a team is gone, without a word in Python."""
+    """A process of a team died without a Python exception."""
 
 
 class Team:
@@ -99,17 +99,17 @@ class Team:
             self.processes.append(process)
 
     def run(self, job: Job | Command) -> list[Any]:
-        """What each process saw; an error of one ends the team.
+        """The results of all processes; an error of one ends the team.
 
-        A process that dies of a signal is no matter of these tests, and not unheard of with collectives on a processor:
-        the job is begun again by new processes, once, with a warning that says of which signal.
+        A process that dies of a signal, as happens with collectives on a CPU, is not what these tests check: new
+        processes repeat the job once, with a warning that names the signal.
         """
         try:
             return self._carry_out(job)
         except ProcessDiedError as error:
             if isinstance(job, Command):
                 raise
-            warnings.warn(f"{error}; once more with new processes", stacklevel=2)
+            warnings.warn(f"{error}; repeated with new processes", stacklevel=2)
             self._start()
             return self._carry_out(job)
 
@@ -138,11 +138,11 @@ class Team:
         try:
             return end.recv()
         except (EOFError, OSError):
-            return "a process has gone without a word"
+            return "a process died without an exception"
 
     def _exit_codes(self) -> list[int]:
         """Negative: the signal that a process died of; 0: it is there."""
-        time.sleep(1)  # one may be about to die, and the others be the first to say so
+        time.sleep(1)  # others may report first that one is dying
         return [process.exitcode or 0 for process in self.processes]
 
     def stop(self) -> None:
@@ -161,7 +161,7 @@ def free_port() -> int:
 
 def work(rank: int, size: int, port: int, end: Connection) -> None:
     """Carry out what comes, as process `rank` of `size`."""
-    faulthandler.enable()  # a process that dies says where
+    faulthandler.enable()  # traceback of a process that dies
     torch.set_num_threads(1)
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     for name, value in {
@@ -223,7 +223,7 @@ def build(job: Job) -> pl.LightningModule:
     model = ddpm.LatentVideoDiffusion(unet, NOT_BUILT, NOT_BUILT, **words)
     generator = torch.Generator().manual_seed(0)
     state = {name: weight.float() for name, weight in model.unet.state_dict().items()}
-    away = {  # from the zero start, where some gradients are zero for a good reason
+    away = {  # away from the zero initialisation, where some gradients are zero
         f"{UNET_PREFIX}{name}": weight + 0.02 * torch.randn(weight.shape, generator=generator)
         for name, weight in state.items()
     }

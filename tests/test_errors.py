@@ -30,7 +30,7 @@ def raising(error):
         (lambda file: (file.parent / ("x" * 300)).touch(), "the name is too long; choose a shorter one"),
     ],
 )
-def test_a_path_that_cannot_be_used_is_named(tmp_path, capsys, act, message):
+def test_unusable_path_is_an_error(tmp_path, capsys, act, message):
     (tmp_path / "folder").mkdir()
     (tmp_path / "other").mkdir()
     (tmp_path / "folder" / "file").touch()
@@ -49,12 +49,12 @@ def test_a_path_that_cannot_be_used_is_named(tmp_path, capsys, act, message):
         (errno.EDQUOT, "the disk is full while writing /x"),
     ],
 )
-def test_what_the_system_refuses(capsys, number, message):
+def test_system_errors(capsys, number, message):
     assert run_command(raising(OSError(number, os.strerror(number), "/x"))) == 1
     assert message in capsys.readouterr().err
 
 
-def test_mistakes_of_ours_keep_their_traceback():
+def test_program_errors_keep_their_traceback():
     for error in (FileNotFoundError(errno.ENOENT, "no", "/x"), OSError(errno.EPERM, "no"), RuntimeError("no")):
         with pytest.raises(type(error), match="no"):
             run_command(raising(error))
@@ -62,7 +62,7 @@ def test_mistakes_of_ours_keep_their_traceback():
         run_command(raising(SystemExit(143)))
 
 
-def test_status_of_a_good_end_of_a_mistake_and_of_ctrl_c(capsys):
+def test_exit_statuses(capsys):
     assert [run_command(command) for command in (lambda: None, raising(UserError("so")))] == [0, 1]
     assert capsys.readouterr().err == "error: so\n"
     assert run_command(raising(KeyboardInterrupt)) == 130
@@ -78,7 +78,7 @@ def test_status_of_a_good_end_of_a_mistake_and_of_ctrl_c(capsys):
         MemoryError(),
     ],
 )
-def test_lack_of_memory_names_what_to_lower(capsys, error):
+def test_out_of_memory_says_what_to_lower(capsys, error):
     assert run_command(raising(error)) == 1
     text = capsys.readouterr().err
     assert text.startswith("error: out of memory: lower data.params.batch_size, data.params.frames or the image size")
@@ -86,12 +86,12 @@ def test_lack_of_memory_names_what_to_lower(capsys, error):
 
 
 @pytest.mark.parametrize("allocate", [lambda: torch.empty(2**55), lambda: np.empty(2**55)])
-def test_lack_of_memory_is_recognised_as_the_libraries_report_it(capsys, allocate):
+def test_out_of_memory_errors_of_the_libraries(capsys, allocate):
     assert run_command(allocate) == 1
     assert "error: out of memory" in capsys.readouterr().err
 
 
-def test_a_command_line_that_is_not_understood():
+def test_invalid_arguments_are_errors():
     parser = Parser(prog="x", allow_abbrev=False)
     parser.add_argument("--number", type=int)
     with pytest.raises(UserError, match=r"invalid int value: 'a'; --help lists all options$"):

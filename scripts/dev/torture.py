@@ -38,7 +38,7 @@ from ldm.runs.last_checkpoints import corruption, kept
 from scripts.dev.torture_runs import ROOT, Death, Session
 
 CONFIG = str(ROOT / "configs" / "tiny" / "video.yaml")
-STEPS_A_KILL = 2  # steps of the run per kill: no kill comes after its end
+STEPS_A_KILL = 4  # steps of the run per kill: no kill comes after its end
 CLIPS_A_KILL = 1
 OPTIMIZERS = ("adamw", "adamw8bit", "adamw4bit")
 # Measured values differ each time: only their steps are compared.
@@ -46,7 +46,7 @@ MEASURED = ("memory/", "train/data_wait")
 # What a kill is called -> the phase it waits for, the entries to choose from and the most seconds from then on; None:
 # before one of the next changes of files' names. Seconds without a phase count from the start of the process.
 TRAINING = {
-    "step": ("step", 2, 2 * STEPS_A_KILL, 0.03), "checkpoint": ("checkpoint", 1, 2, 0.01),
+    "step": ("step", 2, 4, 0.03), "checkpoint": ("checkpoint", 1, 2, 0.01),
     "renaming": ("renaming", 1, 2, None), "validation": ("validation", 1, 2, 0.05),
     "sampling": ("sampling", 1, 1, 0.1), "at any time": ("step", 1, 1, 3.0),
     "while logs are cut": ("cutting logs", 1, 1, None), "starting": (None, 1, 1, 3.0),

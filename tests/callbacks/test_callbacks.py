@@ -15,15 +15,7 @@ from ldm.callbacks import MemoryReport, ProgressLines, VideoLogger, WeightAverag
 from ldm.callbacks import samples as sampling
 from ldm.callbacks import samples as videos
 from ldm.errors import UserError
-from tests.toy_run import CONTEXT_SHAPE, ToyModel, ToyVideoModel, fit, last, make_prepared, read
-
-pytestmark = pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return make_prepared(tmp_path_factory.mktemp("prepared") / "set", lengths=(12, 9, 7, 30))
-
+from tests.toy_run import CONTEXT_SHAPE, ToyModel, ToyVideoModel, fit, last, read
 
 # ---- reports
 
@@ -144,7 +136,7 @@ def test_sample_videos_repeat_and_are_not_shown_at_resume(root, tmp_path, encode
     assert len(list((tmp_path / "one" / "images").rglob("*.gif"))) == 2
 
 
-def test_a_network_that_takes_known_frames_is_told_of_none_and_of_the_rate(root, tmp_path, encoders):
+def test_network_with_known_frames_gets_none_and_the_rate(root, tmp_path, encoders):
     model, told = ToyVideoModel(), []
 
     def denoise(inputs, timesteps, context, fps):
@@ -158,7 +150,7 @@ def test_a_network_that_takes_known_frames_is_told_of_none_and_of_the_rate(root,
     assert told == [(1, 0, [10.0, 10.0])] * 2
 
 
-def test_video_settings_that_cannot_be(root, tmp_path, encoders):
+def test_invalid_video_settings_are_errors(root, tmp_path, encoders):
     with pytest.raises(UserError, match=r"at least one prompt.*found 0 prompts"):
         VideoLogger(CONFIG, str(tmp_path), [])
     with pytest.raises(UserError, match="every_n_steps 0"):
@@ -173,7 +165,7 @@ def test_video_settings_that_cannot_be(root, tmp_path, encoders):
         fit(root, tmp_path, [VideoLogger(CONFIG, str(tmp_path), ["x"])])
 
 
-def test_prompts_that_are_cut_and_processes_that_show_nothing(root, tmp_path, encoders, caplog):
+def test_cut_prompts_are_logged_and_only_the_first_process_samples(root, tmp_path, encoders, caplog):
     callback = VideoLogger(CONFIG, str(tmp_path), ["a road", "a road in fog"], at_start=False, steps=2)
     with caplog.at_level(logging.WARNING, logger="ldm"):
         fit(root, tmp_path, [callback], model=ToyVideoModel(), steps=1)

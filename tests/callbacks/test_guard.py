@@ -21,7 +21,6 @@ from tests.guard_runs import Spoil, Watch, as_on_a_card
 from tests.memory_runs import make_model, words_of
 from tests.toy_run import fit, last, make_prepared, read
 
-pytestmark = pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
 BAD = 1  # optimiser steps before the one that goes wrong
 
 
@@ -89,7 +88,7 @@ def test_a_skipped_step_leaves_no_trace(root, tmp_path, no_encoders, request, sw
 @pytest.mark.parametrize("name", ["adamw", "adamw8bit", "adamw4bit"])
 @pytest.mark.parametrize("kept_as", [None, "bfloat16", "split"])
 @pytest.mark.parametrize("words", [{}, {"in_backward": True}, {"states_on": "host"}], ids=str)
-def test_every_optimiser_can_be_told(on_a_card, name, kept_as, words):
+def test_every_optimiser_can_skip(on_a_card, name, kept_as, words):
     """Without the host: after a good step, one that is told to be none, with gradients that are no numbers."""
     if name != "adamw":
         pytest.importorskip("torchao")
@@ -128,7 +127,7 @@ def test_a_bad_gradient_in_a_backward_pass_that_updates_stops_it_there(root, tmp
     assert not [name for name in watch.changed(BAD) if name.startswith("average")]
 
 
-def test_numbers_are_those_without_the_guard(root, tmp_path, no_encoders):
+def test_training_is_identical_without_the_guard(root, tmp_path, no_encoders):
     """With clipping, whose norm is taken once."""
     results = []
     for name, callbacks in (("with", [SkipBadSteps(str(tmp_path))]), ("without", [])):
@@ -141,7 +140,7 @@ def test_numbers_are_those_without_the_guard(root, tmp_path, no_encoders):
 # ---- parts
 
 
-def test_the_judge_compares_with_the_mean_of_steps_that_were_taken():
+def test_spike_is_relative_to_the_mean_of_taken_steps():
     judge = StepGuard(5.0, 50, "cpu")
     norm = torch.ones(())
     for _ in range(LEAST_LOSSES - 1):
@@ -162,7 +161,7 @@ def test_the_judge_compares_with_the_mean_of_steps_that_were_taken():
 
 
 @pytest.mark.parametrize("name", ["adamw8bit", "adamw4bit"])
-def test_the_step_that_can_be_called_off_is_torchaos(name):
+def test_skippable_step_equals_torchao(name):
     pytest.importorskip("torchao")
     generator = torch.Generator().manual_seed(0)
     draws = [torch.randn(shape, generator=generator) for shape in ((64, 128), (7,))]
@@ -187,7 +186,7 @@ def test_the_step_that_can_be_called_off_is_torchaos(name):
                     assert torch.equal(*parts), key
 
 
-def test_that_step_makes_a_graph(monkeypatch):
+def test_skippable_step_compiles(monkeypatch):
     """As a card compiles it; here by the compiler that compiles nothing."""
     pytest.importorskip("torchao")
     compiled = torch.compile
@@ -202,7 +201,7 @@ def test_that_step_makes_a_graph(monkeypatch):
     assert optimizer.state[weight]["step"] == 1
 
 
-def test_who_has_to_wait():
+def test_which_optimisers_wait_for_the_verdict():
     weight = torch.nn.Parameter(torch.zeros(1, device="meta"))
     groups = [{"params": [weight], "lr": 1e-3}]
     assert guard.must_wait(torch.optim.AdamW(groups)), "it cannot be told"
@@ -222,14 +221,14 @@ def test_who_has_to_wait():
         ({"most_in_all": 2.5}, r"expected most_in_all to be a whole number of at least 1, found 2.5"),
     ],
 )
-def test_words_that_cannot_be_meant(words, message):
+def test_invalid_options_are_errors(words, message):
     with pytest.raises(UserError, match=message):
         SkipBadSteps("run", **words)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("switches", [(), ("8 bits",), ("split weights",)], ids=" and ".join)
-def test_a_card_never_waits_for_a_verdict(switches):
+def test_gpu_is_never_synchronised(switches):
     model = make_model(words_of(*switches)).cuda()
     optimizer = model.configure_optimizers()["optimizer"]
     judge = StepGuard(20.0, 100, "cuda")

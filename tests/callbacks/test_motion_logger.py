@@ -18,14 +18,7 @@ from ldm.callbacks import ComputeCount, MotionLogger, WeightAverage, compute, mo
 from ldm.callbacks import samples as sampling
 from ldm.errors import UserError
 from ldm.evaluation.motion import MEASURES, Reading
-from tests.toy_run import CONTEXT_SHAPE, ToyModel, ToyVideoModel, fit, last, make_prepared, read
-
-pytestmark = pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return make_prepared(tmp_path_factory.mktemp("prepared") / "set", lengths=(12, 9, 7, 30))
+from tests.toy_run import CONTEXT_SHAPE, ToyModel, ToyVideoModel, fit, last, read
 
 
 @pytest.fixture
@@ -120,7 +113,7 @@ def test_prompts_are_taken_in_turn_at_a_rate_and_length_of_their_own(root, tmp_p
     assert found["occasions"][0]["tflop"] is None, "nothing counted it"
 
 
-def test_a_run_that_is_taken_up_again_goes_on_with_its_record(root, tmp_path, loaded):
+def test_resumed_run_continues_its_record(root, tmp_path, loaded):
     def train(steps, resume=None, **changes):
         callback = MotionLogger({}, str(tmp_path), every_n_steps=2, num_clips=2, steps=2, **changes)
         fit(root, tmp_path, [ComputeCount(), callback], model=ToyVideoModel(), steps=steps, resume=resume)
@@ -151,7 +144,7 @@ def test_clips_without_texture_have_no_number(root, tmp_path, loaded, monkeypatc
     assert set(map(tuple, record(tmp_path)["occasions"][0]["values"].values())) == {(None,)}
 
 
-def test_what_captions_name_is_looked_for(root, tmp_path, loaded, monkeypatch):
+def test_text_alignment_of_captions(root, tmp_path, loaded, monkeypatch):
     """Judged by a stand-in that sees snow in every frame; a judge that joins later has the data measured again."""
     monkeypatch.undo()
     noise = SimpleNamespace(to=lambda device: noise, decode=lambda latents: torch.randn(len(latents), 3, 64, 64))
@@ -178,7 +171,7 @@ def test_what_captions_name_is_looked_for(root, tmp_path, loaded, monkeypatch):
     assert set(found["data"]["values"]["text_agreement"]) == {None}, "'a road' names no look"
 
 
-def test_where_nothing_is_held_out_training_scenes_are_shown(root):
+def test_training_scenes_without_held_out_ones(root):
     data = fit_data(root, val_share=0)
     assert not len(data.val_clips)
     found = motion._spread_clips(data, 3, 10.0, 6)
@@ -191,7 +184,7 @@ def fit_data(root, **changes):
     return data
 
 
-def test_settings_that_cannot_be(root, tmp_path, loaded):
+def test_invalid_settings_are_errors(root, tmp_path, loaded):
     for words, message in (
         ({"every_n_steps": 0}, "every_n_steps 0"),
         ({"num_clips": 0}, "num_clips 0"),

@@ -16,14 +16,7 @@ from ldm.data.clips import ClipDataModule
 from ldm.errors import UserError, run_command
 from ldm.optim import build_optimizer
 from ldm.optim.per_weight import state_bytes
-from tests.toy_run import ToyModel, fit, last, make_prepared, read
-
-pytestmark = pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return make_prepared(tmp_path_factory.mktemp("prepared") / "set", lengths=(12, 9, 7, 30))
+from tests.toy_run import ToyModel, fit, last, read
 
 
 class FullDisk:
@@ -126,7 +119,7 @@ def test_last_checkpoint_every_so_many_steps_and_at_the_end(root, tmp_path, capl
 
 
 @pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM"])
-def test_the_signals_of_clusters_save_and_stop(root, tmp_path, name):
+def test_cluster_signals_save_and_stop(root, tmp_path, name):
     number = signal.Signals[name]
     before = signal.getsignal(number)
     model = ToyModel(learning_rate=0.05)

@@ -13,7 +13,7 @@ from ldm.callbacks import DataWait, ProgressLines
 from ldm.data.clips import ClipDataset
 from tests.toy_run import ToyModel, fit, make_prepared
 
-SLOW = 0.02  # seconds
+SLOW = 0.1  # seconds
 
 
 @pytest.fixture
@@ -27,9 +27,9 @@ def slow_down(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> None:
 
 
 @pytest.mark.parametrize(("owner", "name", "low", "high"), [
-    (ClipDataset, "__getitem__", 0.6, 1.0), (ToyModel, "training_step", 0.0, 0.4),
+    (ClipDataset, "__getitem__", 0.5, 1.0), (ToyModel, "training_step", 0.0, 0.5),
 ])  # fmt: skip
-def test_the_slower_one_is_named(root, tmp_path, monkeypatch, owner, name, low, high):
+def test_share_of_a_slow_source_and_a_slow_step(root, tmp_path, monkeypatch, owner, name, low, high):
     slow_down(monkeypatch, owner, name)
     wait, logger, logged = DataWait(), CSVLogger(tmp_path), []
     monkeypatch.setattr(logger, "log_metrics", lambda metrics, step: logged.append(metrics.get("train/data_wait")))
@@ -39,7 +39,7 @@ def test_the_slower_one_is_named(root, tmp_path, monkeypatch, owner, name, low, 
     assert len(logged) == 2 and all(low < share < high for share in logged)
 
 
-def test_the_lines_say_it(root, tmp_path, monkeypatch, caplog):
+def test_progress_lines_have_the_share(root, tmp_path, monkeypatch, caplog):
     slow_down(monkeypatch, ClipDataset, "__getitem__")
     caplog.set_level(logging.INFO, "ldm")
     fit(root, tmp_path / "run", [DataWait(), ProgressLines(every_seconds=0)], steps=3)
@@ -48,7 +48,7 @@ def test_the_lines_say_it(root, tmp_path, monkeypatch, caplog):
     assert all("% waiting for data" in line for line in lines[1:])
 
 
-def test_a_loader_of_another_kind_is_left_alone(root, tmp_path, monkeypatch):
+def test_other_loaders_are_ignored(root, tmp_path, monkeypatch):
     monkeypatch.setattr("ldm.data.stream.StreamLoader", DataLoader)
     wait = DataWait()
     fit(root, tmp_path / "run", [wait, ProgressLines(every_seconds=0)], steps=2)

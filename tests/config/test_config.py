@@ -149,8 +149,8 @@ def test_interpolations_are_resolved(write):
 
 PLANS = [CONFIGS / "drive/ablations.yaml", CONFIGS / "drive/known.yaml", *(CONFIGS / "compare").glob("*.yaml")]
 PRESETS = [path for path in CONFIGS.glob("*.yaml") if path.stem != "video-sd"]  # see test_presets
-LAID_OVER = [CONFIGS / "drive/decoder.yaml", *PRESETS, *(CONFIGS / "stories").glob("*.yaml")]  # another config
-WHOLE = sorted(set(CONFIGS.rglob("*.yaml")) - set(PLANS) - set(LAID_OVER))
+MERGED = [CONFIGS / "drive/decoder.yaml", *PRESETS, *(CONFIGS / "stories").glob("*.yaml")]  # another config
+WHOLE = sorted(set(CONFIGS.rglob("*.yaml")) - set(PLANS) - set(MERGED))
 
 
 @pytest.mark.parametrize("path", WHOLE, ids=lambda path: path.stem)
@@ -158,7 +158,7 @@ def test_every_config_of_the_project_is_sound(path):
     check(load_config([path]))
 
 
-def test_a_decoder_is_laid_over_its_autoencoder():
+def test_decoder_config_merges_onto_its_autoencoder():
     config = load_config([CONFIGS / "drive/autoencoder.yaml", CONFIGS / "drive/decoder.yaml"])
     check(config)
     assert config.model.params.decoder_only and config.model.params.ddconfig.ch == 32
@@ -199,7 +199,7 @@ def test_a_decoder_is_laid_over_its_autoencoder():
         ("prepare=[64]", r"prepare: expected a mapping"),
     ],
 )
-def test_a_misspelt_key_or_target_is_named_with_the_nearest(write, override, message):
+def test_misspelt_key_or_target_is_an_error_with_the_nearest_name(write, override, message):
     with pytest.raises(ConfigError, match=message):
         check(load_config([write(VIDEO)], [override]))
 
@@ -222,12 +222,12 @@ def test_a_misspelt_key_or_target_is_named_with_the_nearest(write, override, mes
         ("trainable={temporal: x}", "trainable: expected a mapping, each value true or false or a number or null"),
     ],
 )
-def test_a_value_of_the_wrong_kind_is_named(write, override, message):
+def test_value_of_the_wrong_type_is_an_error(write, override, message):
     with pytest.raises(ConfigError, match=message):
         check(load_config([write(VIDEO)], [f"model.params.{override}"]))
 
 
-def test_values_of_the_right_kind_pass(write):
+def test_values_of_the_right_type_pass(write):
     words = ["dropout=0", "channel_mult=[1, 2]", "temporal=false"]
     check(load_config([write(VIDEO)], [f"model.params.unet_config.params.{word}" for word in words]))
     check(load_config([write(VIDEO)], ["lightning.modelcheckpoint.params={every_n_train_steps: 5, save_last: link}"]))
@@ -246,7 +246,7 @@ def test_missing_parameters_are_named(write):
         check(load_config([write(text)]))
 
 
-def test_a_section_without_a_target(write):
+def test_section_without_a_target_is_an_error(write):
     message = "data: needs a `target`, the dotted name of the class to build"
     with pytest.raises(ConfigError, match=message):
         check(load_config([write("data: {params: {frames: 3}}")]))
@@ -255,7 +255,7 @@ def test_a_section_without_a_target(write):
             build(node, "data")
 
 
-def test_a_package_that_is_not_installed(write, tmp_path, monkeypatch):
+def test_missing_package_is_an_error(write, tmp_path, monkeypatch):
     (tmp_path / "needy.py").write_text("import surely_not_installed\nclass Needy: pass\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(ConfigError, match=r"needy.Needy needs the package 'surely_not_installed'"):
@@ -281,31 +281,31 @@ def test_broken_files(write, tmp_path):
 
 
 @pytest.mark.parametrize("override", ["data.params.frames", "=5", "--frames=3"])
-def test_an_override_without_key_or_value(write, override):
+def test_override_without_key_or_value_is_an_error(write, override):
     with pytest.raises(ConfigError, match="is not of the form key=value"):
         load_config([write(VIDEO)], [override])
 
 
-def test_an_override_that_is_no_yaml(write):
+def test_override_that_is_not_yaml_is_an_error(write):
     with pytest.raises(ConfigError, match=r"data.params.strides=\[1,"):
         load_config([write(VIDEO)], ["data.params.strides=[1,"])
 
 
-def test_a_constructor_that_takes_anything_gets_what_it_names(write):
+def test_kwargs_of_a_constructor_are_not_accepted(write):
     """TensorBoardLogger takes **kwargs, in which a misspelt key would go unnoticed."""
     check(load_config([write(VIDEO)], ["lightning.logger.params.log_graph=false"]))
     with pytest.raises(ConfigError, match=r"logger.params.foo: nothing reads this key; accepted here: .*name"):
         check(load_config([write(VIDEO)], ["lightning.logger.params.foo=1"]))
 
 
-def test_a_class_is_named_where_it_is_at_home(write):
+def test_target_must_be_where_the_class_is_defined(write):
     home = "torch.utils.data.dataset"
     message = f"data.target: 'Dataset' is defined in `{home}`; use target `{home}.Dataset`"
     with pytest.raises(ConfigError, match=message):
         check(load_config([write(VIDEO)], ["data.target=ldm.data.clips.Dataset"]))
 
 
-def test_nearest_lists_everything_when_nothing_is_near():
+def test_nearest_lists_all_names_without_a_close_one():
     assert nearest("zzz", ["one", "two"]) == "accepted here: one, two"
     assert nearest("zzz", []) == "accepted here: nothing"
 
@@ -314,12 +314,12 @@ def test_nearest_lists_everything_when_nothing_is_near():
 
 
 @pytest.mark.parametrize(("old", "new"), MOVED.items())
-def test_every_old_module_has_its_classes_in_the_new_one(old, new):
+def test_every_old_module_has_a_new_one(old, new):
     assert importlib.util.find_spec(old) is None, "a module that still exists has not moved"
     assert importlib.util.find_spec(new) is not None and new not in MOVED
 
 
-def test_a_moved_target_gets_its_new_name_wherever_a_config_comes_from(write):
+def test_moved_target_gets_its_new_name(write):
     old = VIDEO.replace("ldm.callbacks.VideoLogger", "ldm.callbacks.videos.VideoLogger")
     config = load_config([write(old)], ["lightning.callbacks.guard={target: ldm.callbacks.guard.SkipBadSteps}"])
     check(config)
@@ -383,13 +383,13 @@ def test_the_inpainting_config_loads_as_it_is(write):
         ("target: torch.nn.Identity", "abc: 1", r"first_stage_config.params.lossconfig: \{'abc': 1\} is not supported"),
     ],
 )
-def test_dropped_keys_must_mean_what_is_done_here(write, old, new, message):
+def test_dropped_compvis_key_with_another_value_is_an_error(write, old, new, message):
     assert old in COMPVIS
     with pytest.raises(ConfigError, match=message):
         load_config([write(COMPVIS.replace(old, new))])
 
 
-def test_compvis_sections_that_are_no_mappings(write):
+def test_compvis_section_that_is_not_a_mapping_is_an_error(write):
     head = "model: {target: ldm.models.diffusion.ddpm.LatentDiffusion, params: "
     for params, message in (
         ("[1]}", r"model.params: expected a mapping, found \[1\]"),
@@ -401,11 +401,11 @@ def test_compvis_sections_that_are_no_mappings(write):
             load_config([write(head + params)])
 
 
-def test_dead_keys_are_errors_in_configs_of_our_own(write):
+def test_compvis_keys_are_errors_in_other_configs(write):
     with pytest.raises(ConfigError, match=r"model.params.image_size: nothing reads"):
         check(load_config([write(VIDEO)], ["model.params.image_size=64"]))
 
 
-def test_a_compvis_key_that_is_misspelt_is_still_found(write):
+def test_misspelt_compvis_key_is_an_error(write):
     with pytest.raises(ConfigError, match=r"model.params.linear_strat: nothing reads.*'linear_start'"):
         check(load_config([write(COMPVIS.replace("linear_start", "linear_strat"))]))

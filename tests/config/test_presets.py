@@ -21,13 +21,14 @@ SMALL = [
 ]  # fmt: skip
 
 
-def laid_over(preset: str, *overrides: str):
+def merged(preset: str, *overrides: str):
     return load_config([CONFIGS / "video-sd.yaml", CONFIGS / f"{preset}.yaml"], overrides)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_trains(preset):
-    config = laid_over(preset, *SMALL)
+    config = merged(preset, *SMALL)
     check(config)
     words = to_container(config)
     trainer = words["lightning"]["trainer"]
@@ -54,11 +55,11 @@ def test_every_preset_is_here():
     assert {path.stem for path in CONFIGS.glob("*.yaml")} == {*PRESETS, "video-sd"}
 
 
-def test_they_are_small_and_change_only_what_they_say():
+def test_presets_are_small_and_change_only_memory_options():
     for preset in PRESETS:
         assert len((CONFIGS / f"{preset}.yaml").read_text().splitlines()) <= 30
     reference = to_container(load_config([CONFIGS / "video-sd.yaml"]))["model"]["params"]
     for preset in PRESETS:
-        params = to_container(laid_over(preset))["model"]["params"]
+        params = to_container(merged(preset))["model"]["params"]
         changed = {word for word, value in params.items() if value != reference[word]}
         assert changed <= {"memory", "trainable", "unet_config"}, preset

@@ -34,10 +34,8 @@ TRAINED = {
     (LARGE, "scratch"): {"temporal", "spatial_attention", "time_embed", "convolutions"},
 }
 
-pytestmark = pytest.mark.filterwarnings("ignore:The number of training batches")
 
-
-def laid_over(base, story, *overrides):
+def merged(base, story, *overrides):
     return load_config([base] if story is None else [base, STORIES[story]], overrides)
 
 
@@ -46,9 +44,9 @@ def test_every_story_is_in_the_table():
 
 
 @pytest.mark.parametrize(("base", "story"), TRAINED, ids=lambda value: getattr(value, "stem", value))
-def test_what_is_built_and_trained(base, story):
+def test_parts_that_are_built_and_trained(base, story):
     """At both scales, without memory for weights."""
-    config = laid_over(base, story)
+    config = merged(base, story)
     check(config)
     params = to_container(config)["model"]["params"]
     with torch.device("meta"):
@@ -64,7 +62,7 @@ def test_what_is_built_and_trained(base, story):
     assert params["ckpt_path"] == expected.get(story, load_config([base]).model.params.ckpt_path)
 
 
-def test_what_stays_untrained_may_be_missing_and_a_misspelt_group_may_not():
+def test_untrained_group_may_be_missing_and_a_misspelt_one_may_not():
     unet = UNetModel(**UNET, temporal=False)
     with pytest.raises(UserError, match=r"trainable.temporal: .* found one that no parameter has"):
         ParameterGroups(unet, {"temporal": True, "convolutions": True})
@@ -89,7 +87,7 @@ def large(tmp_path):
     ]  # fmt: skip
 
     def make(story=None, *more):
-        params = to_container(laid_over(LARGE, story, *overrides, *more))["model"]["params"]
+        params = to_container(merged(LARGE, story, *overrides, *more))["model"]["params"]
         return LatentVideoDiffusion(**params, learning_rate=1e-5)
 
     return make
@@ -109,7 +107,7 @@ def test_the_reference_run_starts_as_stable_diffusion(large):
     assert found.std() > 0.01
 
 
-def test_from_scratch_nothing_of_the_image_model_is_read(large):
+def test_from_scratch_reads_no_image_weights(large):
     torch.manual_seed(0)
     model = large("scratch", "model.params.ckpt_path=null")
     stored = part(image_state(), "model.diffusion_model.")
@@ -154,8 +152,8 @@ def tiny(tmp_path_factory):
         bases = [str(TINY)] + ([str(STORIES[story])] if story else [])
         with pytest.MonkeyPatch.context() as patch:
             patch.delenv(RUN_TIME_VARIABLE, raising=False)
-            arguments = ["-t", "-l", str(folder), "-n", name, "--accelerator", "cpu", "--max_steps", "2"]
-            command.main(["--base", *bases, *arguments, *overrides, *words])
+            arguments = ["-t", "-l", str(folder), "-n", name, "--accelerator", "cpu"]
+            command.main(["--base", *bases, *arguments, "lightning.trainer.max_steps=2", *overrides, *words])
         return next(folder.glob(f"*_{name}")) / "checkpoints" / "last.ckpt"
 
     return train
@@ -171,7 +169,8 @@ def raw(path):
     return unet_tensors(read_checkpoint(path), use_average=False)
 
 
-def test_an_image_network_is_trained_on_single_frames(image):
+@pytest.mark.slow
+def test_image_network_trains_on_single_frames(image):
     checkpoint = read_checkpoint(image)
     tensors = unet_tensors(checkpoint)
     assert not any(is_temporal(name) for name in tensors)
@@ -180,7 +179,8 @@ def test_an_image_network_is_trained_on_single_frames(image):
     assert len(list((image.parents[1] / "images" / "samples").glob("*.gif"))) == 2
 
 
-def test_time_is_added_to_it_with_its_convolutions_frozen(tiny, image):
+@pytest.mark.slow
+def test_temporal_layers_train_with_frozen_convolutions(tiny, image):
     video = tiny("frozen", f"model.params.ckpt_path={image}")
     before, after = unet_tensors(read_checkpoint(image)), raw(video)
     unet = load_unet(video)
@@ -193,7 +193,8 @@ def test_time_is_added_to_it_with_its_convolutions_frozen(tiny, image):
     assert any(after[name].abs().sum() > 0 for name in after if ".temporal.to_out" in name)
 
 
-def test_time_starts_as_nothing_on_the_image_network(tiny, image):
+@pytest.mark.slow
+def test_temporal_layers_start_as_identity_on_the_image_network(tiny, image):
     """Before its first step, the second stage makes frame by frame what the first one made."""
     still = load_unet(image)
     params = read_checkpoint(tiny("frozen", f"model.params.ckpt_path={image}", "data.params.seed=24")).config["model"]
@@ -207,8 +208,9 @@ def test_time_starts_as_nothing_on_the_image_network(tiny, image):
     assert relative_error(found, torch.stack(frames, 1)) < 1e-5 and found.std() > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("story", ["scratch", None])
-def test_everything_is_learned_at_once(tiny, story):
+def test_all_layers_train_at_once(tiny, story):
     first = tiny(story)
     tensors = raw(first)
     assert torch.count_nonzero(tensors["out.2.weight"]) > 0
@@ -218,6 +220,21 @@ def test_everything_is_learned_at_once(tiny, story):
     assert rate == (1e-4 if story else 5e-4)
 
 
+@pytest.mark.slow
+def test_the_video_model_resumes_exactly_and_loads_again(tiny):
+    straight, stopped = tiny(None, "lightning.trainer.max_steps=4"), tiny(None, "data.params.verify=true")
+    command.main(["-r", str(stopped.parents[1]), "-t", "--max_steps", "4"])
+    one, other = (torch.load(path, weights_only=True)["state_dict"] for path in (straight, stopped))
+    assert one.keys() == other.keys() and any(name.startswith("model_ema.diffusion_model") for name in one)
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    assert len(list((straight.parents[1] / "images" / "samples").glob("00_*.gif"))) == 3, "at steps 0, 2 and 4"
+    found = load_unet(straight)(torch.zeros(1, 3, 9, 4, 4), torch.tensor([5]), torch.zeros(1, 7, 16))
+    assert found.shape == (1, 3, 4, 4, 4)
+    with pytest.raises(UserError, match="prepared with another scale factor"):
+        tiny(None, "model.params.scale_factor=0.7")
+
+
+@pytest.mark.slow
 def test_single_frames_beside_clips(tiny):
     checkpoint = read_checkpoint(tiny(None, "data.params.image_share=0.5"))
     assert checkpoint.config["data"]["params"]["image_share"] == 0.5

@@ -16,7 +16,7 @@ def devices(*arguments, **trainer):
     return trainer_arguments(with_trainer_flags(config, options.trainer))
 
 
-def test_gpus_as_in_the_original(monkeypatch):
+def test_gpus_as_in_compvis(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert devices() == {"accelerator": "auto", "devices": 1}
     for flag, expected in {"0,": [0], "1,": [1], "0,1": [0, 1], "2": 2, "-1": -1}.items():
@@ -37,7 +37,7 @@ def test_precisions_under_all_their_names():
     assert {name: devices("--precision", name)["precision"] for name in names} == names
 
 
-def test_no_card_for_gpus_0(monkeypatch):
+def test_missing_gpus_are_an_error(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     message = r"--gpus 0,: expected 1 GPU, found 0: .* Give --accelerator cpu to train on the CPU"
     with pytest.raises(UserError, match=message):
@@ -51,7 +51,7 @@ def test_no_card_for_gpus_0(monkeypatch):
         devices("--gpus", "4")
 
 
-def test_why_no_card_is_seen(monkeypatch):
+def test_error_says_why_no_gpu_is_found(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(torch.version, "hip", None, raising=False)

@@ -62,8 +62,9 @@ def joined(tensors):
     return torch.cat([tensor.flatten().float() for tensor in tensors.values()])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["auto", "fsdp"])
-def test_two_processes_are_one_with_twice_the_batch(root, teams, tmp_path, straight, strategy):
+def test_two_processes_equal_one_with_twice_the_batch(root, teams, tmp_path, straight, strategy):
     alone, checkpoint = straight
     both = teams(2).run(Job(root, str(tmp_path), steps=20, trainer={"strategy": strategy}))
     for result in both:
@@ -85,7 +86,8 @@ def test_two_processes_are_one_with_twice_the_batch(root, teams, tmp_path, strai
         assert relative_error(*map(joined, moments)) < 1e-4
 
 
-def test_parts_are_parts(root, teams, tmp_path):
+@pytest.mark.slow
+def test_fsdp_halves_memory_and_clips_the_global_norm(root, teams, tmp_path):
     """Weights, optimiser states and averages take half as much in each of two processes; a norm bounds gradients of
     them all together; and sample videos, which the first one writes, take them all."""
     whole_job = Job(root, str(tmp_path / "whole"), steps=3, trainer={"gradient_clip_val": 0.01}, videos=True)
@@ -103,7 +105,8 @@ def test_parts_are_parts(root, teams, tmp_path):
     assert norms[0] == pytest.approx(norms[1], rel=1e-4) and norms[0] <= 0.01 * (1 - 0.9**3) * 1.001
 
 
-def test_parts_need_not_be_equal(root, teams, tmp_path):
+@pytest.mark.slow
+def test_fsdp_with_uneven_shards(root, teams, tmp_path):
     """Of 32 rows three processes have 11, 11 and 10, of one row only the first has any; a checkpoint has them all."""
     teams(3).run(Job(root, str(tmp_path / "three"), steps=1, trainer=FSDP, average=False))
     teams(1).run(Job(root, str(tmp_path / "one"), steps=1, batch_size=3, average=False))
@@ -122,6 +125,7 @@ SMALLER = {"use_checkpoint": True, "feed_forward_frames": 1, "inputs_on_host": T
 SAVING = {"memory": {"weights": "split", "frozen": "bfloat16"}, "optimizer": {"name": "adamw8bit", "states_on": "host"}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "unet", "trainer", "bound"),
     [
@@ -133,7 +137,7 @@ SAVING = {"memory": {"weights": "split", "frozen": "bfloat16"}, "optimizer": {"n
     ],
     ids=["accumulation", "split", "bfloat16", "parts", "parts in bfloat16"],
 )
-def test_with_all_that_saves_memory(root, teams, tmp_path, model, unet, trainer, bound):
+def test_two_processes_with_memory_options(root, teams, tmp_path, model, unet, trainer, bound):
     job = Job(root, str(tmp_path / "two"), steps=4, model=model, unet=unet, trainer=trainer)
     both = teams(2).run(job)
     alone = teams(1).run(replace(job, folder=str(tmp_path / "one"), batch_size=2))[0]
@@ -141,14 +145,16 @@ def test_with_all_that_saves_memory(root, teams, tmp_path, model, unet, trainer,
     assert max(differences(alone.losses, both[0].losses)) < bound
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_every_clip_once_a_pass(root, teams, tmp_path, size):
+def test_every_clip_once_per_epoch(root, teams, tmp_path, size):
     job = Job(root, str(tmp_path), steps=40 // size, model=None, average=False)
     seen = positions(teams(size).run(job))
     assert seen == list(range(40 // size * size)), "none twice, none left out"
 
 
-def test_two_then_one_then_two(root, teams, tmp_path, straight):
+@pytest.mark.slow
+def test_resume_with_two_one_and_two_processes(root, teams, tmp_path, straight):
     """The same global batch; first with weights in parts, then whole on one, then whole on two."""
     path, losses, seen = str(tmp_path / "checkpoints" / "last.ckpt"), [], []
     for size, steps, strategy in ((2, 4, "fsdp"), (1, 9, "auto"), (2, 12, "ddp"), (2, 14, "fsdp")):
@@ -163,7 +169,8 @@ def test_two_then_one_then_two(root, teams, tmp_path, straight):
     assert max(differences(losses, straight[0].losses[:14])) < 1e-6
 
 
-def test_another_number_of_batches_an_epoch(root, teams, tmp_path):
+@pytest.mark.slow
+def test_resume_with_another_number_of_batches_per_epoch(root, teams, tmp_path):
     """A batch per process of one clip: epochs have twice as many batches with one process, and end half-way."""
     path, seen = str(tmp_path / "checkpoints" / "last.ckpt"), []
     for size, steps in ((2, 3), (1, 15), (2, 21), (1, 26)):
@@ -172,7 +179,8 @@ def test_another_number_of_batches_an_epoch(root, teams, tmp_path):
     assert seen == list(range(3 * 2 + 12 + 6 * 2 + 5))
 
 
-def test_held_out_clips_that_cannot_be_divided_evenly(root, teams, tmp_path):
+@pytest.mark.slow
+def test_validation_with_uneven_batches(root, teams, tmp_path):
     trainer = {"val_check_interval": 1}
     job = Job(root, str(tmp_path / "three"), steps=1, trainer=trainer)
     three = teams(3).run(job)
@@ -183,7 +191,7 @@ def test_held_out_clips_that_cannot_be_divided_evenly(root, teams, tmp_path):
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 @pytest.mark.parametrize("batch_size", [1, 2, 4])
-def test_held_out_clips_are_shared_out_once(size, batch_size):
+def test_each_held_out_clip_has_one_process(size, batch_size):
     for length in range(1, 12):
         samplers = [HeldOutSampler(range(length), batch_size, size, rank) for rank in range(size)]
         indices = [index for sampler in samplers for index in sampler]
@@ -207,6 +215,7 @@ def on_two_machines(starter):
     return [same | meeting | {"SLURM_PROCID": str(rank), "SLURM_NODEID": str(rank)} for rank in (0, 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("starter", ["torchrun", "srun", "by hand"])
 def test_started_on_two_machines(tmp_path, teams, starter):
     arguments = ["-b", str(toy_config(tmp_path)), "-t", "-l", str(tmp_path / "logs"), "--max_steps", "3"]
@@ -228,7 +237,7 @@ def test_started_on_two_machines(tmp_path, teams, starter):
         ({"SLURM_NTASKS_PER_NODE": None}, {}, "SLURM: expected --ntasks-per-node with --nodes, found --ntasks 2 alone"),
     ],
 )
-def test_launches_that_do_not_fit(monkeypatch, changes, arguments, message):
+def test_arguments_that_contradict_the_launch_are_errors(monkeypatch, changes, arguments, message):
     for name, value in (on_two_machines("srun")[0] | changes).items():
         if value is not None:
             monkeypatch.setenv(name, value)
@@ -236,20 +245,20 @@ def test_launches_that_do_not_fit(monkeypatch, changes, arguments, message):
         as_launched(arguments, arguments.get("devices", 1))
 
 
-def test_a_launch_says_how_many(monkeypatch):
+def test_launch_sets_devices_and_nodes(monkeypatch):
     assert as_launched({"accelerator": "cpu"}, 1) == {"accelerator": "cpu", "devices": 1}
     for name, value in on_two_machines("torchrun")[1].items():
         monkeypatch.setenv(name, value)
     assert as_launched({}, 1) == {"devices": 1, "num_nodes": 2}
 
 
-def test_machines_that_do_not_know_of_each_other(monkeypatch):
+def test_missing_master_address_is_an_error(monkeypatch):
     monkeypatch.setenv("NODE_RANK", "1")
     with pytest.raises(UserError, match=r"--num_nodes 2: expected NODE_RANK, MASTER_ADDR .*, found no MASTER_ADDR"):
         agree_on("now", 2)
 
 
-def test_a_machine_that_nobody_meets(monkeypatch):
+def test_unreachable_machine_is_an_error(monkeypatch):
     monkeypatch.setattr(distributed_launch, "PATIENCE", timedelta(seconds=0.5))
     for name, value in (on_two_machines("torchrun")[0]).items():
         monkeypatch.setenv(name, value)
@@ -274,7 +283,7 @@ def stand_in(memory=None, **optimizer):
         ({"strategy": "ddp_find_unused_parameters_true"}, 0, False, True),
     ],
 )
-def test_replicas_are_the_rule(words, image_share, static, unused):
+def test_ddp_options(words, image_share, static, unused):
     data = SimpleNamespace(image_share=image_share, frames=5)
     chosen = strategy_options(words, 2, stand_in(), data)["strategy"]
     assert isinstance(chosen, Replicas) and chosen._ddp_kwargs == {
@@ -283,7 +292,7 @@ def test_replicas_are_the_rule(words, image_share, static, unused):
     assert strategy_options(words, 1, stand_in(), data) == {"strategy": "auto"}
 
 
-def test_parts_are_a_word():
+def test_fsdp_options():
     words = strategy_options(FSDP | {"precision": "bf16-mixed"}, 8, stand_in(), SimpleNamespace(image_share=0))
     assert isinstance(words.pop("strategy"), Parts) and words == {"inference_mode": False}
 
@@ -301,11 +310,11 @@ def test_parts_are_a_word():
         (FSDP, stand_in(states_on="host"), 0, "fsdp needs model.params.optimizer.states_on: gpu, found host"),
     ],
 )
-def test_what_excludes_what(words, model, image_share, message):
+def test_unsupported_strategy_is_an_error(words, model, image_share, message):
     with pytest.raises(UserError, match=message):
         strategy_options(words, 2, model, SimpleNamespace(image_share=image_share))
 
 
-def test_a_step_in_the_backward_pass_is_for_one_device():
+def test_step_in_backward_needs_one_device():
     with pytest.raises(UserError, match="step_in_backward: expected one device, found 2"):
         MemorySwitches(step_in_backward=True).check_run("32-true", 1, None, 2)

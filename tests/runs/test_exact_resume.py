@@ -27,8 +27,6 @@ from ldm.runs.last_checkpoints import LAST, check_room, corruption, kept, num_by
 from scripts.dev.torture import leaves, logged, unlike
 from tests.toy_run import ToyModel, last, make_prepared, read
 
-pytestmark = pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
-
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
@@ -64,8 +62,9 @@ def run(root, folder, *, steps, every=3, resume=None, model=None, also=(), **wor
     trainer.fit(model, data, ckpt_path=resume, weights_only=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_going_on_from_any_checkpoint_is_the_straight_run(root, tmp_path, accumulate):
+def test_resume_from_any_checkpoint_equals_the_straight_run(root, tmp_path, accumulate):
     """As after a kill: what lies in the folder is of later steps. An epoch has 6 steps here, or 3."""
     words = {"steps": 13, "every": 1, "accumulate_grad_batches": accumulate}
     run(root, tmp_path / "straight", also=[ComputeCount()], **words)
@@ -83,7 +82,7 @@ def test_going_on_from_any_checkpoint_is_the_straight_run(root, tmp_path, accumu
         assert unlike("logged", wanted[1], found[1]) is None, step
 
 
-def test_a_run_that_never_saved_begins_again_without_its_old_logs(root, tmp_path):
+def test_run_that_never_saved_starts_over_without_old_logs(root, tmp_path):
     run(root, tmp_path / "straight", steps=3)
     (tmp_path / "killed" / "tb").mkdir(parents=True)
     for path in (tmp_path / "straight" / "tb").iterdir():
@@ -94,7 +93,7 @@ def test_a_run_that_never_saved_begins_again_without_its_old_logs(root, tmp_path
     assert unlike("logged", *logs) is None and logs[0]
 
 
-def test_an_error_in_a_step_saves_the_step_before_it_exactly(root, tmp_path):
+def test_error_in_a_step_saves_the_previous_step(root, tmp_path):
     run(root, tmp_path / "straight", steps=8)
     model = DrawingModel()
 
@@ -112,7 +111,7 @@ def test_an_error_in_a_step_saves_the_step_before_it_exactly(root, tmp_path):
     assert unlike("logged", *(logged(tmp_path / name / "tb") for name in ("straight", "failed"))) is None
 
 
-def test_an_error_in_a_validation_is_no_moment_to_save(root, tmp_path, caplog):
+def test_error_in_validation_saves_nothing(root, tmp_path, caplog):
     model = ToyModel(learning_rate=0.05)
 
     def fail():
@@ -127,7 +126,7 @@ def test_an_error_in_a_validation_is_no_moment_to_save(root, tmp_path, caplog):
 
 @pytest.mark.parametrize("name", ["adamw", "adamw8bit", "adamw4bit"])
 @pytest.mark.parametrize("stored", ["float32", "bfloat16"])
-def test_states_of_few_bits_come_back_to_the_bit(tmp_path, name, stored):
+def test_quantised_optimiser_states_resume_exactly(tmp_path, name, stored):
     if name != "adamw":
         pytest.importorskip("torchao")
 
@@ -159,7 +158,7 @@ def test_states_of_few_bits_come_back_to_the_bit(tmp_path, name, stored):
     assert unlike("end", *ends) is None
 
 
-def test_generators_come_back(monkeypatch):
+def test_random_generators_are_restored(monkeypatch):
     states = generators()
     drawn = [random.random(), np.random.standard_normal(3).tolist(), torch.rand(3).tolist()]
     random.random(), np.random.rand(), torch.rand(1)
@@ -178,7 +177,7 @@ def steps_in(folder):
     return [(path.name, read(path)["step"]) for path in kept(folder)]
 
 
-def test_the_last_good_ones_are_kept(tmp_path):
+def test_the_last_checkpoints_are_kept(tmp_path):
     for step in range(1, 5):
         save(tmp_path / ".fresh.ckpt", step)
         publish(tmp_path / ".fresh.ckpt", tmp_path, keep=3)
@@ -188,7 +187,7 @@ def test_the_last_good_ones_are_kept(tmp_path):
     assert steps_in(tmp_path) == [("last.ckpt", 5)] and len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_torn_one_pushes_no_good_one_out(tmp_path):
+def test_corrupt_checkpoint_displaces_no_whole_one(tmp_path):
     for step in (1, 2):
         save(tmp_path / ".fresh.ckpt", step)
         publish(tmp_path / ".fresh.ckpt", tmp_path, keep=2)
@@ -236,7 +235,7 @@ def test_a_kill_between_any_two_renames_leaves_a_whole_one(tmp_path, monkeypatch
         assert steps_in(folder)[0] == ("last.ckpt", 5) and len(steps_in(folder)) == 3
 
 
-def test_damage_is_found_wherever_it_is(tmp_path):
+def test_corruption_is_found_anywhere_in_the_file(tmp_path):
     path = tmp_path / LAST
     save(path, 1, size=5000)
     whole = path.read_bytes()
@@ -254,7 +253,7 @@ def test_damage_is_found_wherever_it_is(tmp_path):
 # ---- a full disk
 
 
-def test_room_is_looked_for_before_anything_is_written(tmp_path, monkeypatch):
+def test_free_space_is_checked_before_writing(tmp_path, monkeypatch):
     weight = torch.zeros(1000)
     checkpoint = {"a": weight, "b": [weight.view(10, 100), {"c": torch.zeros(3, dtype=torch.int64)}]}
     assert num_bytes(checkpoint) == 4000 + 24
@@ -267,7 +266,7 @@ def test_room_is_looked_for_before_anything_is_written(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_while_training_is_said_and_training_goes_on(root, tmp_path, monkeypatch, caplog):
+def test_full_disk_is_logged_and_training_continues(root, tmp_path, monkeypatch, caplog):
     model, usage = ToyModel(learning_rate=0.05), shutil.disk_usage
     model.at_batch = {
         4: lambda: monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0)),

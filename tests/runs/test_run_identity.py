@@ -20,10 +20,6 @@ from ldm.runs.identity import config_changes, data_identity, git_revision, model
 from tests.toy_command import last, run
 from tests.toy_run import make_prepared
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:You're resuming from a checkpoint that ended before", "ignore:The number of training batches"
-)
-
 
 def test_folders_that_cannot_be_resumed(toy, tmp_path):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
@@ -37,7 +33,7 @@ def test_folders_that_cannot_be_resumed(toy, tmp_path):
         plan_run(parse_arguments(["-r", str(tmp_path / "stray.ckpt"), "-t"]))
 
 
-def test_a_torn_checkpoint_is_recognised_and_the_one_before_it_used(toy, caplog):
+def test_corrupt_checkpoint_is_skipped_for_the_previous_one(toy, caplog):
     folder = run(toy, "-b", str(toy), "-t", "lightning.callbacks.last_checkpoint.params.every_n_steps=1")
     path = folder / "checkpoints" / "last.ckpt"
     wanted = {**last(folder)["state_dict"]}
@@ -56,7 +52,7 @@ def test_a_torn_checkpoint_is_recognised_and_the_one_before_it_used(toy, caplog)
         command.main(["-r", str(path), "-t"])
 
 
-def test_a_run_killed_before_it_saved_begins_again_with_its_own_seed(toy, caplog):
+def test_run_killed_before_it_saved_starts_over_with_its_seed(toy, caplog):
     folder = run(toy, "-b", str(toy), "-t", "-s", "7", "--scale_lr")
     path = folder / "checkpoints" / "last.ckpt"
     wanted = last(folder)
@@ -77,7 +73,7 @@ def record(folder):
     return json.loads((folder / "run.json").read_text())
 
 
-def test_a_run_folder_says_what_it_is(toy):
+def test_run_folder_records_identity_and_sessions(toy):
     folder = run(toy, "-b", str(toy), "-t")
     found = record(folder)
     assert found["config"]["data"]["params"]["frames"] == 3 and found["model"] == {}
@@ -90,7 +86,8 @@ def test_a_run_folder_says_what_it_is(toy):
     assert record(folder)["sessions"][1]["changed"] == [], "how long and by how many processes makes no other run"
 
 
-def test_a_changed_config_is_shown_and_may_be_allowed(toy, caplog):
+@pytest.mark.slow
+def test_changed_config_is_an_error_unless_allowed(toy, caplog):
     folder = run(toy, "-b", str(toy), "-t")
     words = ["-r", str(folder), "-t", "--max_steps", "5", "data.params.frames=4", "model.params.momentum=0.5"]
     message = (
@@ -107,7 +104,8 @@ def test_a_changed_config_is_shown_and_may_be_allowed(toy, caplog):
     command.main(["-r", str(folder), "-t", "--max_steps", "6"])  # it is the run's own now
 
 
-def test_other_data_is_shown_and_may_be_allowed(toy):
+@pytest.mark.slow
+def test_changed_data_is_an_error_unless_allowed(toy):
     folder = run(toy, "-b", str(toy), "-t")
     shutil.move(toy.parent / "set", toy.parent / "moved")
     command.main(["-r", str(folder), "-t", "--max_steps", "5", f"data.params.root={toy.parent / 'moved'}"])
@@ -125,7 +123,7 @@ def test_other_data_is_shown_and_may_be_allowed(toy):
     assert last(folder)["global_step"] == 6
 
 
-def test_another_base_model_is_noticed_and_one_that_is_gone_is_not_needed(tmp_path):
+def test_changed_base_model_is_an_error_and_a_missing_one_is_not_needed(tmp_path):
     path, checkpoint = tmp_path / "sd.ckpt", tmp_path / "last.ckpt"
     path.write_bytes(b"weights")
     model = {"params": {"ckpt_path": str(path), "first_stage_config": {"params": {"ckpt_path": None}}}}
@@ -149,7 +147,7 @@ def test_another_base_model_is_noticed_and_one_that_is_gone_is_not_needed(tmp_pa
     assert model_source(model, other, checkpoint) == model == model_source(model, model, None)
 
 
-def test_what_decides_on_the_weights_and_what_does_not():
+def test_config_changes_that_affect_the_weights():
     before = yaml.safe_load("""
         model: {target: M, params: {ckpt_path: a.ckpt, width: 3}}
         data: {target: D, params: {root: here, num_workers: 2, batch_size: 2}}
@@ -182,7 +180,7 @@ TRAINING = {
 
 
 @pytest.mark.parametrize("name", [*LOGGING, *TRAINING])
-def test_a_callback_that_logs_may_change_and_one_that_trains_may_not(name):
+def test_logging_callback_may_change_on_resume_and_a_training_one_may_not(name):
     node = (LOGGING | TRAINING)[name]
     changed = {**node, "params": {"any": 1}}
     configs = [
@@ -198,14 +196,14 @@ def test_every_default_callback_says_whether_it_changes_the_training():
     assert set(CALLBACKS) <= set(LOGGING | TRAINING)
 
 
-def test_the_full_and_the_old_name_of_a_callback_are_the_same_callback():
+def test_full_and_old_names_of_a_callback_are_equal():
     nodes = [{}] + [{"target": f"ldm.callbacks.{name}"} for name in ("SkipBadSteps", "bad_steps.SkipBadSteps")]
     nodes.append({"target": "ldm.callbacks.guard.SkipBadSteps"})
     configs = [{"lightning": {"callbacks": {"skip_bad_steps": node}}} for node in nodes]
     assert not any(config_changes(configs[0], other) for other in configs)
 
 
-def test_footage_is_told_by_names_sizes_and_ends(tmp_path):
+def test_footage_is_identified_by_names_sizes_and_ends(tmp_path):
     for name in ("a.mp4", "b.mp4"):
         (tmp_path / name).write_bytes(name.encode() * 1000)
     params = {"videos": str(tmp_path), "size": 64, "seed": 23}
@@ -235,12 +233,12 @@ def test_the_git_revision_where_there_is_one(tmp_path, monkeypatch):
         (["-b", "x", "--allow", "data"], r"--allow: expected with -r/--resume, found without it"),
     ],
 )
-def test_what_allow_takes(words, message):
+def test_wrong_allow_is_an_error(words, message):
     with pytest.raises(UserError, match=message):
         parse_arguments(words)
 
 
-def test_a_record_that_is_none(toy):
+def test_invalid_record_is_an_error(toy):
     folder = run(toy, "-b", str(toy), "-t")
     (folder / "run.json").write_text("[]")
     with pytest.raises(UserError, match=r"run.json: expected the record that main.py wrote, found something else"):

@@ -9,6 +9,7 @@ from scripts.dev import torture
 from scripts.dev.torture import leaves, main, unlike
 
 
+@pytest.mark.slow
 def test_three_kills_leave_no_trace(tmp_path, capsys):
     main(["--kills", "3", "--work", str(tmp_path), "--workers", "0"])
     printed = capsys.readouterr().out
@@ -17,7 +18,7 @@ def test_three_kills_leave_no_trace(tmp_path, capsys):
         assert f"│ {phase} " in printed
 
 
-def test_a_trace_would_be_found(tmp_path, capsys, monkeypatch):
+def test_differences_are_found(tmp_path, capsys, monkeypatch):
     class Part:
         def straight(self):
             pass
@@ -35,7 +36,7 @@ def test_a_trace_would_be_found(tmp_path, capsys, monkeypatch):
     assert unlike("x", {}, {"a": 2}) == "x: a is too much"
 
 
-def test_every_number_counts():
+def test_all_values_are_compared():
     torch = torture.torch
     one = {"config": 1, "a": [torch.zeros(2), {"b": 3}], "between_steps": {"logs": {"x": 1}, "logged_steps": 4}}
     places = dict(leaves(one))
@@ -51,6 +52,6 @@ def test_every_number_counts():
         (["--work", "."], "--work: expected an empty folder"),
     ],
 )
-def test_what_cannot_be_meant(words, message):
+def test_invalid_arguments_are_errors(words, message):
     with pytest.raises(UserError, match=message):
         main(words)
