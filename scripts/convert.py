@@ -22,7 +22,7 @@ from rich.console import Console
 from ldm.checkpoint import Checkpoint, check_unet, read_checkpoint
 from ldm.checkpoint.diffusers import write_author, write_diffusers
 from ldm.checkpoint.encoders import has_temporal_decoder
-from ldm.checkpoint.names import AVERAGE_PREFIX, FIRST_STAGE_PREFIX, TEXT_PREFIX, UNET_PREFIX
+from ldm.checkpoint.names import AVERAGE_PREFIX, FIRST_STAGE_PREFIX, TEXT_PREFIX, UNET_PREFIX, Kind
 from ldm.checkpoint.temporal import BASE_IDENTITY, base_identity, load_with_temporal
 from ldm.checkpoint.writing import bundled, check_output, full_config, write_bundle, write_full, write_temporal
 from ldm.errors import Parser, UserError, run_command
@@ -32,17 +32,10 @@ from ldm.sampling.settings import DEFAULTS
 
 FORMATS = {
     "full": "one file of everything, under CompVis's names (.ckpt or .safetensors)",
-    "temporal": "the layers over time alone (.safetensors), to be put into other image models",
+    "temporal": "the temporal layers alone (.safetensors), for other image models",
     "diffusers": "a folder of the image part that diffusers loads",
     "author": "a folder in the form of the author's later release",
     "bundle": "a folder of small float16 files, each below 16 MB, all below 48 MB, as in models/drive",
-}
-KINDS = {
-    "ours": "a checkpoint of this project",
-    "compvis": "Stable Diffusion v1 in CompVis's names",
-    "diffusers": "Stable Diffusion v1 in diffusers' names",
-    "author": "the author's later release",
-    "temporal": "temporal layers alone",
 }
 
 
@@ -60,16 +53,16 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--base", type=Path, metavar="PATH", help="image model to put temporal layers alone into")
     parser.add_argument(
         "--sampling", nargs="+", metavar="WORD=VALUE", default=[],
-        help=f"for a bundle: how to sample from it where nobody says otherwise ({', '.join(DEFAULTS)})",
+        help=f"for a bundle: defaults of sampling ({', '.join(DEFAULTS)})",
     )  # fmt: skip
     parser.add_argument("--text", type=Path, metavar="PATH", help="for a bundle: checkpoint of another text encoder")
     parser.add_argument(
-        "--decoder", type=Path, metavar="PATH", help="for a bundle: autoencoder whose decoder learned on alone"
+        "--decoder", type=Path, metavar="PATH", help="for a bundle: autoencoder with a decoder trained further"
     )
     parser.add_argument(
-        "--temporal-decoder", type=Path, metavar="PATH", help="for a bundle: layers over time for that decoder"
+        "--temporal-decoder", type=Path, metavar="PATH", help="for a bundle: temporal layers for that decoder"
     )
-    parser.add_argument("--half", action="store_true", help="write float16: half the size, three digits of a number")
+    parser.add_argument("--half", action="store_true", help="write float16: half the size, three significant digits")
     parser.add_argument("--overwrite", action="store_true", help="replace what is at --out")
     return parser.parse_args(arguments)
 
@@ -77,12 +70,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def read_input(options: argparse.Namespace, console: Console) -> Checkpoint:
     """The checkpoint to write, merged with its base where it is temporal layers alone; what it is gets printed."""
     found = read_checkpoint(options.source)
-    console.print(f"in:   {options.source}: {KINDS[found.kind]}, {in_numbers(found)}, {size(options.source)}")
-    if found.kind != "temporal":
+    console.print(f"in:   {options.source}: {found.kind.description}, {in_numbers(found)}, {size(options.source)}")
+    if found.kind is not Kind.TEMPORAL:
         if options.base is not None:
             raise UserError(
-                f"--base: belongs to a file of temporal layers alone, and {options.source} is {KINDS[found.kind]}; "
-                "leave it out"
+                f"--base: belongs to a file of temporal layers alone, and {options.source} is "
+                f"{found.kind.description}; leave it out"
             )
         check_unet(found)
         return found
@@ -93,7 +86,7 @@ def read_input(options: argparse.Namespace, console: Console) -> Checkpoint:
             f"--base: {options.source} holds temporal layers alone; give the image model to put them into: --base FILE"
         )
     base = read_checkpoint(options.base)
-    console.print(f"base: {options.base}: {KINDS[base.kind]}, {in_numbers(base)}, {size(options.base)}")
+    console.print(f"base: {options.base}: {base.kind.description}, {in_numbers(base)}, {size(options.base)}")
     check_unet(base)
     merged = load_with_temporal(base, found)
     if merged.warning:
@@ -161,10 +154,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         checkpoint = read_input(options, console)
         notes = write(checkpoint, options)
         written = read_checkpoint(options.out)
-        identity = written.metadata[BASE_IDENTITY] if written.kind == "temporal" else base_identity(written)
+        identity = written.metadata[BASE_IDENTITY] if written.kind is Kind.TEMPORAL else base_identity(written)
     share = num_bytes(options.out) / num_bytes(options.base or options.source)
     console.print(
-        f"out:  {options.out}: {KINDS[written.kind]}, {in_numbers(written)}, {size(options.out)} "
+        f"out:  {options.out}: {written.kind.description}, {in_numbers(written)}, {size(options.out)} "
         f"({share:.0%} of the {'base' if options.base else 'input'})"
     )
     console.print(f"image weights of the UNet: sha256 {identity}")

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm.checkpoint.names import CLASS_NAME, WORDS, unet_to_release
+from ldm.checkpoint.names import CLASS_NAME, RELEASE_KWARGS, unet_to_release
 from ldm.checkpoint.shapes import join_known
 from ldm.modules.unet import UNetModel
 from tests.conftest import fill_by_rule
@@ -27,7 +27,7 @@ FULL = {
     "context_dim": 768,
     "temporal_kernel_size": 3,
 }
-TINY = FULL | WORDS | {"model_channels": 32, "context_dim": 24}
+TINY = FULL | RELEASE_KWARGS | {"model_channels": 32, "context_dim": 24}
 
 
 @cache

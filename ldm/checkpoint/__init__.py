@@ -1,8 +1,8 @@
 """Stable Diffusion v1's weights into our networks, and back under the names the world knows.
 
 `load_unet` is the one door for every kind of file and folder; the encoders come from the same single file, by way of
-`checkpoint_encoders`. Nothing is loaded loosely: each tensor of the file must have its place and each place its tensor,
-temporal layers excepted. How files are read is in `checkpoint_reading`, what tensors are called in `checkpoint_names`.
+`encoders`. Nothing is loaded loosely: each tensor of the file must have its place and each place its tensor,
+temporal layers excepted. How files are read is in `reading`, what tensors are called in `names`.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from ldm.checkpoint.names import (
     FIRST_STAGE_PREFIX,
     TEXT_PREFIX,
     UNET_PREFIX,
+    Kind,
     average_names,
 )
 from ldm.checkpoint.reading import (
@@ -51,7 +52,7 @@ from ldm.checkpoint.reading import (
     read_checkpoint,
     text_tensors,
 )
-from ldm.checkpoint.shapes import refuse_linear_projections, split_known, unet_words
+from ldm.checkpoint.shapes import infer_unet_kwargs, refuse_linear_projections, split_known
 from ldm.config import build, load_config
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.modules.encoders import CLIPTextEmbedder, FirstStage
@@ -154,7 +155,7 @@ def fill_unet(unet: UNetModel, checkpoint: Checkpoint, use_average: bool = True,
 def _account_unet(unet: UNetModel, checkpoint: Checkpoint, use_average: bool, is_its_own: bool) -> dict[str, Tensor]:
     """The tensors of a checkpoint for this network, which it may be an outline of; raises `CheckpointError`."""
     where = f"UNet from {checkpoint.path}"
-    if checkpoint.kind == "author" and not _is_as_released(unet):
+    if checkpoint.kind is Kind.AUTHOR and not _is_as_released(unet):
         raise CheckpointError(
             f"{where}: expected a network with norm_over_clip: true and temporal_attention: {{positions: false}}, as "
             "the author's release has it, found a config of another. Set both in unet_config.params."
@@ -185,10 +186,10 @@ def unet_node(checkpoint: Checkpoint, config: Config | None = None) -> dict[str,
     if config is None:
         if node := own_node(checkpoint, "unet_config"):
             return node
-        words = unet_words(
+        words = infer_unet_kwargs(
             unet_tensors(checkpoint), checkpoint.num_heads or 8, str(checkpoint.path), checkpoint.spelled
         )
-        return _node_of_words(words | (checkpoint_author.WORDS if checkpoint.kind == "author" else {}))
+        return _node_of_words(words | (checkpoint_author.RELEASE_KWARGS if checkpoint.kind is Kind.AUTHOR else {}))
     if isinstance(config, str | Path):
         config = load_config([config])
     config = plain(config)
@@ -202,7 +203,7 @@ def unet_tensors(checkpoint: Checkpoint, use_average: bool = True) -> dict[str, 
 
     Weights of the input channels of known frames are apart, as in `split_known`.
     """
-    if checkpoint.kind == "temporal":
+    if checkpoint.kind is Kind.TEMPORAL:
         raise CheckpointError(
             f"{checkpoint.path}: expected a whole UNet, found temporal layers alone. Give the image model that they "
             f"are to be put into as well: --base IMAGE_MODEL --temporal {checkpoint.path}"

@@ -69,7 +69,7 @@ def write_author(checkpoint: Checkpoint, folder: Path, half: bool = False) -> li
     """
     words = unet_node(checkpoint)["params"]
     tensors = unet_tensors(checkpoint)
-    against = checkpoint_author.words_against(words)
+    against = checkpoint_author.incompatible_kwargs(words)
     if not has_temporal_layers(tensors):
         against.insert(0, "it has no temporal layers")
     if against:

@@ -102,7 +102,7 @@ def build_text_encoder(checkpoint: Checkpoint, config_node: Mapping[str, Any] | 
     """As `load_text_encoder`, but the tokenizer is not looked for."""
     node = plain(config_node) or own_node(checkpoint, "cond_stage_config") or copy.deepcopy(SD_V1_TEXT)
     node = _without_weights(node)
-    if checkpoint.kind in ("diffusers", "author") and (checkpoint.path / "tokenizer").is_dir():
+    if checkpoint.kind.has_folder and (checkpoint.path / "tokenizer").is_dir():
         node["params"].setdefault("tokenizer", str(checkpoint.path))
     with torch.device("meta"):  # before memory is taken for it
         expected = build(node, TEXT_PATH).compvis_state_dict()

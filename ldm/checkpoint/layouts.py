@@ -21,6 +21,7 @@ from ldm.checkpoint.names import (
     FIRST_STAGE_PREFIX,
     TEXT_PREFIX,
     UNET_PREFIX,
+    Kind,
     unet_from_diffusers,
     unet_from_release,
 )
@@ -50,7 +51,7 @@ class FolderContents:
     """What a folder holds; see `Checkpoint`, whose fields these are."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    kind: str = "diffusers"
+    kind: Kind = Kind.DIFFUSERS
     num_heads: int | None = None
     scale_factor: float | None = None
 
@@ -73,7 +74,7 @@ def read_folder(folder: Path) -> FolderContents:
         is_release = config.get("_class_name") == CLASS_NAME
         contents.tensors |= compvis_tensors("author" if is_release else part, _read_weights(part, part_folder))
         if is_release:
-            contents.kind = "author"
+            contents.kind = Kind.AUTHOR
         if part == "unet":
             contents.num_heads = _num_heads(config, part_folder / "config.json")
         elif part == "vae" and type(scale := config.get("scaling_factor")) in (int, float):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
 from ldm.modules.state_dicts import inverse, nested, numbers_after, renamed
@@ -146,10 +147,38 @@ def _has(prefix: str, names: Iterable[str]) -> bool:
     return any(name.startswith(prefix) for name in names)
 
 
+class Kind(StrEnum):
+    """What a checkpoint is; the naming of its UNet follows from it."""
+
+    OURS = "ours", "a checkpoint of this project"
+    COMPVIS = "compvis", "Stable Diffusion v1 in CompVis's names"
+    DIFFUSERS = "diffusers", "Stable Diffusion v1 in diffusers' names"
+    AUTHOR = "author", "the author's later release"
+    TEMPORAL = "temporal", "temporal layers alone"
+
+    description: str
+
+    def __new__(cls, name: str, description: str) -> Kind:
+        kind = str.__new__(cls, name)
+        kind._value_, kind.description = name, description
+        return kind
+
+    @property
+    def has_folder(self) -> bool:
+        """Whether it may come as a folder in diffusers' layout, with a tokenizer of its own."""
+        return self in (Kind.DIFFUSERS, Kind.AUTHOR)
+
+    def spelled(self, names: Collection[str]) -> dict[str, str]:
+        """Names of a UNet, relative to `model.diffusion_model.` -> the names in files of this kind."""
+        if self is Kind.AUTHOR:
+            return unet_to_release(names)
+        return unet_to_diffusers(names) if self is Kind.DIFFUSERS else {name: name for name in names}
+
+
 CLASS_NAME = "UNetPseudo3DConditionModel"
-# What its network is, beside what shapes tell, in the words of `UNetModel`.
-WORDS = {"norm_over_clip": True, "temporal_attention": {"positions": False}}
-NUM_HEADS = 8  # of the attention over frames, which shares the number of the others there
+# Kwargs of `UNetModel` for the release's network that shapes do not give.
+RELEASE_KWARGS = {"norm_over_clip": True, "temporal_attention": {"positions": False}}
+NUM_HEADS = 8  # of temporal attention; spatial attention has as many there
 
 # Parts of a name there and here; the first that fits counts.
 _PARTS = (
@@ -179,32 +208,32 @@ def unet_to_release(names: Collection[str]) -> dict[str, str]:
     return {name: _release_name(other) for name, other in unet_to_diffusers(names).items()}
 
 
-def words_against(words: Mapping[str, Any]) -> list[str]:
-    """What keeps a network with these words of `UNetModel` from being written in the form of the release."""
-    attention = words.get("temporal_attention")
+def incompatible_kwargs(kwargs: Mapping[str, Any]) -> list[str]:
+    """The kwargs of a `UNetModel` that the release's network does not have, described."""
+    attention = kwargs.get("temporal_attention")
     has_attention = attention is not False
     attention = attention if isinstance(attention, Mapping) else {"positions": has_attention}
     wanted = {
-        "temporal": (words.get("temporal", True), True),
+        "temporal": (kwargs.get("temporal", True), True),
         "temporal_attention": (has_attention, True),
-        "norm_over_clip": (words.get("norm_over_clip", False), True),
+        "norm_over_clip": (kwargs.get("norm_over_clip", False), True),
         "temporal_attention.positions": (attention.get("positions", True), False),
         "temporal_attention.local": (attention.get("local"), None),
-        "temporal_kernel_size": (words.get("temporal_kernel_size", 3), 3),
-        "temporal_changes_only": (words.get("temporal_changes_only", False), False),
-        "fps_embedding": (words.get("fps_embedding", False), False),
-        "known_level_embedding": (words.get("known_level_embedding", False), False),
-        "num_heads": (words.get("num_heads", 8), NUM_HEADS),
+        "temporal_kernel_size": (kwargs.get("temporal_kernel_size", 3), 3),
+        "temporal_changes_only": (kwargs.get("temporal_changes_only", False), False),
+        "fps_embedding": (kwargs.get("fps_embedding", False), False),
+        "known_level_embedding": (kwargs.get("known_level_embedding", False), False),
+        "num_heads": (kwargs.get("num_heads", 8), NUM_HEADS),
     }
     return [
-        f"{word} is {json.dumps(found)} (there: {json.dumps(there)})"
-        for word, (found, there) in wanted.items()
+        f"{key} is {json.dumps(found)} (there: {json.dumps(there)})"
+        for key, (found, there) in wanted.items()
         if found != there
     ]
 
 
 def _plain(name: str) -> str:
-    """The release's name without its own words: diffusers' where it is an image layer's."""
+    """The release's name in our spelling of temporal layers, diffusers' for image layers."""
     for there, here in _PARTS:
         if there in name:
             return name.replace(there, here)

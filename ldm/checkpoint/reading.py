@@ -1,7 +1,7 @@
 """Every kind of file and folder that Stable Diffusion v1's weights come in -> one dict of tensors, CompVis names.
 
 Whole models, single parts and bare state dicts, in CompVis's or diffusers' naming. How files are opened safely is in
-`checkpoint_files`, folders are in `checkpoint_folder`.
+`files`, folders are in `layouts`.
 """
 
 from __future__ import annotations
@@ -25,9 +25,8 @@ from ldm.checkpoint.names import (
     TEMPORAL_DECODER_PREFIX,
     TEXT_PREFIX,
     UNET_PREFIX,
+    Kind,
     is_release,
-    unet_to_diffusers,
-    unet_to_release,
 )
 from ldm.config.schema import ConfigError, check_sizes, mapping_at
 from ldm.config.untrusted import check_plain
@@ -75,9 +74,6 @@ def _without_paths(params: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in params.items() if key not in PATHS}
 
 
-TEMPORAL_KIND = "temporal"  # what the metadata of a file of temporal layers alone says at `kind`
-
-
 @dataclass
 class Checkpoint:
     """The contents of a checkpoint.
@@ -86,8 +82,7 @@ class Checkpoint:
     tensors: every tensor under its full CompVis name (`model.diffusion_model.*`, ...), on the CPU, in the file's dtype.
     own_config: the whole resolved config of the run that wrote it, as the file has it, None where it has none. Take
         `config` instead.
-    kind: "ours" (it has a config), "compvis", "diffusers", "author" (the later release of the original's author) or
-        "temporal" (temporal layers alone, see `checkpoint_temporal`).
+    kind: see `Kind`; a checkpoint of ours has a config.
     num_heads: attention heads of the UNet where a diffusers config says so; CompVis files never do.
     scale_factor: what its first stage's latents are multiplied by, where the file says so.
     metadata: the strings in a safetensors file.
@@ -96,21 +91,19 @@ class Checkpoint:
     path: Path
     tensors: dict[str, Tensor]
     own_config: Mapping[str, Any] | None = None
-    kind: str = "compvis"
+    kind: Kind = Kind.COMPVIS
     num_heads: int | None = None
     scale_factor: float | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def config(self) -> dict[str, Any] | None:
-        """The file's config, confined to what a stranger's may say; raises `ConfigError` where it says more."""
+        """The file's config, confined to what an untrusted one may say; raises `ConfigError` where it says more."""
         return None if self.own_config is None else confined(self.own_config, str(self.path))
 
     def spelled(self, names: Collection[str]) -> dict[str, str]:
         """Each name of a UNet, relative to `model.diffusion_model.`, -> how this file spells it."""
-        if self.kind == "author":
-            return unet_to_release(names)
-        return unet_to_diffusers(names) if self.kind == "diffusers" else {name: name for name in names}
+        return self.kind.spelled(names)
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -122,7 +115,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path)
     if path.is_dir() and is_bundle(path):
         tensors, config = read_bundle(path)
-        return Checkpoint(path, _with_prefixes(tensors, path)[0], own_config=config, kind="ours")
+        return Checkpoint(path, _with_prefixes(tensors, path)[0], own_config=config, kind=Kind.OURS)
     if path.is_dir():
         found = read_folder(path)
         return Checkpoint(
@@ -143,14 +136,14 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     metadata = {name: value for name, value in strings if isinstance(value, str)}
     config = contents.get("config", _config_in(metadata))
     if isinstance(config, Mapping) and "model" in config:
-        kind = "ours"
-    elif metadata.get("kind") == TEMPORAL_KIND:
-        kind = "temporal"
+        kind = Kind.OURS
+    elif metadata.get("kind") == Kind.TEMPORAL:
+        kind = Kind.TEMPORAL
     scale = state.get("scale_factor", contents.get("scale_factor"))  # CompVis with scale_by_std; our autoencoder
     return Checkpoint(
         path,
         tensors,
-        own_config=config if kind == "ours" else None,
+        own_config=config if kind is Kind.OURS else None,
         kind=kind,
         scale_factor=_scale(scale, path),
         metadata=metadata,
@@ -200,7 +193,7 @@ def _config_in(metadata: Mapping[str, str]) -> Any:
         return None
 
 
-def _with_prefixes(tensors: dict[str, Tensor], path: Path) -> tuple[dict[str, Tensor], str]:
+def _with_prefixes(tensors: dict[str, Tensor], path: Path) -> tuple[dict[str, Tensor], Kind]:
     """Full CompVis names from those of any file, and its kind; a name of no Stable Diffusion v1 file is an error."""
     known = (UNET_PREFIX, FIRST_STAGE_PREFIX, "cond_stage_model.", AVERAGE_PREFIX, TEMPORAL_DECODER_PREFIX)
     if any(name.startswith(known) for name in tensors):
@@ -212,19 +205,19 @@ def _with_prefixes(tensors: dict[str, Tensor], path: Path) -> tuple[dict[str, Te
                 f"{path}: {len(strangers)} of {len(tensors)} tensors belong to no part of Stable Diffusion v1: "
                 f"{few(strangers)}. Remove them, or take the original model."
             )
-        return {_text_spelling(name): tensor for name, tensor in tensors.items()}, "compvis"
+        return {_text_spelling(name): tensor for name, tensor in tensors.items()}, Kind.COMPVIS
     if "time_embed.0.weight" in tensors:
-        return {UNET_PREFIX + name: tensor for name, tensor in tensors.items()}, "compvis"
+        return {UNET_PREFIX + name: tensor for name, tensor in tensors.items()}, Kind.COMPVIS
     if "encoder.conv_in.weight" in tensors or "decoder.conv_in.weight" in tensors:
         is_compvis = any(name.startswith(("encoder.down.", "decoder.up.")) for name in tensors)
-        kind = "compvis" if is_compvis else "diffusers"
+        kind = Kind.COMPVIS if is_compvis else Kind.DIFFUSERS
         return compvis_tensors("compvis vae" if is_compvis else "vae", tensors), kind
     if is_release(tensors):
-        return compvis_tensors("author", tensors), "author"
+        return compvis_tensors("author", tensors), Kind.AUTHOR
     if "time_embedding.linear_1.weight" in tensors:
-        return compvis_tensors("unet", tensors), "diffusers"
+        return compvis_tensors("unet", tensors), Kind.DIFFUSERS
     if any(text_name(name) == "text_model.embeddings.token_embedding.weight" for name in tensors):
-        return compvis_tensors("text_encoder", tensors), "diffusers"
+        return compvis_tensors("text_encoder", tensors), Kind.DIFFUSERS
     raise CheckpointError(
         f"{path}: expected the weights of Stable Diffusion v1 or of a part of it, found {len(tensors)} tensors of "
         f"another model{': ' + few(list(tensors)) if tensors else ''}. Check that it is the file you meant."

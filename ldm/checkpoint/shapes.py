@@ -44,7 +44,7 @@ def join_known(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-def unet_words(
+def infer_unet_kwargs(
     tensors: Mapping[str, Tensor],
     num_heads: int = 8,
     where: str = "UNet",

@@ -18,16 +18,15 @@ from torch import Tensor
 
 from ldm.checkpoint import has_temporal_layers, identity, is_temporal, outline_unet, unet_node, unet_tensors
 from ldm.checkpoint.encoders import SD_V1_FIRST_STAGE, SD_V1_SCALE, SD_V1_TEXT, opened, prefixed
-from ldm.checkpoint.names import AVERAGE_PREFIX, UNET_PREFIX
+from ldm.checkpoint.names import AVERAGE_PREFIX, UNET_PREFIX, Kind
 from ldm.checkpoint.reading import (
     DECODER_PLACE,
-    TEMPORAL_KIND,
     UNET,
     Checkpoint,
     CheckpointError,
     part_tensors,
 )
-from ldm.checkpoint.shapes import unet_words
+from ldm.checkpoint.shapes import infer_unet_kwargs
 from ldm.config.schema import mapping_at
 from ldm.files import parse_json
 from ldm.modules.state_dicts import account
@@ -89,7 +88,7 @@ def temporal_part(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, 
     words = {word: params.get(word, default) for word, default in MODEL_WORDS.items()}
     words |= {word: _at(config, path) for word, path in CLIP_WORDS.items()}
     words["unet"] = {word: value for word, value in node["params"].items() if word not in RUNNING}
-    metadata = {"format": "pt", "kind": TEMPORAL_KIND, BASE_IDENTITY: identity(_image_part(tensors))}
+    metadata = {"format": "pt", "kind": str(Kind.TEMPORAL), BASE_IDENTITY: identity(_image_part(tensors))}
     metadata |= {word: value if isinstance(value, str) else json.dumps(value) for word, value in words.items()}
     return prefixed(UNET_PREFIX, {name: tensor for name, tensor in tensors.items() if is_temporal(name)}), metadata
 
@@ -102,7 +101,7 @@ def load_with_temporal(base: Checkpoint | Path | str, temporal: Checkpoint | Pat
         encoders those of the base. Raises `CheckpointError` where the two do not fit.
     """
     base, temporal = opened(base), opened(temporal)
-    if temporal.kind != "temporal":
+    if temporal.kind is not Kind.TEMPORAL:
         raise CheckpointError(
             f"{temporal.path}: expected a file of temporal layers alone, as scripts/convert.py --format temporal "
             "writes, found another checkpoint. Give it by itself, without a base."
@@ -118,7 +117,7 @@ def load_with_temporal(base: Checkpoint | Path | str, temporal: Checkpoint | Pat
         base.path,
         others | prefixed(UNET_PREFIX, image | layers),
         own_config=_merged_config(base, words),
-        kind="diffusers" if base.kind == "author" else base.kind,
+        kind=Kind.DIFFUSERS if base.kind is Kind.AUTHOR else base.kind,
         scale_factor=base.scale_factor,
     )
     warning, found = None, identity(image)
@@ -170,7 +169,7 @@ def _check_fit(
     outline = outline_unet({"target": UNET, "params": dict(words)}).state_dict()
     expected = _image_part(outline)
     if {name: tensor.shape for name, tensor in expected.items()} != {name: one.shape for name, one in image.items()}:
-        found = unet_words(image, where=str(base.path))
+        found = infer_unet_kwargs(image, where=str(base.path))
         differing = [
             f"{word} {words[word]}, not {found[word]}"
             for word in SHAPE_WORDS

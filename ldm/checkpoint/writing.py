@@ -42,6 +42,7 @@ from ldm.checkpoint.names import (
     TEMPORAL_DECODER_PREFIX,
     TEXT_PREFIX,
     UNET_PREFIX,
+    Kind,
 )
 from ldm.checkpoint.reading import (
     CLASSES,
@@ -227,7 +228,9 @@ def bundled(
     if over_time is not None:
         tensors |= prefixed(TEMPORAL_DECODER_PREFIX, temporal_decoder_tensors(over_time))
         config["model"]["params"][DECODER_PLACE] = _without_sources(temporal_decoder_node(over_time))
-    result = replace(checkpoint, tensors=halved(tensors, checkpoint.path), own_config=config, kind="ours", metadata={})
+    result = replace(
+        checkpoint, tensors=halved(tensors, checkpoint.path), own_config=config, kind=Kind.OURS, metadata={}
+    )
     check_unet(result)
     load_first_stage(result)
     if over_time is not None:

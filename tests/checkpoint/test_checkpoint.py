@@ -23,7 +23,7 @@ from ldm.checkpoint import (
     read_checkpoint,
 )
 from ldm.checkpoint.names import FIRST_STAGE_PREFIX, TEXT_PREFIX, UNET_PREFIX, average_names
-from ldm.checkpoint.shapes import unet_words
+from ldm.checkpoint.shapes import infer_unet_kwargs
 from ldm.config import ConfigError
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.errors import UserError
@@ -81,7 +81,7 @@ def test_every_key_of_stable_diffusion_v1_is_accounted_for():
     shapes = {names[name]: list(tensor.shape) for name, tensor in part(image, UNET_PREFIX).items()}
     counters = {"model_ema.decay": [], "model_ema.num_updates": []}
     assert shapes | counters == {name: shape for name, (shape, _) in keys["ema_keys"].items()}
-    assert unet_words(part(image, UNET_PREFIX)) == FULL_UNET
+    assert infer_unet_kwargs(part(image, UNET_PREFIX)) == FULL_UNET
 
 
 def test_public_file_defeats_torch_but_not_us(public_ckpt):
@@ -139,7 +139,7 @@ def test_load_unet_reads_the_architecture_from_the_shapes(public_ckpt):
     assert_same(image_weights(load_unet(public_ckpt)), part(image_state(), UNET_PREFIX))
     deeper = UNET | {"transformer_depth": 2, "num_res_blocks": 2, "channel_mult": [1, 2, 2], "temporal_kernel_size": 5}
     deeper |= {"attention_resolutions": [4, 1], "in_channels": 9, "num_heads": 8}
-    assert unet_words(UNetModel(**deeper).state_dict()) == deeper
+    assert infer_unet_kwargs(UNetModel(**deeper).state_dict()) == deeper
 
 
 def with_averages(state, only=lambda name: True):

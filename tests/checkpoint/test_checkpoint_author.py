@@ -9,8 +9,15 @@ import torch
 from einops import rearrange
 
 from ldm.checkpoint import CheckpointError, load_unet, read_checkpoint, unet_node, unet_tensors
-from ldm.checkpoint.names import UNET_PREFIX, WORDS, is_release, unet_from_release, unet_to_release, words_against
-from ldm.checkpoint.shapes import FIRST, KNOWN, join_known, split_known, unet_words
+from ldm.checkpoint.names import (
+    RELEASE_KWARGS,
+    UNET_PREFIX,
+    incompatible_kwargs,
+    is_release,
+    unet_from_release,
+    unet_to_release,
+)
+from ldm.checkpoint.shapes import FIRST, KNOWN, infer_unet_kwargs, join_known, split_known
 from ldm.modules.unet import UNetModel
 from tests.conftest import GOLDENS, relative_error
 from tests.tiny_checkpoint import assert_same, write_bare, write_safetensors
@@ -32,7 +39,7 @@ def folders(tmp_path_factory):
 
 def test_every_name_has_its_place_both_ways(keys):
     with torch.device("meta"):
-        ours = UNetModel(**FULL | WORDS).state_dict()
+        ours = UNetModel(**FULL | RELEASE_KWARGS).state_dict()
         theirs = {name: torch.empty(shape) for name, shape in keys.items()}
     names = unet_from_release(keys)
     found = {names[name]: tensor for name, tensor in theirs.items()}
@@ -40,7 +47,7 @@ def test_every_name_has_its_place_both_ways(keys):
     shapes = {name: tensor.shape for name, tensor in split_known(found).items()}
     assert shapes == {name: tensor.shape for name, tensor in ours.items()}
     assert sum(tensor.numel() for tensor in found.values()) == 1_100_578_616
-    assert unet_words(split_known(found)) == FULL
+    assert infer_unet_kwargs(split_known(found)) == FULL
     back = unet_to_release(join_known(ours))
     assert {back[name]: list(tensor.shape) for name, tensor in join_known(ours).items()} == keys
     assert {back[names[name]] for name in keys} == set(keys)
@@ -130,19 +137,19 @@ def test_other_families_are_refused(tmp_path):
 
 
 def test_words_that_stand_against_the_form_of_the_release():
-    assert words_against(TINY) == []
-    assert words_against(TINY | {"temporal_attention": {"positions": False, "local": None}}) == []
-    assert words_against({}) == [
+    assert incompatible_kwargs(TINY) == []
+    assert incompatible_kwargs(TINY | {"temporal_attention": {"positions": False, "local": None}}) == []
+    assert incompatible_kwargs({}) == [
         "norm_over_clip is false (there: true)",
         "temporal_attention.positions is true (there: false)",
     ]
-    assert words_against(TINY | {"temporal_attention": False, "temporal_kernel_size": None}) == [
+    assert incompatible_kwargs(TINY | {"temporal_attention": False, "temporal_kernel_size": None}) == [
         "temporal_attention is false (there: true)",
         "temporal_kernel_size is null (there: 3)",
     ]
     attention = {"positions": False, "local": 5}
     words = {"temporal_attention": attention, "fps_embedding": True, "known_level_embedding": True, "num_heads": 4}
-    assert words_against(TINY | words | {"temporal_kernel_size": 5, "temporal": False}) == [
+    assert incompatible_kwargs(TINY | words | {"temporal_kernel_size": 5, "temporal": False}) == [
         "temporal is false (there: true)",
         "temporal_attention.local is 5 (there: null)",
         "temporal_kernel_size is 5 (there: 3)",

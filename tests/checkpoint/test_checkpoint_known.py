@@ -15,7 +15,7 @@ from ldm.checkpoint import (
     unet_tensors,
 )
 from ldm.checkpoint.names import UNET_PREFIX, average_names
-from ldm.checkpoint.shapes import FIRST, KNOWN, join_known, split_known, unet_words
+from ldm.checkpoint.shapes import FIRST, KNOWN, infer_unet_kwargs, join_known, split_known
 from ldm.modules.unet import UNetModel
 from tests.conftest import fill_by_rule
 from tests.tiny_checkpoint import UNET, assert_same, image_state, image_weights, part, write_bare, write_safetensors
@@ -127,7 +127,7 @@ def test_the_tensors_tell_what_the_network_is_told(tmp_path, words):
     words = UNET | words
     state = filled(words).state_dict()
     expected = {"temporal_kernel_size": 3} | words | {"transformer_depth": 1}
-    assert unet_words(state, num_heads=4) == expected
+    assert infer_unet_kwargs(state, num_heads=4) == expected
     checkpoint = read_checkpoint(write_bare(state, tmp_path / "bare.ckpt"))
     assert unet_node(checkpoint)["params"] == expected | {"num_heads": 8}
     assert_same(load_unet(checkpoint).state_dict(), state)
