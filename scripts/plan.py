@@ -30,7 +30,7 @@ from ldm.planning.report import GPUS, proposal_lines, table
 from ldm.planning.scaling import Machines, scaling_lines
 from ldm.video import parse_size
 
-MACHINES = {"gpu": GPU, "cpu": CPU, "card": GPU, "pro" + "cessor": CPU}  # the last two: names in older commands
+MACHINES = {"gpu": GPU, "cpu": CPU, "card": GPU, "processor": CPU}  # the last two: names in older commands
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:

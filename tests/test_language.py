@@ -19,7 +19,7 @@ BANNED = {
     r"in vain": "without effect",
     r"reckon\w*": "compute",
     r"foretold|foretells?": "predicted",
-    r"(?<!--no-)spoilt": "control (clips)",
+    r"spoilt": "control (clips)",
     r"strangers?": "untrusted (files)",
     r"laid over|lays? over": "merged onto",
     r"taken up again|gone on with": "resumed",
@@ -47,7 +47,7 @@ def prose_of(path: Path) -> Iterator[tuple[int, str]]:
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".py":
         for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value:
                 yield node.lineno, node.value
         for token in tokenize.generate_tokens(io.StringIO(text).readline):
             if token.type == tokenize.COMMENT:

@@ -90,7 +90,7 @@ __all__ = [
 ]
 
 UNET_PATH = "model.params.unet_config"
-# What a network may be told of a clip: where its tensors are, what it is, and the word of `UNetModel` that asks for it.
+# What a network may be conditioned on: prefix of its tensors, what it is, and the `UNetModel` option that enables it.
 CONDITIONS = {
     "conditioning.temporal.known.": ("known frames", "in_channels to 2 * out_channels + 1"),
     "conditioning.temporal.fps.": ("the frame rate", "fps_embedding to true"),
@@ -101,7 +101,7 @@ Config = str | Path | DictConfig | Mapping[str, Any]
 
 
 def has_temporal_layers(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether a UNet's tensors hold layers over time; more input channels, as for inpainting, are none."""
+    """Whether a UNet's tensors include temporal layers; further input channels, as for inpainting, do not count."""
     return any(is_temporal(name) and _condition(name) is None for name in tensors)
 
 
@@ -146,8 +146,8 @@ def load_unet(path: str | Path | Checkpoint, config: Config | None = None, use_a
 def fill_unet(unet: UNetModel, checkpoint: Checkpoint, use_average: bool = True, is_its_own: bool = False) -> None:
     """Put the weights of a checkpoint into a network; as in `load_unet`.
 
-    is_its_own: the network was built from the config in the checkpoint, which then holds all of its layers over time
-        and conditions or none.
+    is_its_own: the network was built from the checkpoint's config; the file then holds all of its temporal layers and
+        conditions, or none of them.
     """
     unet.load_state_dict(_account_unet(unet, checkpoint, use_average, is_its_own), strict=False)  # accounted for
 
@@ -189,13 +189,13 @@ def unet_node(checkpoint: Checkpoint, config: Config | None = None) -> dict[str,
         words = infer_unet_kwargs(
             unet_tensors(checkpoint), checkpoint.num_heads or 8, str(checkpoint.path), checkpoint.spelled
         )
-        return _node_of_words(words | (checkpoint_author.RELEASE_KWARGS if checkpoint.kind is Kind.AUTHOR else {}))
+        return _unet_node(words | (checkpoint_author.RELEASE_KWARGS if checkpoint.kind is Kind.AUTHOR else {}))
     if isinstance(config, str | Path):
         config = load_config([config])
     config = plain(config)
     if "model" in config:
         return model_params(config, "unet_config")["unet_config"]
-    return config if "target" in config else _node_of_words(config)
+    return config if "target" in config else _unet_node(config)
 
 
 def unet_tensors(checkpoint: Checkpoint, use_average: bool = True) -> dict[str, Tensor]:
@@ -242,11 +242,11 @@ def _account(
     spelled: Callable[[Any], Mapping[str, str]] | None,
 ) -> None:
     """What `load_weights` does before it copies."""
-    for prefix, (what, word) in CONDITIONS.items():
+    for prefix, (what, option) in CONDITIONS.items():
         if any(name.startswith(prefix) for name in set(tensors) - set(expected)):
             raise CheckpointError(
-                f"{where}: expected a network that is told {what}, as the one in the file is, found a config of one "
-                f"that is not. Set unet_config.params.{word}, or take other weights."
+                f"{where}: expected a network conditioned on {what}, as the one in the file, found a config "
+                f"without it. Set unet_config.params.{option}, or use other weights."
             )
     if may_miss is None:
         there = {_group(name) for name in tensors}
@@ -258,12 +258,12 @@ def _account(
 
 
 def _may_miss(tensors: Mapping[str, Tensor], is_its_own: bool) -> Callable[[str], bool] | None:
-    """Nothing in the network of the checkpoint's own config, if there are layers over time; else as `load_weights`."""
+    """Names that may be missing: none if it has temporal layers for its own config, else as `load_weights`."""
     return (lambda name: False) if is_its_own and has_temporal_layers(tensors) else None
 
 
-def _node_of_words(words: Mapping[str, Any]) -> dict[str, Any]:
-    return {"target": UNET, "params": dict(words)}
+def _unet_node(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    return {"target": UNET, "params": dict(kwargs)}
 
 
 def _condition(name: str) -> str | None:

@@ -131,13 +131,13 @@ def fits_text_encoder(checkpoint: Checkpoint, config_node: Mapping[str, Any]) ->
 
 
 def load_first_stage_of(config: DictConfig | Mapping[str, Any]) -> FirstStage:
-    """The image autoencoder of a video config, from its own `ckpt_path` or else from `model.params.ckpt_path`."""
+    """The image autoencoder of a video config, from its own `ckpt_path` or, if unset, from `model.params.ckpt_path`."""
     params = model_params(config, "first_stage_config")
     return load_first_stage(_source(params, "first_stage_config"), params["first_stage_config"])
 
 
 def load_text_encoder_of(config: DictConfig | Mapping[str, Any]) -> CLIPTextEmbedder:
-    """The text encoder of a video config, from its own `ckpt_path` or else from `model.params.ckpt_path`.
+    """The text encoder of a video config, from its own `ckpt_path` or, without one, from `model.params.ckpt_path`.
 
     One with a `random_seed` and no path of its own is made from that seed.
     """

@@ -107,7 +107,7 @@ class Checkpoint:
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Open a `.ckpt`, a `.safetensors` (told apart by content, not by suffix), a diffusers folder or a bundle.
+    """Open a `.ckpt`, a `.safetensors` (recognised by content, not by suffix), a diffusers folder or a bundle.
 
     A file may hold a whole model, only its UNet, first stage or text encoder, or a bare state dict of one of them in
     CompVis's or diffusers' naming. Raises `CheckpointError`.

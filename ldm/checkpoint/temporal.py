@@ -1,8 +1,7 @@
 """Temporal layers alone: a small file of what was trained, which plugs into any image model of the same shape.
 
-Where nothing but layers over time was trained, they are all that a run has made. Such a file holds them, or their
-averages, and says in its metadata how they were trained and on which image weights. How files are written is told in
-`checkpoint_writing`.
+Where only temporal layers were trained, they are the whole result of a run. Such a file holds them, or their averages;
+its metadata say how they were trained and on which image weights. `checkpoint.writing` writes it.
 """
 
 from __future__ import annotations
@@ -136,7 +135,7 @@ def _image_part(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _refuse_trained_image_weights(checkpoint: Checkpoint, node: Mapping[str, Any]) -> None:
     if checkpoint.config is None:
-        return  # nobody knows
+        return  # unknown
     trainable = checkpoint.config["model"]["params"].get("trainable")
     trainable = {"temporal": True} if trainable is None else mapping_at("model.params.trainable", trainable)
     groups = ParameterGroups(outline_unet(node), trainable)

@@ -212,7 +212,7 @@ def bundled(
     sampling: defaults of sampling, merged onto those in the checkpoint's config; the caller checks them.
     text, decoder: checkpoints to take the text encoder and the autoencoder from; None: the same. That autoencoder makes
         the same latents: all but its decoder is what it was.
-    temporal_decoder: a checkpoint to take the layers over time of the decoder from; None: the same, if it has them and
+    temporal_decoder: a checkpoint to take the temporal layers of the decoder from; None: the same, if it has them and
         its own decoder, which they were trained with.
 
     Raises `CheckpointError` unless every tensor of all networks is there and fits.

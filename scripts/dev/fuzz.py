@@ -1,4 +1,4 @@
-"""Feed the readers of files with what nobody meant: only our own errors may come out, and little memory may be taken.
+"""Feed malformed input to the readers of files: only our own errors may come out, and little memory may be taken.
 
     python scripts/dev/fuzz.py --inputs 100000 --minutes 10
     python scripts/dev/fuzz.py --readers index,config --engine atheris --minutes 5
@@ -156,7 +156,7 @@ def by_hypothesis(trial: Trial, num: int, deadline: float, seed: int) -> None:
 
 
 def by_atheris(trial: Trial, num: int, deadline: float, seed: int) -> None:
-    """The same from atheris; it ends the process, so that it is run in one of its own."""
+    """The same from atheris; it ends the process and therefore runs in one of its own."""
     import atheris  # noqa: PLC0415 - an extra, and for few machines
 
     seconds = max(1, int(deadline - time.monotonic()))

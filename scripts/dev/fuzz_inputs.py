@@ -1,7 +1,7 @@
-"""What `fuzz.py` feeds to which reader: sound files, changed byte by byte, and made-up ones that lie.
+"""What `fuzz.py` feeds to which reader: valid files, changed byte by byte, and generated ones that lie.
 
-A reader takes the content of one file; the files beside it are sound and, where checksums are known, agree with it, so
-that what is behind them is reached too.
+A reader takes the content of one file; the files beside it are sound and, where checksums are known, agree with it:
+the code behind the checks is reached too.
 """
 
 from __future__ import annotations
@@ -285,7 +285,7 @@ def yaml_lies(draw: st.DrawFn) -> bytes:
 
 @st.composite
 def pickles(draw: st.DrawFn) -> bytes:
-    """A zip, as PyTorch writes it, of a pickle that nobody wrote."""
+    """A zip, as PyTorch writes it, of a random pickle."""
     names = ["collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch FloatStorage", "builtins bytearray"]
     names += ["torch FloatTensor", "os system", "_codecs encode", "torch Size", "torch.storage UntypedStorage"]
     names += ["__builtin__ set", "torch._tensor _rebuild_from_type_v2", "torch.nn.parameter Parameter"]
