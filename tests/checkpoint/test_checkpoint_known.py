@@ -69,7 +69,7 @@ def test_averages_are_chosen_before_the_split(tmp_path):
 
 def test_weights_for_known_frames_need_a_network_that_takes_them(tmp_path):
     path = write_safetensors(inpainting_state(), tmp_path / "inpainting.safetensors")
-    message = r"inpainting.safetensors: expected a network conditioned on known frames.*in_channels to 2 \* out_channels"
+    message = r"expected a network conditioned on known frames.*in_channels to 2 \* out_channels"
     with pytest.raises(CheckpointError, match=message):
         load_unet(path, UNET)
     with pytest.raises(CheckpointError, match=message):  # the way of training
