@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 
 setup: $(READY)
 
-# torch first and by its exact pin; then the rest under constraints.txt, which refuses torchvision; last
+# Install torch first, by its exact pin; then the rest under constraints.txt, which excludes torchvision; last
 # open_clip_torch without its dependencies: only its CLIP vocabulary file is read, it is never imported.
 $(READY): setup.py constraints.txt Makefile
 	$(PYTHON) -m venv $(VENV)
@@ -18,15 +18,15 @@ $(READY): setup.py constraints.txt Makefile
 
 PYTEST := $(PY) -m pytest tests -n 2 --dist loadfile
 
-# Two test files run at a time; each test computes with one thread. Numeric tests also run with the kernels of CPUs
-# without AVX-512 and without any vector extension: what they claim must hold on all of them.
+# Two test files run at a time, one thread per test. Numeric tests also run with the kernels of CPUs without AVX-512 and
+# without any vector extension: their tolerances must hold on all of them.
 test: $(READY)
 	$(PY) -m ruff check .
 	ATEN_CPU_CAPABILITY=default $(PYTEST) -m numeric
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) -m numeric
 	$(PYTEST)
 
-# Without the tests marked slow: two minutes on two cores.
+# All tests but those marked slow: about two minutes on two cores.
 test-fast: $(READY)
 	$(PY) -m ruff check .
 	$(PYTEST) -m "not slow"

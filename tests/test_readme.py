@@ -1,4 +1,4 @@
-"""README and docs: commands parse, links lead somewhere, sizes stay small; conda installs what setup.py asks for."""
+"""README and docs: commands parse, links and named files exist, the README stays short; conda matches setup.py."""
 
 from __future__ import annotations
 
@@ -27,46 +27,46 @@ COMMANDS = sorted(
 
 
 @pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("python ")])
-def test_commands_are_understood(line, monkeypatch):
+def test_commands_parse(line, monkeypatch):
     monkeypatch.chdir(ROOT)
-    _, script, *words = shlex.split(line.replace("$ENCODER", ENCODER))
+    _, script, *arguments = shlex.split(line.replace("$ENCODER", ENCODER))
     if script == "main.py":
-        options = parse_arguments(words)
+        options = parse_arguments(arguments)
         check(load_config(options.base, options.overrides))
         assert options.train
     elif script == "scripts/prepare.py":
-        options = prepare.parse_arguments(words)
+        options = prepare.parse_arguments(arguments)
         check(load_config([options.config], options.overrides))
         assert options.videos == ["my_videos"]
     elif script == "scripts/txt2vid.py":
-        options = txt2vid.parse_arguments(words)
+        options = txt2vid.parse_arguments(arguments)
         assert options.prompt and getattr(options, "frames", 5) > 4
     else:
         names = ("evaluate", "train_drive", "ablate", "curves", "plan", "compare", "convert")
         assert script in {f"scripts/{name}.py" for name in names}
-        assert parsed_by(script, words, monkeypatch)
+        assert parsed_by(script, arguments, monkeypatch)
 
 
-class UnderstoodError(Exception):
-    """Raised in place of what a command does."""
+class ParsedError(Exception):
+    """Raised after a command line was parsed, before the command runs."""
 
 
-def parsed_by(script: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether a script takes these words; it does nothing with them."""
+def parsed_by(script: str, given: list[str], monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether a script accepts these arguments; the command itself does not run."""
     kinds = {"scripts/ablate.py": "parse_known_args", "scripts/dev/benchmark.py": "parse_intermixed_args"}
     parse = kinds.get(script, "parse_args")
     original = getattr(Parser, parse)
 
     def stop(parser: Parser, *arguments: object) -> None:
-        raise UnderstoodError(original(parser, *arguments))
+        raise ParsedError(original(parser, *arguments))
 
     monkeypatch.setattr(Parser, parse, stop)
-    with pytest.raises(UnderstoodError):
-        importlib.import_module(script.removesuffix(".py").replace("/", ".")).main(words)
+    with pytest.raises(ParsedError):
+        importlib.import_module(script.removesuffix(".py").replace("/", ".")).main(given)
     return True
 
 
-def test_nothing_else_is_shown_as_a_command():
+def test_the_readme_shows_only_known_commands():
     others = {line.partition("=")[0].partition(" ")[0] for line in COMMANDS if not line.startswith("python ")}
     assert others <= {"ENCODER", "make setup", "make demo", "make demo-train", "source", "make"}
 
@@ -79,7 +79,7 @@ DOCUMENTS = [
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_links_lead_somewhere(path):
+def test_link_targets_exist(path):
     targets = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text())
     assert [target for target in targets if not (path.parent / target).exists()] == []
 
@@ -104,9 +104,9 @@ def test_files_named_in_the_architecture_exist():
     assert len(names) > 30 and [name for name in names if not (ROOT / name).exists()] == []
 
 
-def test_conda_installs_what_setup_asks_for(monkeypatch):
+def test_conda_environment_matches_setup(monkeypatch):
     asked = {}
-    monkeypatch.setattr(setuptools, "setup", lambda **words: asked.update(words))
+    monkeypatch.setattr(setuptools, "setup", lambda **options: asked.update(options))
     runpy.run_path(str(ROOT / "setup.py"))
     wanted = [*asked["install_requires"], *asked["extras_require"]["dev"]]
     entries = yaml.safe_load((ROOT / "environment.yaml").read_text())["dependencies"]
