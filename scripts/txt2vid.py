@@ -144,7 +144,7 @@ def run(options: argparse.Namespace, command: str) -> None:
     if options.replay:
         record = read_record(options.replay)
         options = adopt(options, record)
-    device = choose_device(options.device or "auto")
+    device = choose_device("auto" if options.device is None else options.device)
     path, temporal = find_weights(options)
     console.print(f"checkpoint: {path}{describe_origin(path, options, temporal)}", markup=False)
     config = read_config(options.config)

@@ -213,15 +213,22 @@ class _Scan:
         tag, kind, key, _, count = [part.content for part in content[:5]] if isinstance(content, list) else [None] * 5
         if tag != "storage":
             raise HeaderError("a reference to something that is no storage")
-        storage = getattr(torch, str(kind).rpartition(".")[2], None) if str(kind).endswith("Storage") else None
-        if storage is None:
+        itemsize = VALUE_BYTES.get(str(kind).rpartition(".")[2].removesuffix("Storage"))
+        if itemsize is None:
             raise HeaderError(f"a storage of the type {str(kind)[:80]}")
         if type(count) is not int or count < 0:
             raise HeaderError(f"a storage of {str(count)[:40]} values")
-        num_bytes = count * (1 if storage is torch.UntypedStorage else storage.dtype.itemsize)
-        self.storages[str(key)] = max(self.storages.get(str(key), 0), num_bytes)
+        self.storages[str(key)] = max(self.storages.get(str(key), 0), count * itemsize)
 
 
+# Bytes of a value in torch's storage classes, whose own dtypes are deprecated to read.
+VALUE_BYTES = {
+    **dict.fromkeys(("Untyped", "Byte", "Char", "Bool", "QInt8", "QUInt8", "QUInt4x2", "QUInt2x4"), 1),
+    **dict.fromkeys(("Half", "BFloat16", "Short"), 2),
+    **dict.fromkeys(("Float", "Int", "QInt32"), 4),
+    **dict.fromkeys(("Double", "Long", "ComplexFloat"), 8),
+    "ComplexDouble": 16,
+}
 MAX_SHARING = 4  # all tensors together may have so many times the size of the file
 
 

@@ -14,7 +14,13 @@ import torch
 
 from ldm.callbacks import BadStepsError, SkipBadSteps, WeightAverage
 from tests.guard_runs import Spoil, Watch, as_on_a_card
-from tests.toy_run import ToyModel, fit, last, read
+from tests.toy_run import ToyModel, fit, last, make_prepared, read
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Losses on this set make steps 25, 26 and 31 spikes, and no others."""
+    return make_prepared(tmp_path_factory.mktemp("toy") / "set", lengths=(12, 9, 30, 7))
 
 
 @pytest.fixture

@@ -79,8 +79,11 @@ def test_weights_for_known_frames_need_a_network_that_takes_them(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ({"in_channels": 9, "known_level_embedding": True}, "is told the frame rate.*fps_embedding to true"),
-        ({"in_channels": 9, "fps_embedding": True}, "is told the noise on known .*known_level_embedding to true"),
+        ({"in_channels": 9, "known_level_embedding": True}, "conditioned on the frame rate.*fps_embedding to true"),
+        (
+            {"in_channels": 9, "fps_embedding": True},
+            "conditioned on the noise on known .*known_level_embedding to true",
+        ),
     ],
 )
 def test_embeddings_need_a_network_that_has_them(tmp_path, words, message):

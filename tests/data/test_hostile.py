@@ -111,10 +111,10 @@ def test_an_override_is_yaml_too():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("base: [--trust-config]\ncolumns: {a: b}\nruns: {x: []}", "base: expected names of configs, found '--t"),
+        ("base: [--trust-config]\ncolumns: {a: b}\nruns: {x: []}", "base: expected paths of configs, found '--t"),
         ("base: [a.yaml]\ncolumns: {a: b}\nruns: {x: [--logdir=/etc]}", "x: expected overrides .* found '--logdir="),
         ("base: [a.yaml]\noverrides: [-t]\ncolumns: {a: b}\nruns: {x: []}", "overrides: expected overrides .*'-t'"),
-        ("[" * 200_000, "expected YAML, found something else .*nested deeper than 48"),
+        ("[" * 200_000, "expected YAML, found other content .*nested deeper than 48"),
     ],
 )
 def test_plans_cannot_slip_flags_into_a_command(tmp_path, words, message):
@@ -171,7 +171,7 @@ def test_json(text, message):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('"fps": 8.0', '"fps": NaN', "expected the JSON of a clip, found something else .NaN is not a number"),
+        ('"fps": 8.0', '"fps": NaN', "expected the JSON of a clip, found other content .NaN is not a number"),
         ('"prompt": "a road"', '"prompt": "\\ud800"', "expected the JSON of a clip, .*surrogates not allowed"),
         ('"seeds": [3]', '"seeds": [-3]', "batch.seeds: expected whole numbers from 0"),
         ('"threads": 2', '"threads": 100000', "machine.threads: expected 1 to 4096, found 100000"),
@@ -321,7 +321,7 @@ def test_a_note_of_a_half_prepared_folder_names_no_other_file(tmp_path):
     work.mkdir(parents=True)
     video = {"source": "a", "sha256": "../../victim", "captions": ["a"], "dropped": []}
     (work / "x.json").write_text(json.dumps({"video": video, "scenes": []}))
-    with pytest.raises(DatasetError, match=r"x.json: damaged, .* .sha256: found '../../victim'"):
+    with pytest.raises(DatasetError, match=r"x.json: corrupted, .* .sha256: found '../../victim'"):
         Preparation(tmp_path / "out", settings)
     assert victim.exists()
 

@@ -102,7 +102,7 @@ def test_rows_of_the_procedural_world_move_at_their_rates():
     assert torch.equal(fast[0], rows[slow].pixels[0])
     assert rows[slow].pixels.diff(dim=0).abs().mean() > 1.2 * fast.diff(dim=0).abs().mean()
     for options in ({"frames": 3}, {"rates": [12]}):
-        with pytest.raises(UserError, match=r"data.params.rates: expected frames a second for clips of several frames"):
+        with pytest.raises(UserError, match=r"data.params.rates: expected frames per second for clips"):
             DriveFrameDataModule(**options)
 
 

@@ -140,7 +140,7 @@ def test_a_backward_pass_that_fails_is_not_saved(root, tmp_path, caplog):
 
     with pytest.raises(ZeroDivisionError), caplog.at_level(logging.WARNING, logger="ldm"):
         run(root, tmp_path, "step in backward", callbacks=[Break()])
-    assert any("step 2 is not saved: it was not over" in message for message in caplog.messages)
+    assert any("step 2 is not saved: it was not complete" in message for message in caplog.messages)
     assert not last(tmp_path).exists()
 
 

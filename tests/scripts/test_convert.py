@@ -189,7 +189,7 @@ def test_the_words_of_the_command_line(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     told = capsys.readouterr().out
-    assert "temporal   the layers over time alone" in told and max(map(len, told.splitlines())) <= 120
+    assert "temporal   the temporal layers alone" in told and max(map(len, told.splitlines())) <= 120
 
 
 def test_what_is_there_is_replaced_when_asked(folder, tmp_path, capsys):

@@ -128,7 +128,7 @@ def test_prepared_here_and_sent(bucket, footage, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "400")
     (tmp_path / "config.yaml").write_text(CONFIG)
     words = [str(footage), "--prompt", "x", "--config", str(tmp_path / "config.yaml"), "--out", f"s3://{bucket}/set"]
-    with pytest.raises(UserError, match=r"--out s3://.*/set: expected --local DIR with it"):
+    with pytest.raises(UserError, match=r"--out s3://.*/set: expected --local DIR too"):
         prepare.main(words)
     words += ["--local", str(tmp_path / "local")]
     prepare.main(words)

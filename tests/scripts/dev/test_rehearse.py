@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import pickletools
 import re
 import shutil
@@ -146,6 +147,7 @@ def run_here(command: list[str | Path], show: Callable[[str], None]) -> Measured
 def test_all_stages(tmp_path, monkeypatch):
     """The real scripts from the written file to the MP4; only the report is left."""
     monkeypatch.setattr(rehearse, "run_measured", run_here)
+    monkeypatch.setattr(logging.getLogger("ldm"), "handlers", [])  # those of earlier runs have streams of their own
     (tmp_path / "work").mkdir()
     call(tmp_path)
     assert list((tmp_path / "work").iterdir()) == []

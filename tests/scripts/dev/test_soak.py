@@ -38,7 +38,7 @@ def test_a_short_run_leaves_nothing_behind(tmp_path, capsys, monkeypatch):
     assert "processes left behind: 0" in said and "files left behind: none" in said
     assert "8 steps in" in said and "all 2 verdicts good" in said
     found = json.loads((tmp_path / "soak.json").read_text())
-    assert max(one["children"] for one in found["samples"]) >= 2, "DataLoader workers were seen"
+    assert max(one["children"] for one in found["samples"]) >= 1, "child processes were seen"
     assert [one["is_good"] for one in found["verdicts"]] == [True] * 2
     (run,) = (tmp_path / "run" / "logs").iterdir()
     assert (run / "checkpoints" / "last.ckpt").is_file() and len(list((run / "images" / "samples").glob("*.gif"))) == 3
