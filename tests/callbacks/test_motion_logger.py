@@ -113,6 +113,7 @@ def test_prompts_are_taken_in_turn_at_a_rate_and_length_of_their_own(root, tmp_p
     assert found["occasions"][0]["tflop"] is None, "nothing counted it"
 
 
+@pytest.mark.slow
 def test_resumed_run_continues_its_record(root, tmp_path, loaded):
     def train(steps, resume=None, **changes):
         callback = MotionLogger({}, str(tmp_path), every_n_steps=2, num_clips=2, steps=2, **changes)
@@ -144,6 +145,7 @@ def test_clips_without_texture_have_no_number(root, tmp_path, loaded, monkeypatc
     assert set(map(tuple, record(tmp_path)["occasions"][0]["values"].values())) == {(None,)}
 
 
+@pytest.mark.slow
 def test_text_alignment_of_captions(root, tmp_path, loaded, monkeypatch):
     """Judged by a stand-in that sees snow in every frame; a judge that joins later has the data measured again."""
     monkeypatch.undo()

@@ -137,6 +137,7 @@ def test_who_reads_on_and_on_finds_the_next_blocks_there(original, monkeypatch):
         assert len(server.asked) - before < 12  # four alone, then eight at a time
 
 
+@pytest.mark.slow
 def test_training_on_a_bad_server_sees_every_clip_unharmed(original, tmp_path, monkeypatch):
     """Each way to go wrong, for 5% of the requests; readers in processes of their own; the losses of a local run."""
     monkeypatch.setattr(remote, "ANSWER_WITHIN", 0.25)

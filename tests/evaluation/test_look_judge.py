@@ -41,6 +41,7 @@ def write_classifier(path: Path, looks: list[str] | None = None) -> Path:
 # training
 
 
+@pytest.mark.slow
 def test_a_few_steps_train_a_classifier_and_its_file_records_the_accuracy(tmp_path):
     torch.manual_seed(0)
     data = DriveFrameDataModule(looks=FEW, size=16, batch_size=4, val_frames=16)

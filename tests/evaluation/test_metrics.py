@@ -245,6 +245,7 @@ def clips(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_report_with_all_metrics(clips, files, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(clips)
     monkeypatch.setattr("ldm.evaluation.metrics.load_style_classifier", lambda path: FakeStyleClassifier())

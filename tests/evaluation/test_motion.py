@@ -259,6 +259,7 @@ def test_real_footage(highway, every):
 # ---- the procedural world, whose motion is known
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("look", LOOKS)
 def test_every_style_streams_outward(look):
     clips = [draw_clip(look, seed, 2, SIZE, FPS).frames for seed in range(1, 6)]
@@ -267,6 +268,7 @@ def test_every_style_streams_outward(look):
     assert np.mean([expansion(reversed_clip(clip)) for clip in clips[:2]]) <= -min(least, 0.7)
 
 
+@pytest.mark.slow
 def test_ground_speed_follows_the_speed_of_the_car():
     speeds = (5.0, 8.0, 12.0, 16.0, 20.0, 25.0, 30.0)
     for look in ("summer dawn", "night"):

@@ -280,6 +280,7 @@ def test_settings_as_words():
     assert Sampling(clips=3, fps=4).options("clips", "fps") == ["--clips", "3", "--fps", "4"]
 
 
+@pytest.mark.slow
 def test_it_runs_from_anywhere(tmp_path: Path):
     words = [sys.executable, str(ROOT / "scripts/ablate.py"), "--help"]
     found = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)

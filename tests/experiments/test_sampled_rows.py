@@ -181,6 +181,7 @@ def test_given_prompts_need_no_rendering(checkpoint, tmp_path):
     assert sorted(path.name for path in (tmp_path / "clips").iterdir()) == ["tiny-2-at-4"]
 
 
+@pytest.mark.slow
 def test_the_whole_command(tmp_path, capsys):
     words = {"fps_embedding": True}
     unet = UNetModel(**UNET, **words).state_dict()

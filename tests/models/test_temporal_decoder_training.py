@@ -135,6 +135,7 @@ def test_a_resumed_run_equals_the_straight_one(checkpoint, footage, tmp_path):
     assert_same_layers(resumed.temporal_decoder, straight.temporal_decoder)
 
 
+@pytest.mark.slow
 def test_augmentation_depends_on_seed_and_position(checkpoint, footage, tmp_path):
     model = make_model(checkpoint, remade=REMADE, noise=0.3)
     make_trainer(tmp_path, 1).fit(model, rows_of(footage))

@@ -68,6 +68,7 @@ def clip_of(generator: ClipGenerator, frames: int = 5, chunk: int = 4, seeds: tu
     return np.stack(generator.generate(settings, seeds, chunk)).astype(int)
 
 
+@pytest.mark.slow
 def test_a_bundle_carries_it_and_clips_are_decoded_with_it(files, tmp_path):
     assert {tensor.dtype for tensor in load_file(files / "drive" / "temporal_decoder.safetensors").values()} == {
         torch.float16, torch.uint8
@@ -83,6 +84,7 @@ def test_a_bundle_carries_it_and_clips_are_decoded_with_it(files, tmp_path):
     assert "/home/me" not in (files / "drive" / "config.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_chunks_and_clips_beside_it_change_nothing_and_pictures_pass_it_by(files):
     generator = ClipGenerator(files / "drive")
     clips = clip_of(generator, seeds=(1, 2, 3))

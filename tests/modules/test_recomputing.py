@@ -94,6 +94,7 @@ def rows_have_the_same_bits() -> bool:
     return not torch.cpu._is_amx_tile_supported()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "precision"), [*((options, None) for options in SWITCHES), (SWITCHES[4], HALF)], ids=str
 )
@@ -181,6 +182,7 @@ def frames() -> dict[str, SimpleNamespace]:
     return {kind: bytes_of_a_frame(**options) for kind, options in kinds.items()}
 
 
+@pytest.mark.slow
 def test_checkpointing_keeps_only_the_inputs_of_blocks(frames):
     """Besides them, what the first convolution and the last layers keep, and latents."""
     again, features, latents = frames["again"], 32 * 32 * 32, 32 * 32 * 4

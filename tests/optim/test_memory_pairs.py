@@ -38,6 +38,7 @@ def with_checkpoints(*switches: str) -> tuple[str, ...]:
     return (*switches, "checkpoints") if needs else switches
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("switch", SAME)
 def test_twenty_steps_are_those_of_the_plain_run(switch):
     """Bit by bit here; other processors may sum in another order."""
@@ -45,6 +46,7 @@ def test_twenty_steps_are_those_of_the_plain_run(switch):
     assert_alike(train(*with_checkpoints(switch), steps=20, bf16=bf16), plain((), 20, bf16))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", PAIRS, ids=" and ".join)
 def test_every_two_switches_together(pair):
     bf16 = bool(NEEDS_BF16 & set(pair))

@@ -51,6 +51,7 @@ def assert_same(one, other):
     assert [name for name, value in one.items() if not torch.equal(value, other[name])] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "switches",
     [
@@ -78,6 +79,7 @@ def test_a_resumed_run_is_the_straight_one(root, tmp_path, switches):
                 assert torch.equal(*parts), (place, name)
 
 
+@pytest.mark.slow
 def test_steps_in_the_backward_pass_are_those_after_it(root, tmp_path):
     """With warmup, average, and operations counted meanwhile, which see none of the optimiser's."""
 
@@ -97,6 +99,7 @@ def test_steps_in_the_backward_pass_are_those_after_it(root, tmp_path):
     assert tflop == other_tflop
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("later", [("8 bits", "split weights", "step in backward"), ("8 bits", "states on host")])
 def test_switches_may_change_when_a_run_goes_on(root, tmp_path, later):
     """And change back: states and weights mean the same, however they are kept."""

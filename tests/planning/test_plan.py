@@ -92,6 +92,7 @@ def profiled_peak(model: nn.Module, half: bool) -> int:
     return most + sum(weight.nbytes for weight in model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("half", "unet"),
     [(True, {}), (False, {"use_checkpoint": True, "feed_forward_frames": 2})],
@@ -106,6 +107,7 @@ def test_counted_bytes_are_those_of_a_real_step(half, unet):
     assert counted == pytest.approx(profiled_peak(real_model(settings), half), rel=0.05)
 
 
+@pytest.mark.slow
 def test_the_same_tracker_finds_the_same_on_tensors_with_values():
     settings = config(use_checkpoint=True)
     model = real_model(settings)
@@ -122,6 +124,7 @@ def test_the_same_tracker_finds_the_same_on_tensors_with_values():
     assert live.flop == count.flop and live.flop_again == count.again > 0
 
 
+@pytest.mark.slow
 def test_work_is_what_the_flop_counter_counts():
     settings = config(attention_backend="math")
     model = real_model(settings)
@@ -175,12 +178,14 @@ def test_autocast_on_meta_tensors_acts_as_on_a_gpu():
         torch.autocast("meta", torch.bfloat16)
 
 
+@pytest.mark.slow
 def test_a_gpu_keeps_casts_of_trained_weights_until_autocast_ends():
     plain, cast = count_of("32-true"), count_of("bf16-mixed")
     assert cast.held < 0.8 * plain.held
     assert cast.sizes == plain.sizes and cast.flop == plain.flop
 
 
+@pytest.mark.slow
 def test_each_switch_saves_its_bytes():
     base = count_of("bf16-mixed", use_checkpoint=True)
     trained = base.num_trained
@@ -260,6 +265,7 @@ def run_of(model: nn.Module) -> tuple[SimpleNamespace, SimpleNamespace]:
     return SimpleNamespace(is_global_zero=True, global_step=0), module
 
 
+@pytest.mark.slow
 def test_a_run_logs_the_count_and_the_measured_peak(caplog):
     caplog.set_level("INFO")
     settings = config()

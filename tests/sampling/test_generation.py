@@ -44,6 +44,7 @@ def test_guidance_and_negative_prompt_matter(checkpoint):
     assert not np.array_equal(clips["negative"], clips["plain"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_is_near_full(checkpoint, precision):
     settings = ClipSettings("a road", frames=2, height=16, width=16, fps=4, steps=2, scale=1)

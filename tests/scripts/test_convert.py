@@ -159,6 +159,7 @@ def test_a_release_without_one_of_its_tensors(tmp_path, out, form, name):
     assert [one.name for one in tmp_path.iterdir()] == ["torn"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("out", "form"), FORMATS)
 def test_a_run_without_one_of_its_tensors_or_with_one_of_another_shape(tmp_path, out, form):
     query = "middle_block.1.transformer_blocks.0.attn2.to_q.weight"

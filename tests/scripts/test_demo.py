@@ -28,6 +28,7 @@ def in_root(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
+@pytest.mark.slow
 def test_train_and_sample(tmp_path, in_root):
     run = []
 
@@ -102,6 +103,7 @@ def test_a_file_instead_of_a_folder_is_refused(tmp_path):
         demo.main(["--out", str(tmp_path / "demo")])
 
 
+@pytest.mark.slow
 def test_the_command_explains_itself():
     command = [sys.executable, "scripts/demo.py", "--help"]
     shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout

@@ -72,6 +72,7 @@ def row(summary: dict, name: str) -> dict:
     return next(its for its in summary["rows"] if its["name"].endswith(name))
 
 
+@pytest.mark.slow
 def test_rows_and_their_numbers(summary):
     assert [its["name"].split("/")[-1] for its in summary["rows"]] == [
         "true", "reversed", "frozen", "shuffled", "zoomed still", "samples", "black",

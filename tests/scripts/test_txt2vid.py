@@ -83,6 +83,7 @@ def test_defaults_are_those_of_the_training(run, tmp_path):
     assert "note" not in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["json", "mp4"])
 def test_replay_makes_the_same_bytes(run, tmp_path, kind):
     run("--prompt", "a road", *QUICK, "--n_samples", "2", "--eta", "0.5", "--seed", "7", "--precision", "bf16")
@@ -93,6 +94,7 @@ def test_replay_makes_the_same_bytes(run, tmp_path, kind):
     assert (tmp_path / "00000.mp4").read_bytes() != (tmp_path / "00001.mp4").read_bytes()
 
 
+@pytest.mark.slow
 def test_seeds_count_on_and_numbers_too(run, tmp_path):
     run("--prompt", "a road", *QUICK, "--frames", "1", "--n_samples", "2", "--n_iter", "2", "--seed", "10")
     run("--prompt", "a road", *QUICK, "--frames", "1", "--seed", "11")
@@ -306,12 +308,14 @@ def test_a_full_disk_ends_with_a_message_and_leaves_earlier_clips(checkpoint, tm
     assert len(read_video(tmp_path / "00000.mp4")[0]) == 1 and len(records(tmp_path)) == 1
 
 
+@pytest.mark.slow
 def test_a_device_that_is_not_there_is_refused(capsys):
     for name in ("cuda:99", "meta", "cpu:0", "xla", ""):
         with pytest.raises(UserError, match=f"expected cpu or a device this machine has, found '{name}'"):
             main(["--prompt", "a road", "--device", name])
 
 
+@pytest.mark.slow
 def test_as_a_command_it_ends_with_a_message_and_a_status(tmp_path):
     words = [sys.executable, str(ROOT / "scripts" / "txt2vid.py"), "--prompt", "a road", "--ckpt", "nowhere.ckpt"]
     found = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -114,6 +114,7 @@ WAYS = [
 ]
 
 
+@pytest.mark.slow
 def test_every_use_and_its_replay(run, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("".join(f"a road {options}\n" for options, _, _ in WAYS))
@@ -135,6 +136,7 @@ def test_networks_without_such_channels_make_long_clips_in_overlapping_windows(r
     assert len(read_video(tmp_path / "00000.mp4")[0]) == 11
 
 
+@pytest.mark.slow
 def test_given_frames_come_back_bit_for_bit_and_steer_the_rest(place):
     generator = ClipGenerator(place / "told.ckpt")
     generator.read_prompts(["a road", ""])
@@ -157,6 +159,7 @@ def test_given_frames_come_back_bit_for_bit_and_steer_the_rest(place):
         assert not torch.equal(made[name][0], made[name][1])
 
 
+@pytest.mark.slow
 def test_the_frame_rate_is_told_and_a_schedule_of_one_prompt_is_that_prompt(place):
     generator = ClipGenerator(place / "told.ckpt")
     generator.read_prompts(["a road", "a house", ""])
@@ -186,6 +189,7 @@ def test_schedule_target_and_noise_are_those_of_the_training(tmp_path, run):
     run("--ckpt", str(tmp_path / "v.ckpt"), "--eta", "0.5")
 
 
+@pytest.mark.slow
 def test_records_from_before_there_were_given_frames_still_replay(run, tmp_path):
     run("--ckpt", "plain.ckpt", "--frames", "12", "--window", "12")
     record = last_record(tmp_path)
@@ -198,6 +202,7 @@ def test_records_from_before_there_were_given_frames_still_replay(run, tmp_path)
         assert (tmp_path / f"00000.{suffix}").read_bytes() == (tmp_path / f"00001.{suffix}").read_bytes()
 
 
+@pytest.mark.slow
 def test_temporal_layers_are_put_into_any_base(run, tmp_path, place):
     write_temporal(read_checkpoint(place / "told.ckpt"), tmp_path / "motion.safetensors")
     for name, factor in (("base", 1.0), ("other", 1.1)):

@@ -366,6 +366,7 @@ test_prepare.prepare.main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_killed_in_the_second_video_and_repeated_gives_the_same_bytes(footage, tmp_path, config, encoders, monkeypatch):
     arguments = [str(footage), "--out", str(tmp_path / "killed"), "--config", str(config), "--prompt", "x"]
     program = KILLED.format(root=str(ROOT), after=13)

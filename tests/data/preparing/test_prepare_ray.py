@@ -123,6 +123,7 @@ def show(folder: Path, num_videos: int, after: tuple[int, int], capsys) -> dict[
     return seconds
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)  # three workers import torch on a busy machine
 def test_a_worker_and_a_node_are_killed_and_the_index_is_the_local_one(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")

@@ -107,6 +107,7 @@ def test_the_same_clip_drawn_in_another_way_is_refused(tmp_path, config, encoder
         run(tmp_path / "out", config, 1)
 
 
+@pytest.mark.slow
 def test_killed_and_repeated_gives_the_same_bytes_and_no_process_is_left(tmp_path, config, encoders, monkeypatch):
     """Two processes draw; they end by themselves."""
     monkeypatch.setenv("PREPARE_WORLD_TEST", str(tmp_path))
@@ -149,6 +150,7 @@ def running(mark: str) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_drawing_in_two_processes_gives_the_same_clips_in_order():
     sources = [DrawnSource(look, seed, 2, "") for seed, look in enumerate((A, B, A))]
     for source, drawn in zip(sources, draw_ahead(sources, SETTINGS, 2), strict=True):

@@ -146,6 +146,7 @@ def seen_from(camera, place: np.ndarray) -> np.ndarray:
     return np.array([camera.width / 2 + camera.focal * right / ahead, camera.row - camera.focal * up / ahead])
 
 
+@pytest.mark.slow
 def test_a_thing_is_seen_where_its_place_in_the_world_projects_to():
     scene, _ = plan_scene("desert", 4, 16, (256, 256), 8, 8.0)
     poles = np.flatnonzero(scene.standing.tall > 5.9)

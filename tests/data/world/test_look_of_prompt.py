@@ -16,6 +16,7 @@ def test_whatever_captions_call_a_look_names_it(look):
     assert {look_of_prompt(prompt) for prompt in prompts} == {look}
 
 
+@pytest.mark.slow
 def test_every_caption_names_the_look_of_its_clip():
     for seed, look in enumerate(LOOKS):
         assert [look_of_prompt(caption) for caption in draw_clip(look, seed, 1, 16, 8).captions] == [look] * 4

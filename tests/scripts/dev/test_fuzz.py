@@ -18,6 +18,7 @@ from scripts.dev.fuzz_inputs import READERS, Reader
 ROOT = Path(__file__).parents[3]
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path):
     words = ["scripts/dev/fuzz.py", "--readers", "index,checkpoint,config", "--inputs", "30", "--save", str(tmp_path)]
     found = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=False)

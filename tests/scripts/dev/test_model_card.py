@@ -79,6 +79,7 @@ def test_the_bundled_model_is_small_and_its_card_is_up_to_date():
     assert fill_document(CARD) == CARD.read_text()
 
 
+@pytest.mark.slow
 @WITH_WEIGHTS
 def test_the_bundled_model_follows_the_prompt():
     generator = ClipGenerator(BUNDLED)

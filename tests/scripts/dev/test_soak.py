@@ -29,6 +29,7 @@ def sample(second: float, **changes: float) -> Sample:
     return Sample(second, int(second) + 1, **words)
 
 
+@pytest.mark.slow
 def test_a_short_run_leaves_nothing_behind(tmp_path, capsys, monkeypatch):
     """Drawing, preparing, training with samples, validation and checkpoints; growth is for longer ones."""
     monkeypatch.setattr(soak, "find_growth", lambda samples: [])
