@@ -1,6 +1,6 @@
 """Checkpoints out: one file of everything under CompVis's names, or of temporal layers alone; whole or not at all.
 
-Folders in diffusers' layout are written by `checkpoint_export`.
+Folders in diffusers' layout are written by `checkpoint.diffusers`.
 """
 
 from __future__ import annotations

@@ -67,6 +67,12 @@ class Clips:
 
     @classmethod
     def cat(cls, parts: Sequence[Clips]) -> Self:
+        """Join clips. Raises `DatasetError` unless all have the same arrays: a set may have grown another array."""
+        if len(found := {tuple(part.arrays) for part in parts}) > 1:
+            names = " and ".join(", ".join(names) or "none" for names in sorted(found))
+            raise DatasetError(
+                f"expected the same arrays with every scene of the set, found {names}; prepare it into a fresh folder"
+            )
         return cls(
             moments=_joined([part.moments for part in parts]),
             context=_joined([part.context for part in parts]),

@@ -206,6 +206,11 @@ def test_one_more_array_per_scene(tmp_path, monkeypatch):
     batch = Batch.cat([read_window(prepared, window, position) for position in (3, 4)])
     assert batch.arrays["mask"].shape == (2, 2, 1, 4, 6) and batch.to("meta").arrays["mask"].is_meta
     assert torch.equal(batch.moments[0], torch.from_numpy(prepared.read_moments(prepared.scenes[1], 1, 2, 2)))
+    plain = read_window(source, ClipWindow(SceneRange.whole(source.scenes)[1], 1, 2, 2, 0), 5)
+    with pytest.raises(
+        DatasetError, match=r"expected the same arrays with every scene of the set, found none and mask"
+    ):
+        Batch.cat([plain, batch])
     monkeypatch.delitem(MEMBERS, "mask")
     (tmp_path / "plain" / "index.parquet").unlink()
     with pytest.raises(DatasetError, match=r"line 1 is no scene .arrays: found"):
