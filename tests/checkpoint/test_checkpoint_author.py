@@ -125,7 +125,7 @@ def test_a_config_of_another_network_is_refused(folders):
     for words in (TINY | {"norm_over_clip": False}, TINY | {"temporal_attention": None}):
         with pytest.raises(CheckpointError, match="expected a network with norm_over_clip: true and temporal_att"):
             load_unet(folders["v9"], words)
-    with pytest.raises(CheckpointError, match="is told known frames"):
+    with pytest.raises(CheckpointError, match="conditioned on known frames"):
         load_unet(folders["v9"], TINY | {"in_channels": 4})
     grown = load_unet(folders["v4"], TINY).state_dict()  # four channels into nine: the others start as nothing
     assert not grown[KNOWN].any() and list(grown[FIRST].shape) == [32, 4, 3, 3]
