@@ -33,7 +33,7 @@ SMALL = {
     "num_heads": 2,
     "context_dim": 16,
 }
-STEPS = 6
+STEPS = 20
 NUM_BLOCKS = 14
 NUM_TRANSFORMERS, NUM_FRAMES = 4, 12  # where bytes are counted
 REFERENCE = {"temporal": True, "time_embed": True, "convolutions": True}

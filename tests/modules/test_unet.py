@@ -106,7 +106,7 @@ def test_timestep_embedding(goldens, case, dim):
     assert relative_error(timestep_embedding(recorded[f"temb.{case}.t"], dim), recorded[f"temb.{case}.out"]) <= 2e-5
 
 
-@pytest.mark.parametrize("num_frames", [1, 5, 6])
+@pytest.mark.parametrize("num_frames", [1, 5, 6, 16])
 def test_an_untrained_video_network_is_stable_diffusion_frame_by_frame(golden, num_frames):
     x, timesteps, context = clip(num_frames)
     video = golden(x, timesteps, context)
