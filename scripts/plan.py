@@ -24,7 +24,7 @@ from rich.console import Console
 
 from ldm.config import check, load_config, to_container
 from ldm.errors import Parser, UserError, run_command
-from ldm.planning.count import CPU, GPU, StepCount, StepShape, count_step, shape_of
+from ldm.planning.count import CPU, GPU, StepCount, StepShape, count_step, latent_size, shape_of
 from ldm.planning.proposals import check_switches, needed, propose
 from ldm.planning.report import GPUS, proposal_lines, table
 from ldm.planning.scaling import Machines, scaling_lines
@@ -72,10 +72,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check(config)
     config = to_container(config)
     check_switches(config)
-    shape = shape_of(config, options.size and parse_size(options.size, "--size"))
+    size = options.size and parse_size(options.size, "--size")
+    shape, origin = shape_of(config, size), latent_size(config, size)[2]
     counter = CachedCount(shape, options.on)
     count = counter(config)
     print(f"{' + '.join([*options.base, *options.overrides])}: a step of {shape}, on a {options.on}")
+    print(f"latents {origin}")
     print(f"counted on tensors without values, in {counter.seconds:.0f} s of one core; nothing was measured\n")
     print("\n".join(table(count, options.on)))
     if options.processes is not None:

@@ -239,15 +239,10 @@ def check_prepared(
     """Raise `DatasetError` unless a prepared set was made for a model: by its encoders (`ldm.checkpoint.identity`), for
     its scale factor, with as many latent channels and as wide text embeddings as its network takes."""
     prepared.check_encoders(first_stage, text_encoder, scale_factor)
-    for name, found, wanted in (
-        ("latent channels", prepared.info.latent_channels, latent_channels),
-        ("values per text token", prepared.info.context_shape[-1], context_dim),
-    ):
-        if found != wanted:
-            raise DatasetError(
-                f"{prepared.root}: expected {wanted} {name}, as the model's network takes, found {found}; prepare the "
-                "footage again, into a fresh folder, with this config"
-            )
+    if misfit := prepared.info.misfit(latent_channels, context_dim):
+        raise DatasetError(
+            f"{prepared.root}: {misfit}; prepare the footage again, into a fresh folder, with this config"
+        )
 
 
 class ClipDataModule(StreamDataModule):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ldm.config import build, to_container
-from ldm.data.shards import DATASET_FILE, read_info
+from ldm.data.shards import DATASET_FILE, DatasetError, DatasetInfo, read_info
 from ldm.diffusion.known_frames import KnownFrames
 from ldm.errors import UserError
 from ldm.modules.backends import choosing_for_gpu
@@ -154,23 +154,50 @@ class StepCount:
 
 
 def shape_of(config: Mapping[str, Any], size: tuple[int, int] | None = None) -> StepShape:
-    """The step that a config describes.
-
-    size: height and width in pixels; None: of the prepared clips if they exist, otherwise `prepare.size` or 512.
-    """
+    """The step that a config describes, with latents as in `latent_size`. Raises `UserError` for its numbers."""
     data = (config.get("data") or {}).get("params") or {}
     numbers = {name: data.get(name, 1) for name in ("batch_size", "frames")}
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise UserError(f"data.params.{name}: expected a whole number of at least 1, found {value!r}")
-    root = Path(str(data.get("root", "")))
+    return StepShape(numbers["batch_size"], numbers["frames"], *latent_size(config, size)[:2])
+
+
+def latent_size(config: Mapping[str, Any], size: tuple[int, int] | None = None) -> tuple[int, int, str]:
+    """Height and width of the latents, and where they come from.
+
+    size: height and width in pixels; None: of the prepared clips where training would accept them, otherwise
+    `prepare.size` or 512.
+    """
+    data, pixels = (config.get("data") or {}).get("params") or {}, pixels_per_latent(config)
+    root, reason = Path(str(data.get("root", ""))), ""
     if size is None and (root / DATASET_FILE).is_file():
-        height, width = read_info(root).moments_shape[-2:]
-    else:
-        given = (config.get("prepare") or {}).get("size", DEFAULT_SIZE) if size is None else size
-        pixels = pixels_per_latent(config)
-        height, width = (side // pixels for side in parse_size(given, "prepare.size"))
-    return StepShape(numbers["batch_size"], numbers["frames"], height, width)
+        try:
+            info = read_info(root)
+            reason = _refusal(config, info, pixels)
+        except DatasetError as error:
+            reason = str(error)
+        if not reason:
+            return *info.moments_shape[-2:], f"as prepared in {root}"
+        reason = f"; not as in {root}, which training would refuse: {reason}"
+    given = (config.get("prepare") or {}).get("size", DEFAULT_SIZE) if size is None else size
+    height, width = parse_size(given, "prepare.size")
+    return height // pixels, width // pixels, f"of {width}x{height} pixels{reason}"
+
+
+def _refusal(config: Mapping[str, Any], info: DatasetInfo, pixels: int) -> str:
+    """Why training would refuse prepared clips, as far as it is known without the encoders' weights."""
+    params = config["model"].get("params") or {}
+    unet = (params.get("unet_config") or {}).get("params") or {}
+    if misfit := info.misfit(unet.get("out_channels", info.latent_channels), unet.get("context_dim", 768)):
+        return misfit
+    scale = params.get("scale_factor", 0.18215)
+    if scale is not None and scale != info.scale_factor:
+        return f"expected the scale factor {scale}, found {info.scale_factor:g}"
+    if [side // pixels for side in info.size] != list(info.moments_shape[-2:]):
+        found = " x ".join(map(str, info.moments_shape[-2:]))
+        return f"expected an autoencoder of {pixels} pixels per latent, found latents of {found} for {info.size} pixels"
+    return ""
 
 
 def pixels_per_latent(config: Mapping[str, Any]) -> int:

@@ -14,14 +14,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.callbacks.reports import PlanReport
 from ldm.config import build
-from ldm.data.shards import read_info
 from ldm.diffusion.known_frames import KnownFrames
 from ldm.errors import UserError
 from ldm.planning import count as training_step
-from ldm.planning.count import CPU, GPU, StepCount, StepShape, count_step, measure_optimizer, shape_of
+from ldm.planning.count import CPU, GPU, StepCount, StepShape, count_step, latent_size, measure_optimizer, shape_of
 from ldm.planning.live_tensors import LiveTensors, gpu_autocast
 from ldm.planning.report import GPUS, table
 from scripts import plan
+from tests.toy_run import make_prepared
 
 ROOT = Path(__file__).parents[2]
 UNET = {
@@ -232,16 +232,42 @@ def test_bytes_of_states_are_those_of_a_real_step(name, most):
     assert rounded.one_by_one and 10 * 10**6 < rounded.scratch([10**6, 10]) < 24 * 10**6
 
 
-def test_shape_follows_the_config_and_the_prepared_clips(original):
+def test_shape_follows_the_config_and_the_prepared_clips(tmp_path):
     settings = config()
     assert shape_of(settings) == StepShape(2, 4, 64, 64)
     assert shape_of(settings | {"prepare": {"size": "256x384"}}) == StepShape(2, 4, 32, 48)
     assert shape_of(settings, (128, 128)) == StepShape(2, 4, 16, 16)
-    settings["data"]["params"]["root"] = str(original)
-    assert [shape_of(settings).height, shape_of(settings).width] == list(read_info(original).moments_shape[-2:])
+    kind = {"moments_shape": [8, 4, 6], "size": [32, 48], "context_shape": [77, UNET["context_dim"]]}
+    settings["data"]["params"]["root"] = str(make_prepared(tmp_path / "set", **kind))
+    assert shape_of(settings) == StepShape(2, 4, 4, 6)
+    assert latent_size(settings)[2] == f"as prepared in {tmp_path / 'set'}"
     settings["data"]["params"]["frames"] = 0
     with pytest.raises(UserError, match=r"data\.params\.frames: expected a whole number of at least 1, found 0"):
         shape_of(settings)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"context_shape": [77, 64]}, "expected 32 values per text token, .* found 64"),
+        ({"moments_shape": [6, 4, 4]}, "expected 4 latent channels, .* found 3"),
+        ({"scale_factor": 0.9}, "expected the scale factor 0.18215, found 0.9"),
+        ({"moments_shape": [8, 8, 8]}, r"expected an autoencoder of 8 pixels per latent, found latents of 8 x 8"),
+    ],
+)
+def test_clips_that_training_would_refuse_are_not_counted(tmp_path, change, reason):
+    settings, kind = config(), {"moments_shape": [8, 4, 4], "size": [32, 32], "context_shape": [77, 32]}
+    settings["data"]["params"]["root"] = str(make_prepared(tmp_path / "set", **{**kind, **change}))
+    assert shape_of(settings) == StepShape(2, 4, 64, 64)
+    origin = latent_size(settings)[2]
+    assert re.search(rf"^of 512x512 pixels; not as in .*set, which training would refuse: {reason}", origin)
+
+
+def test_a_broken_set_is_not_counted(tmp_path):
+    settings = config()
+    settings["data"]["params"]["root"] = str(tmp_path)
+    (tmp_path / "dataset.json").write_text("{")
+    assert latent_size(settings)[:2] == (64, 64) and "would refuse: " in latent_size(settings)[2]
 
 
 def test_the_table_is_complete():

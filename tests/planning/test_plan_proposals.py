@@ -93,7 +93,9 @@ def small(tmp_path) -> Path:
 def test_the_script_counts(small, capsys):
     plan.main(["--base", str(small), "--size", "64", "--vram", "8"])
     text = capsys.readouterr().out
-    assert "2 x 4 frames of 8x8 latents" in text and "fits into 8 GB as it is" in text
+    assert (
+        "2 x 4 frames of 8x8 latents, on a GPU\nlatents of 64x64 pixels\n" in text and "fits into 8 GB as it is" in text
+    )
 
 
 def test_proposed_overrides_and_yaml_can_be_pasted(small, capsys, monkeypatch):

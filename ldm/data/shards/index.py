@@ -131,6 +131,16 @@ class DatasetInfo:
         """Channels of a sampled latent, half of what is stored."""
         return self.moments_shape[0] // 2
 
+    def misfit(self, latent_channels: int, context_dim: int) -> str:
+        """What a network with these latent channels and text embeddings does not accept; empty where it fits."""
+        for name, found, wanted in (
+            ("latent channels", self.latent_channels, latent_channels),
+            ("values per text token", self.context_shape[-1], context_dim),
+        ):
+            if found != wanted:
+                return f"expected {wanted} {name}, as the model's network takes, found {found}"
+        return ""
+
     def to_json(self) -> str:
         """The text of `dataset.json`."""
         return json.dumps(asdict(self), indent=2) + "\n"
