@@ -88,7 +88,7 @@ class WeightAverage(StepCallback):
             parts = [local_shard(weights[n]) for n in in_one]
             shares = [share] * len(in_one) if isinstance(share, Tensor) else share
             torch._foreach_lerp_([self.averages[n] for n in in_one], parts, shares)
-        with self._beside(next(iter(weights.values())).device):
+        with self._beside(next(iter(weights.values())).device, share):
             for place, (name, weight) in enumerate(weights.items()):
                 if name not in in_one:
                     self._update_one(self.averages[name], _full(module, weight), share, place)
@@ -118,15 +118,23 @@ class WeightAverage(StepCallback):
         placed = average.to("cpu" if self.in_host_memory else weight.device, dtype, copy=copy)
         return placed.pin_memory() if self.in_host_memory and weight.device.type == "cuda" else placed
 
+    def _side_stream(self, device: torch.device) -> torch.cuda.Stream | None:
+        """The stream on which averages in host memory are updated; None without a GPU."""
+        if self._stream is None and self.in_host_memory and device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)
+        return self._stream
+
     @contextmanager
-    def _beside(self, device: torch.device) -> Iterator[None]:
-        """Run the block on a separate stream, after all work queued so far."""
-        if not self.in_host_memory or device.type != "cuda":
+    def _beside(self, device: torch.device, share: float | Tensor) -> Iterator[None]:
+        """Run the block, which reads `share`, on the side stream, after all work queued so far."""
+        stream = self._side_stream(device)
+        if stream is None:
             yield
             return
-        self._stream = self._stream or torch.cuda.Stream(device)
-        self._stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(self._stream):
+        stream.wait_stream(torch.cuda.current_stream(device))
+        if isinstance(share, Tensor):
+            share.record_stream(stream)  # its memory is not reused before the block is done
+        with torch.cuda.stream(stream):
             yield
 
     def _join(self) -> None:

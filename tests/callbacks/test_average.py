@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from contextlib import contextmanager
+from types import SimpleNamespace
+
 import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldm.callbacks import WeightAverage
 from ldm.callbacks.average import average_key
@@ -152,6 +158,57 @@ def test_average_in_host_memory_is_the_same_on_a_gpu():
     torch.cuda.synchronize()
     assert averages["cpu"].averages["weight"].device.type == "cpu"
     assert torch.equal(averages[None].averages["weight"].cpu(), averages["cpu"].averages["weight"])
+
+
+class StandInStreams(TorchDispatchMode):
+    """Streams, without a GPU; collects storages of the main stream that are freed while the side stream reads them."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.on_side, self.read, self.recorded, self.made_on_side, self.freed_early = False, {}, set(), set(), []
+        side = SimpleNamespace(device=torch.device("cpu"), wait_stream=lambda main: None)
+        monkeypatch.setattr(
+            WeightAverage, "_side_stream", lambda average, device: setattr(average, "_stream", side) or side
+        )
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(wait_stream=self.join))
+        monkeypatch.setattr(torch.cuda, "stream", self.entered)
+        monkeypatch.setattr(torch.Tensor, "record_stream", lambda x, stream: self.recorded.add(x.untyped_storage()))
+
+    @contextmanager
+    def entered(self, stream):
+        self.on_side = True
+        yield
+        self.on_side = False
+
+    def join(self, side):
+        self.read.clear()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if self.on_side:
+            self.made_on_side.update(id(x.untyped_storage()) for x in (out,) if isinstance(x, torch.Tensor))
+            for x in (x for x in args if isinstance(x, torch.Tensor)):
+                key = id(x.untyped_storage())
+                if key not in self.made_on_side and x.untyped_storage() not in self.recorded and key not in self.read:
+                    self.read[key] = str(function)
+                    weakref.finalize(x.untyped_storage(), self.freed, key)
+        return out
+
+    def freed(self, key):
+        if key in self.read:
+            self.freed_early.append(self.read[key])
+
+
+def test_what_the_stream_of_the_average_reads_is_not_freed_before_the_join(monkeypatch):
+    average = WeightAverage(device="cpu")
+    module = torch.nn.Linear(4, 4)
+    with StandInStreams(monkeypatch) as streams:
+        average.update(module)
+        for _ in range(2):
+            average.update(module, torch.ones(()))
+            gc.collect()
+            assert streams.recorded and not streams.freed_early
+            average.on_before_backward(None, module, None)
 
 
 @pytest.mark.parametrize(("device", "dtype"), [(None, "float32"), ("cpu", "float32"), ("cpu", "bfloat16")])
