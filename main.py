@@ -44,6 +44,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def carry_out(options: Namespace) -> None:
     """Plan the run, build data and model, and train with -t."""
+    if not options.train:
+        log.info("-t is left out: config, data and model are checked, and nothing is trained")
     plan = plan_run(options)
     pl.seed_everything(plan.seed, workers=True, verbose=False)
     data = build_with(plan.config["data"], "data", config=plan.config)

@@ -42,9 +42,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--on", choices=MACHINES, default="gpu", metavar="{gpu,cpu}", help="where the run would be")
     parser.add_argument("--processes", metavar="N,N,...", help="numbers of processes: what they read, send and save")
     names = [gpu.name for gpu in GPUS]
-    parser.add_argument("--gpu", "--card", choices=names, default="H100", help="of each process (default: H100)")
-    parser.add_argument("--link", type=float, default=50.0, metavar="GB/S", help="of each GPU to the others (50)")
-    parser.add_argument("--disk", type=float, default=2.0, metavar="GB/S", help="for checkpoints (2)")
+    parser.add_argument("--gpu", "--card", choices=names, help="of each process (default: H100)")
+    parser.add_argument("--link", type=float, metavar="GB/S", help="of each GPU to the others (50)")
+    parser.add_argument("--disk", type=float, metavar="GB/S", help="for checkpoints (2)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any value of the config")
     options = parser.parse_args(arguments)
     options.overrides += [argument for argument in options.base if "=" in argument]
@@ -59,6 +59,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         if not all(number.isdecimal() and int(number) for number in numbers) or options.on != GPU:
             raise UserError(f"--processes: expected numbers from 1, as 8,64,512, on GPUs, found {options.processes!r}")
         options.processes = [int(number) for number in numbers]
+    for name, default in (("gpu", "H100"), ("link", 50.0), ("disk", 2.0)):
+        if getattr(options, name) is None:
+            setattr(options, name, default)
+        elif options.processes is None:
+            print(f"note: --{name} has no effect without --processes")
     for name in ("link", "disk"):
         if not 0 < getattr(options, name) < float("inf"):
             raise UserError(f"--{name}: expected GB a second above 0, found {getattr(options, name):g}")

@@ -95,6 +95,7 @@ def plan_run(options: Namespace) -> RunPlan:
     if plan.is_resumed and (record := identity.read_record(plan.folder)) and record["sessions"]:
         last = record["sessions"][-1]  # its seed counts where the run starts over
         plan.seed, plan.scale_lr = last.get("seed", plan.seed), last.get("scale_lr", plan.scale_lr)
+        _note_unused(options, plan)
     plan.trainer = trainer_arguments(plan.config)
     plan.learning_rate, plan.rate_note = _learning_rate(plan)
     return plan
@@ -129,6 +130,18 @@ def _resumed(options: Namespace) -> RunPlan:
     changes = identity.allow("config", identity.config_changes(saved, config), options.allow, folder)
     sources = {**config, "model": identity.model_source(config["model"], saved.get("model") or {}, checkpoint)}
     return RunPlan(folder, now, config, checkpoint, is_resumed=True, changes=changes, sources=sources)
+
+
+def _note_unused(options: Namespace, plan: RunPlan) -> None:
+    """Warn of flags of a resumed run that change nothing."""
+    for flag, is_unused in (
+        ("-l/--logdir", options.logdir != "logs"),
+        ("-f/--postfix", options.postfix),
+        ("-s/--seed", options.seed not in (23, plan.seed)),
+        ("--scale_lr", options.scale_lr and not plan.scale_lr),
+    ):
+        if is_unused:
+            log.info("note: %s has no effect with -r: a resumed run keeps its folder, seed and scaling", flag)
 
 
 def _checked(config: Any) -> dict[str, Any]:

@@ -19,6 +19,8 @@ from torch import Tensor
 from ldm.errors import UserError
 
 _NUMBER = re.compile("[0-9]{1,18}")
+# Of other tools: (word:1.5), ((word)), [from:to:0.5], <lora:name:1>.
+_SYNTAX = re.compile(r"\([^()]*:\s*[\d.]+\s*\)|\(\([^()]*\)\)|\[[^][]*:[^][]*\]|\[\[[^][]*\]\]|<\w+:[^<>]+>")
 EXAMPLE = "'0: dawn road | 40: night road'"
 
 
@@ -86,6 +88,17 @@ def odd_part(prompt: str) -> str | None:
     if len(parts) == 1 or not _part(parts[0]):
         return None
     return next((part.strip() for part in parts if not _part(part)), None)
+
+
+def is_schedule(prompt: str) -> bool:
+    """Whether a text has the form of a schedule of several prompts."""
+    return "|" in prompt and all(map(_part, prompt.split("|")))
+
+
+def unread_syntax(prompt: str) -> str | None:
+    """The first expression of a prompt that other tools read as a command, such as "(word:1.5)"; None without any."""
+    found = _SYNTAX.search(prompt)
+    return None if found is None else found[0]
 
 
 def _part(part: str) -> tuple[int, str] | None:

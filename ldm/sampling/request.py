@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +11,24 @@ from ldm.errors import UserError
 from ldm.sampling.denoisers import overlapping_windows
 from ldm.sampling.generator import ClipGenerator
 from ldm.sampling.given_frames import FACTORS, GivenFrames, space_out_video, start_from_picture, start_from_video
-from ldm.sampling.prompts import odd_part, prompts_in
+from ldm.sampling.prompts import is_schedule, odd_part, prompts_in, unread_syntax
 from ldm.sampling.settings import DEFAULT_FPS, DEFAULT_FRAMES, SD_V1_SIZE, ClipSettings, GivenFiles, TrainingClips
 from ldm.sampling.stages import ClipPlan
 
 SOURCES = ("init_image", "init_video", "interpolate")  # a clip has at most one of them
+# File of given frames -> the kind of known frames that trains the network for it.
+TRAINED_BY = {"init_image": "first", "init_video": "previous", "interpolate": "every", "mask": "pixels"}
 
 
 @dataclass(frozen=True)
 class ClipRequest:
-    """Checked settings of a clip, its given frames and their files, and its plan."""
+    """Checked settings of a clip, its given frames and their files, its plan, and the options that it was read from."""
 
     settings: ClipSettings
     files: GivenFiles
     given: GivenFrames | None
     plan: ClipPlan | None
+    options: Mapping[str, Any] = field(default_factory=dict)  # without the checkpoint's defaults
 
     @property
     def prompts(self) -> list[str]:
@@ -52,8 +55,7 @@ def read_request(options: Mapping[str, Any], generator: ClipGenerator) -> ClipRe
     """The clip of some options; missing ones are as the checkpoint suggests, or as in training. Raises UserError."""
     training = generator.training
     files, factor = _read_files(options)
-    given_fps = options.get("fps")
-    options = {**generator.defaults, **options}
+    explicit, options = options, {**generator.defaults, **options}
     for name, path in asdict(files).items():
         if path is not None:
             generator.check_given(flag(name))
@@ -75,9 +77,9 @@ def read_request(options: Mapping[str, Any], generator: ClipGenerator) -> ClipRe
         generator.check(replace(settings, prompt=""))  # a schedule is checked when the length is known
     given = read_given(settings, files)
     if files.interpolate is not None:
-        settings = replace(settings, frames=len(given.shown), fps=given.fps if given_fps is None else given_fps)
+        settings = replace(settings, frames=len(given.shown), fps=explicit.get("fps", given.fps))
         settings = _with_windows(settings, training, options)
-    return ClipRequest(settings, files, given, generator.plan(settings, given))
+    return ClipRequest(settings, files, given, generator.plan(settings, given), explicit)
 
 
 def repeat_request(clip: Mapping[str, Any], files: GivenFiles, generator: ClipGenerator) -> ClipRequest:
@@ -117,22 +119,70 @@ def notes(request: ClipRequest, generator: ClipGenerator) -> Iterator[str]:
     settings, training = request.settings, generator.training
     if request.given is not None:
         yield from request.given.notes
-    if (odd := odd_part(settings.prompt)) is not None:
-        yield f"'{settings.prompt}' is read as one plain prompt: '{odd}' does not begin with a frame and a colon"
+    yield from _notes_on_prompts(request)
+    yield from _without_effect(request)
     if not training.has_time:
         yield "this checkpoint has no trained temporal layers: its frames are independent images"
-    elif training.frames is not None:
-        length = min(settings.window or settings.frames, settings.frames)
-        if length != training.frames:
-            yield f"windows of {length} frames: trained on {training.frames}; motion may drift at other lengths"
-    if generator.has_fps_embedding and training.rates:
-        high, low = training.rates[0], training.rates[-1]
-        for fps in request.rates:
-            if not 0.999 * low <= fps <= 1.001 * high:
-                rates = f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
-                yield f"{fps:.3g} frames a second: trained on {rates}; motion may be wrong at other rates"
+    else:
+        yield from _notes_on_length(settings, training.frames)
+        yield from _notes_on_rates(request, generator)
+    if training.known_kinds is not None:
+        for name, kind in TRAINED_BY.items():
+            if getattr(request.files, name) is not None and kind not in training.known_kinds:
+                yield f"{flag(name)}: training had no such known frames ({kind}); the network may ignore them"
     if training.max_known_noise is not None:
         yield from _notes_on_noise(settings.known_noise, training.max_known_noise, request.plan)
+
+
+def _notes_on_prompts(request: ClipRequest) -> Iterator[str]:
+    settings = request.settings
+    if (odd := odd_part(settings.prompt)) is not None:
+        yield f"'{settings.prompt}' is read as one plain prompt: '{odd}' does not begin with a frame and a colon"
+    for text in request.prompts:
+        if (syntax := unread_syntax(text)) is not None:
+            yield f"'{syntax}' is read as plain text: words of a prompt have no weights, and it loads no files"
+    if is_schedule(settings.negative_prompt):
+        yield f"--negative-prompt is one text for all frames: '{settings.negative_prompt}' is read as plain text"
+
+
+def _without_effect(request: ClipRequest) -> Iterator[str]:
+    """Options that were given and change nothing in this clip."""
+    settings, plan = request.settings, request.plan
+    is_single = settings.frames <= (settings.window or settings.frames)
+    continues = plan is not None and any(window.known - plan.given for window in plan.windows)
+    for name, is_unused, reason in (
+        ("negative_prompt", settings.negative_prompt and settings.scale == 1, "at scale 1; set --scale above 1"),
+        ("known_noise", settings.known_noise and not continues, "where no window continues an earlier one"),
+        ("overlap", is_single and request.files.init_video is None, "in a clip of one window"),
+        ("motion_scale", settings.motion_scale != 1 and settings.frames == 1, "on a single frame"),
+        ("fps", settings.frames == 1, "on a single frame"),
+    ):
+        if name in request.options and is_unused:
+            yield f"{flag(name)} has no effect {reason}"
+
+
+def _notes_on_length(settings: ClipSettings, trained: int | None) -> Iterator[str]:
+    length = min(settings.window or settings.frames, settings.frames)
+    if trained is not None and length != trained:
+        windows = f"windows of {length} frames" if length > 1 else "a single frame"
+        yield f"{windows}: trained on {trained}; motion may drift at other lengths"
+
+
+def _notes_on_rates(request: ClipRequest, generator: ClipGenerator) -> Iterator[str]:
+    training = generator.training
+    if not training.rates or request.settings.frames == 1:
+        return
+    high, low = training.rates[0], training.rates[-1]
+    rates = f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
+    if generator.has_fps_embedding:
+        for fps in request.rates:
+            if not 0.999 * low <= fps <= 1.001 * high:
+                yield f"{fps:.3g} frames a second: trained on {rates}; motion may be wrong at other rates"
+    elif not 0.999 * low <= request.settings.fps <= 1.001 * high:
+        yield (
+            f"{request.settings.fps:.3g} frames a second: trained on {rates} and not conditioned on the rate; motion "
+            f"plays at {request.settings.fps / high:.3g} times its speed"
+        )
 
 
 def _notes_on_noise(level: int, max_level: int, plan: ClipPlan | None) -> Iterator[str]:

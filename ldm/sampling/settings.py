@@ -76,7 +76,7 @@ class TrainingClips:
     """The clips that a checkpoint was trained on; None for what its config does not say.
 
     rates: frames a second, one for each stride, highest first. has_time: whether there are temporal layers.
-    max_known_noise: diffusion step of the strongest noise on known frames.
+    max_known_noise: diffusion step of the strongest noise on known frames. known_kinds: of known frames in training.
     """
 
     frames: int | None
@@ -84,6 +84,7 @@ class TrainingClips:
     size: tuple[int, int] | None  # height, width
     has_time: bool
     max_known_noise: int | None = None
+    known_kinds: tuple[str, ...] | None = None
 
     @property
     def fps(self) -> float | None:
@@ -105,10 +106,12 @@ class TrainingClips:
             raise ConfigError(f"prepare.fps: expected frames a second above 0, found {fps!r}")
         known = mapping_at("model.params.known_frames", model.get("known_frames"))
         check_values({"max_noise": known.get("max_noise", 0)}, {"max_noise": int}, "model.params.known_frames")
+        mixture = mapping_at("model.params.known_frames.mixture", known.get("mixture"))
         return cls(
             found["frames"],
             tuple(sorted({fps / max(1, stride) for stride in strides or [1]}, reverse=True)) if fps else (),
             None if size is None else parse_size(size, "prepare.size"),
             has_time,
             known.get("max_noise", 0) if known else None,
+            tuple(kind for kind, weight in mixture.items() if weight) if mixture else None,
         )

@@ -100,3 +100,11 @@ def test_the_commands_in_the_docs_parse():
 def test_impossible_arguments(arguments, message):
     with pytest.raises(UserError, match=message):
         plan.parse_arguments(["--base", "x.yaml", *arguments])
+
+
+def test_figures_of_processes_without_them_get_a_note(capsys):
+    plan.parse_arguments(["--base", "x.yaml", "--card", "A100", "--disk", "3"])
+    expected = [f"note: --{name} has no effect without --processes" for name in ("gpu", "disk")]
+    assert capsys.readouterr().out.splitlines() == expected
+    plan.parse_arguments(["--base", "x.yaml", "--processes", "8", "--gpu", "A100", "--link", "3"])
+    assert capsys.readouterr().out == ""

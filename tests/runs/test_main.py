@@ -76,6 +76,7 @@ def test_resuming_in_place_equals_the_straight_run(toy):
 def test_without_t_everything_is_checked_and_nothing_written(toy, caplog):
     with caplog.at_level(logging.INFO, logger="ldm"):
         assert run(toy, "-b", str(toy)) is None
+    assert caplog.messages[0] == "-t is left out: config, data and model are checked, and nothing is trained"
     assert caplog.messages[-1] == "config, data and model are in order; add -t to train"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import subprocess
 
@@ -31,6 +32,17 @@ def test_folders_that_cannot_be_resumed(toy, tmp_path):
     (tmp_path / "stray.ckpt").write_bytes(b"")
     with pytest.raises(UserError, match="expected a file in the checkpoints folder of a run"):
         plan_run(parse_arguments(["-r", str(tmp_path / "stray.ckpt"), "-t"]))
+
+
+def test_flags_that_change_nothing_in_a_resumed_run_get_a_note(toy, caplog):
+    folder = run(toy, "-b", str(toy), "-t", "-s", "7")
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="ldm"):
+        plan_run(parse_arguments(["-r", str(folder), "-t", "-s", "7"]))
+        assert caplog.messages == []
+        plan_run(parse_arguments(["-r", str(folder), "-l", "there", "-f", "x", "-s", "8", "--scale_lr"]))
+    flags = [message.split()[1] for message in caplog.messages if "has no effect with -r" in message]
+    assert flags == ["-l/--logdir", "-f/--postfix", "-s/--seed", "--scale_lr"]
 
 
 def test_corrupt_checkpoint_is_skipped_for_the_previous_one(toy, caplog):

@@ -92,6 +92,58 @@ def test_noise_on_known_frames_is_suggested_once_where_windows_follow_each_other
     assert suggestions(ClipGenerator(save_told(tmp_path / "clean.ckpt")), frames=40) == []
 
 
+@pytest.mark.parametrize(
+    ("options", "note"),
+    [
+        ({"negative_prompt": "rain", "scale": 1}, "--negative-prompt has no effect at scale 1; set --scale above 1"),
+        ({"known_noise": 100}, "--known-noise has no effect where no window continues an earlier one"),
+        ({"overlap": 2}, "--overlap has no effect in a clip of one window"),
+        ({"frames": 1, "motion_scale": 2}, "--motion-scale has no effect on a single frame"),
+        ({"frames": 1, "fps": 30}, "--fps has no effect on a single frame"),
+        ({"negative_prompt": "0: a | 2: b"}, "--negative-prompt is one text for all frames: '0: a | 2: b' is read as"),
+        ({"prompt": "a (wet:1.5) road"}, "'(wet:1.5)' is read as plain text"),
+        ({"prompt": "0: a | 2: ((wet)) road"}, "'((wet))' is read as plain text"),
+        ({"negative_prompt": "[rain:snow:0.5]"}, "'[rain:snow:0.5]' is read as plain text"),
+        ({"prompt": "a road <lora:wet:0.8>"}, "'<lora:wet:0.8>' is read as plain text"),
+    ],
+)
+def test_an_option_without_effect_gets_a_note(told, options, note):
+    found = list(notes(ask(told, **options), told))
+    assert any(line.startswith(note) for line in found), found
+    assert not any("rate" in line or "frames a second" in line for line in found)
+
+
+def test_options_with_an_effect_get_no_note(told):
+    """Those of the table above where they count; brackets of plain writing."""
+    options = {"negative_prompt": "rain", "scale": 2.0, "frames": 13, "window": 5, "overlap": 2, "known_noise": 100}
+    request = ask(told, prompt="a road (wet) [2024], 3:00", **options, motion_scale=2.0, fps=8.0)
+    assert list(notes(request, told)) == []
+
+
+def test_known_frames_outside_of_training_get_a_note(told, tmp_path):
+    """`told` has first frames in its mixture and nothing else."""
+    Image.new("RGB", (24, 16)).save(tmp_path / "a.png")
+    Image.new("L", (24, 16), 255).save(tmp_path / "mask.png")
+    write_mp4(tmp_path / "a.mp4", draw_drive(9, 32, seed=0), 8)
+
+    def kinds(**files) -> list[str]:
+        return [note.partition(":")[0] for note in notes(ask(told, **files), told) if "no such known frames" in note]
+
+    image = {"init_image": tmp_path / "a.png"}
+    assert kinds() == kinds(**image) == []
+    assert kinds(**image, mask=tmp_path / "mask.png") == ["--mask"]
+    assert kinds(init_video=tmp_path / "a.mp4") == ["--init-video"]
+    assert kinds(interpolate=("2", tmp_path / "a.mp4")) == ["--interpolate"]
+
+
+def test_a_rate_that_only_plays_faster_gets_a_note(tmp_path):
+    untold = ClipGenerator(save_told(tmp_path / "untold.ckpt", TOLD | {"fps_embedding": False}))
+    assert list(notes(ask(untold, fps=24.0), untold)) == [
+        "24 frames a second: trained on 2 to 8 and not conditioned on the rate; motion plays at 3 times its speed"
+    ]
+    assert list(notes(ask(untold, fps=8.0), untold)) == []
+
+
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), -float("inf")])
 def test_guidance_must_be_finite(told, scale):
     with pytest.raises(UserError, match=rf"scale: expected a finite number, found {scale}; set --scale"):
